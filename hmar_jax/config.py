@@ -1,0 +1,367 @@
+"""Every setting as frozen, hashable dataclasses; ml_collections and JSON only at the edge.
+
+A *model config* (`ModelConfig`) says what a model is and travels with its weights in `config.json`. A *train config*
+(`TrainConfig`) says how one stage is trained and is what `configs/*.py` return, as an `ml_collections.ConfigDict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import ml_collections
+
+from hmar_jax.errors import InputError
+from hmar_jax.scales import Pattern, ScaleLadder
+
+Stage = Literal["tokenizer", "next_scale", "masked"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The multi-scale residual VQ-VAE (VAR §3.2, a VQGAN CNN); defaults are the released ch160 v4096 z32 one.
+
+    Attributes:
+      channels: width of the finest level; a multiple of `norm_groups`.
+      multipliers: width of each level, finest first, in multiples of `channels`.
+      encoder_blocks, decoder_blocks: residual blocks in each level.
+      norm_groups: groups of every GroupNorm.
+      latent_channels: Z, channels of the latent map and of a codebook entry.
+      codebook_size: V.
+      downsampling: pixels a side of the finest token; the first log2 of it levels halve the resolution.
+      phis: 3x3 convolutions shared among the scales.
+    """
+
+    channels: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    norm_groups: int = 32
+    latent_channels: int = 32
+    codebook_size: int = 4096
+    downsampling: int = 16
+    phis: int = 4
+
+    def __post_init__(self) -> None:
+        if self.channels % self.norm_groups:
+            raise InputError(
+                f"tokenizer.channels is {self.channels}, not a multiple of tokenizer.norm_groups={self.norm_groups}."
+            )
+        if self.downsampling not in [2**i for i in range(len(self.multipliers))]:
+            raise InputError(
+                f"tokenizer.downsampling is {self.downsampling}; {len(self.multipliers)} levels allow a power of two "
+                f"from 1 to {2 ** (len(self.multipliers) - 1)}."
+            )
+
+    @property
+    def halvings(self) -> int:
+        """Levels after which the resolution halves: log2 of `downsampling`."""
+        return self.downsampling.bit_length() - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The scale-Markov masked transformer (HMAR §4), or VAR with `pattern="block_causal"` and no mask branch.
+
+    Attributes:
+      depth: blocks on the way from inputs to logits: a shared trunk, then `branch_depth` blocks of a branch.
+      width: C. heads: H; the head size C/H is free.
+      num_classes: classes a label may name; label `num_classes` itself is the null class.
+      branch_depth: blocks of the next-scale branch, and of the mask branch where there is one.
+      masked: whether the model has a mask branch (false in stage 1 and in VAR).
+      pattern: `block_diagonal` (HMAR) or `block_causal` (VAR).
+      shared_adaln: one AdaLN projection for all blocks plus a learned (6,C) offset in each (VAR d36-s).
+      leak_free: masked tokens are kept out of u_k, so that a masked input shows nothing of them. The published
+        models do let them in. Recorded here so that the sampler follows what training did.
+      class_dropout: share of labels replaced by the null class in training.
+      drop_path: rate of the last block; it rises linearly from 0 at the first.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    num_classes: int = 1000
+    mlp_ratio: int = 4
+    branch_depth: int = 8
+    masked: bool = False
+    pattern: Pattern = "block_diagonal"
+    shared_adaln: bool = False
+    leak_free: bool = False
+    class_dropout: float = 0.1
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise InputError(f"transformer.width is {self.width}, not a multiple of transformer.heads={self.heads}.")
+        if not 0 <= self.branch_depth <= self.depth:
+            raise InputError(
+                f"transformer.branch_depth is {self.branch_depth}; it is a part of transformer.depth={self.depth}, so "
+                "choose one from 0 to that."
+            )
+        if self.masked and self.pattern == "block_causal":
+            raise InputError("A block_causal transformer has no mask branch; set transformer.masked=False.")
+        if self.pattern not in typing.get_args(Pattern):
+            raise InputError(f"transformer.pattern is {self.pattern!r}; use one of {typing.get_args(Pattern)}.")
+
+    @property
+    def trunk_depth(self) -> int:
+        return self.depth - self.branch_depth
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TransformerConfig:
+        """`d16`, `d20`, `d24`, `d30` (HMAR, with mask branch), `d36-s` and `var-d16` … (VAR): C = 64·depth, H = depth.
+
+        Args:
+          name: of the preset. overrides: fields to change, e.g. `masked=False` for stage 1.
+        """
+        depth, var, shared = _TRANSFORMERS.get(name, (0, False, False))
+        if not depth:
+            raise InputError(f"No transformer is named {name!r}; choose one of {', '.join(_TRANSFORMERS)}.")
+        fields: dict[str, Any] = {
+            "depth": depth, "width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24, "shared_adaln": shared,
+            "masked": not var, "branch_depth": 0 if var else 8, "pattern": "block_causal" if var else "block_diagonal",
+        }  # fmt: skip
+        return cls(**(fields | overrides))
+
+
+_TRANSFORMERS = {f"d{depth}": (depth, False, False) for depth in (16, 20, 24, 30)} | {
+    f"var-d{depth}": (depth, True, False) for depth in (16, 20, 24, 30)
+}
+_TRANSFORMERS["d36-s"] = (36, True, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a model directory holds: geometry, tokenizer and, unless it is a tokenizer alone, a transformer."""
+
+    ladder: ScaleLadder
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return self.transformer.num_classes if self.transformer else len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels a side."""
+        return self.ladder.sides[-1] * self.tokenizer.downsampling
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where training examples come from.
+
+    Attributes:
+      source: `glyphs` (rendered here, endless), `folder` (of pictures; class = subfolder), `tfds`, or `tokens` (a cache
+        written by `hmar-jax export tokens`; what the two transformer stages read).
+      path: the folder, the TFDS data directory or the token cache; unused by glyphs.
+      name: TFDS name, e.g. `imagenet2012`. split: TFDS split, e.g. `train[:95%]`.
+      classes: glyphs only, the characters to draw, one class each.
+      resize: shorter side, in multiples of the model's image size, before the crop (HMAR: 1.125, Lanczos).
+      crop: `random` or `center`. flip: mirror half of the pictures.
+      workers: grain worker processes; 0 reads in threads of this process.
+    """
+
+    source: Literal["glyphs", "folder", "tfds", "tokens"] = "glyphs"
+    path: str = ""
+    name: str = ""
+    split: str = "train"
+    classes: str = string.digits + string.ascii_letters
+    resize: float = 1.125
+    crop: Literal["random", "center"] = "random"
+    flip: bool = False
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the schedules of HMAR's training (FACTS §4 of the design; VAR's appendix).
+
+    Attributes:
+      base_lr: learning rate for a global batch of 256; the peak is base_lr · batch / 256.
+      warmup, flat: shares of training that warm up from `warmup_from`·peak, and that then stay at the peak.
+      final_lr: ratio of the peak that the linear decay ends at.
+      weight_decay, final_weight_decay: the ends of its cosine.
+      clip: global norm the gradient is clipped to. 0 turns it off.
+      ema: decay of the averaged parameters; 0 keeps none.
+    """
+
+    base_lr: float = 1e-4
+    warmup: float = 0.02
+    warmup_from: float = 0.005
+    flat: float = 0.05
+    final_lr: float = 0.1
+    weight_decay: float = 0.05
+    final_weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    clip: float = 2.0
+    ema: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLossConfig:
+    """Weights of the tokenizer's terms and what keeps its codebook alive.
+
+    Attributes:
+      l1, l2: pixel terms, in [-1,1] units. vq, commitment: codebook term and commitment's share of it.
+      perceptual: weight of LPIPS, on only with `perceptual_weights`, a .safetensors file of VGG16 and LPIPS weights.
+      adversarial: weight of the generator's term, before the adaptive factor; 0 builds no discriminator.
+      adversarial_start: step at which it starts. discriminator_channels, discriminator_layers: PatchGAN size.
+      kmeans_batches: batches whose residuals start the codebook; 0 keeps the random one.
+      dead_below: a code drawn less than this share of its fair share (1/V) is re-initialised; 0 never.
+      usage_decay: decay per step of the drawn shares that decide it. revive_every: steps between re-initialisations.
+      scale_dropout: share of samples whose finest scales (a random number of them) are left out of the reconstruction.
+    """
+
+    l1: float = 0.0
+    l2: float = 1.0
+    vq: float = 1.0
+    commitment: float = 0.25
+    perceptual: float = 1.0
+    perceptual_weights: str = ""
+    adversarial: float = 0.1
+    adversarial_start: int = 20_000
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    kmeans_batches: int = 4
+    dead_below: float = 0.03
+    usage_decay: float = 0.99
+    revive_every: int = 100
+    scale_dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The two transformer objectives (HMAR §4.2, §4.3).
+
+    Attributes:
+      scale_weights: of stage 1: `log_normal` (published), `uniform` over tokens (VAR) or `equal` over scales.
+      per_sample_masks: stage 2 draws ratio and positions for each sample instead of once for the batch.
+      leak_free: stage 2 trains on masked inputs that show nothing of masked tokens; recorded in the model's config.
+    """
+
+    scale_weights: Literal["log_normal", "uniform", "equal"] = "log_normal"
+    per_sample_masks: bool = False
+    leak_free: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes all that are left. `fsdp` also shards parameters and optimizer."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training stage.
+
+    Attributes:
+      stage: `tokenizer`, `next_scale` or `masked`.
+      steps: optimizer steps. batch_size: global. accumulate: equal parts a batch is worked off in.
+      init_from: model directory that the stage starts from: a tokenizer for `next_scale`, a tokenizer with a
+        next-scale transformer for `masked`; for `tokenizer`, optionally a tokenizer to go on from.
+      sides: of the ladder; `tokenizer` stage only, later stages have their model's.
+      tokenizer: `tokenizer` stage only. transformer: `next_scale` stage only.
+      dtype: of compute; parameters are float32. remat: what the backward pass recomputes: `none`, all but `dots`, `all`.
+      log_every, sample_every, checkpoint_every: steps; 0 turns samples off. keep: checkpoints kept.
+      sample_labels: classes of the sample grid. sample_schedule: its schedule.
+    """
+
+    stage: Stage = "next_scale"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    init_from: str = ""
+    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig.preset("d16", masked=False)
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    tokenizer_loss: TokenizerLossConfig = TokenizerLossConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    mesh: MeshConfig = MeshConfig()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "all"] = "dots"
+    log_every: int = 50
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 3
+    sample_labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    sample_schedule: str = "next-scale"
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise InputError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}.")
+        if self.stage != "tokenizer" and not self.init_from:
+            raise InputError(f"Stage {self.stage!r} needs init_from, the model directory of the stage before it.")
+        if self.stage != "tokenizer" and self.data.source != "tokens":
+            raise InputError(
+                f"Stage {self.stage!r} trains from a token cache: write one with `hmar-jax export tokens` and set "
+                f"data.source='tokens' and data.path (data.source is {self.data.source!r})."
+            )
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A config dataclass as the ConfigDict that a config file returns, tuples and nesting kept."""
+    return ml_collections.ConfigDict(to_plain(config))
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts of JSON types (tuples stay tuples)."""
+    return {
+        field.name: to_plain(value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def from_config_dict(cls: type[T], config: ml_collections.ConfigDict) -> T:
+    """What `to_config_dict` made, perhaps changed since, checked: see `from_plain`."""
+    return from_plain(cls, config.to_dict())
+
+
+def from_plain(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """The config dataclass `cls` from nested mappings, as JSON gives them.
+
+    Raises:
+      InputError: a name that the dataclass does not have, a missing one, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise InputError(f"Config field '{where}{name}' does not exist; {cls.__name__} has {', '.join(fields)}.")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise InputError(f"Config field '{where}{name}' is missing.")
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as type `hint`: nested dataclasses built, lists made tuples, ints taken as floats; else InputError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast(type, hint), value, f"{name}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, name) for item in value)
+    if origin is Literal and value in args:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
+    raise InputError(f"Config field '{name}' is {value!r}; expected {expected}.")

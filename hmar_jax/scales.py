@@ -1,0 +1,101 @@
+"""ladder of sides → offsets, lengths, scale ids, key ranges. The one source of geometry.
+
+Axis letters: L tokens (all scales joined, coarse to fine), K scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+
+from hmar_jax.errors import InputError
+
+Pattern = Literal["block_diagonal", "block_causal"]
+
+_PRESETS: dict[str, tuple[int, ...]] = {
+    "64": (1, 2, 3, 4),
+    "128": (1, 2, 3, 4, 5, 6, 8),
+    "256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    "512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    "1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleLadder:
+    """The sides of an image's token maps, coarse to fine; frozen and hashable, so static under `jit`.
+
+    Attributes:
+      sides: strictly increasing positive integers p_1 < … < p_K.
+
+    Raises:
+      InputError: sides are empty, not positive or not increasing.
+    """
+
+    sides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sides = tuple(int(side) for side in self.sides)
+        object.__setattr__(self, "sides", sides)
+        if not sides or sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
+            raise InputError(f"Sides {sides} are not an increasing list of positive integers, such as 1,2,3,4.")
+
+    @classmethod
+    def preset(cls, resolution: str | int) -> ScaleLadder:
+        """The published ladder for pictures of `resolution` pixels at 16 pixels a token (64 and 128 are ours)."""
+        try:
+            return cls(_PRESETS[str(resolution)])
+        except KeyError:
+            raise InputError(f"No ladder is named {resolution!r}; choose one of {', '.join(_PRESETS)}.") from None
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.sides)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each scale, p_k²."""
+        return tuple(side * side for side in self.sides)
+
+    @property
+    def length(self) -> int:
+        """L, tokens of all scales."""
+        return sum(self.lengths)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First token of each scale, and L at the end: K+1 numbers."""
+        return tuple(np.cumsum((0, *self.lengths)).tolist())
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Each scale's tokens among all L."""
+        return tuple(slice(a, b) for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    @functools.cached_property
+    def scale_ids(self) -> np.ndarray:
+        """(L,) int32: the scale, from 0, that each token belongs to."""
+        return np.repeat(np.arange(self.num_scales, dtype=np.int32), self.lengths)
+
+    def key_ranges(self, pattern: Pattern) -> np.ndarray:
+        """(L,2) int32: query i attends to keys in [start, end).
+
+        `block_diagonal` lets a token see its own scale only, `block_causal` its own scale and all coarser ones.
+        """
+        offsets = np.asarray(self.offsets, np.int32)
+        end = offsets[self.scale_ids + 1]
+        match pattern:
+            case "block_diagonal":
+                start = offsets[self.scale_ids]
+            case "block_causal":
+                start = np.zeros_like(end)
+            case _:
+                raise InputError(f"Attention pattern {pattern!r} is unknown; use 'block_diagonal' or 'block_causal'.")
+        return np.stack([start, end], axis=1)
+
+    def only(self, scale: int) -> ScaleLadder:
+        """The ladder of one scale (from 0) by itself: what a sampling pass attends over."""
+        return ScaleLadder((self.sides[scale],))

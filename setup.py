@@ -1,0 +1,49 @@
+"""Package metadata: version ranges and extras. The versions that are tested together are pinned in constraints.txt."""
+
+from pathlib import Path
+
+import setuptools
+
+setuptools.setup(
+    name="hmar-jax",
+    version="0.1.0",
+    description="Hierarchical masked autoregressive image generation in JAX: tokenizer, transformer, kernels, sampler",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*", "configs*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "flax>=0.12.10,<0.14",
+        "grain>=0.2.18,<0.4",
+        "jax>=0.11.2,<0.13",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8,<0.4",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "triton": ["jax-triton>=0.3.1"],
+        "tensorboard": ["tensorboard", "tensorflow"],
+        "demo": ["matplotlib>=3.10"],
+        "test": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.10",
+            "mypy>=1.15",
+            "pytest>=9",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "scikit-learn>=1.6",
+        ],
+    },
+    entry_points={"console_scripts": ["hmar-jax=hmar_jax.commands.main:main"]},
+)
