@@ -11,7 +11,7 @@ import string
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import ml_collections
 
@@ -19,7 +19,6 @@ from hmar_jax.errors import InputError
 from hmar_jax.scales import Pattern, ScaleLadder
 
 Stage = Literal["tokenizer", "next_scale", "masked"]
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,7 @@ class TransformerConfig:
         models do let them in. Recorded here so that the sampler follows what training did.
       class_dropout: share of labels replaced by the null class in training.
       drop_path: rate of the last block; it rises linearly from 0 at the first.
+      gate_init: factor on the initial AdaLN weights that make the residual gates; smaller the deeper.
     """
 
     depth: int
@@ -94,6 +94,7 @@ class TransformerConfig:
     leak_free: bool = False
     class_dropout: float = 0.1
     drop_path: float = 0.0
+    gate_init: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -125,6 +126,7 @@ class TransformerConfig:
         fields: dict[str, Any] = {
             "depth": depth, "width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24, "shared_adaln": shared,
             "masked": not var, "branch_depth": 0 if var else 8, "pattern": "block_causal" if var else "block_diagonal",
+            "gate_init": 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5,
         }  # fmt: skip
         return cls(**(fields | overrides))
 
@@ -261,6 +263,9 @@ class MeshConfig:
     fsdp: int = 1
 
 
+_STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training stage.
@@ -272,7 +277,8 @@ class TrainConfig:
         next-scale transformer for `masked`; for `tokenizer`, optionally a tokenizer to go on from.
       sides: of the ladder; `tokenizer` stage only, later stages have their model's.
       tokenizer: `tokenizer` stage only. transformer: `next_scale` stage only.
-      dtype: of compute; parameters are float32. remat: what the backward pass recomputes: `none`, all but `dots`, `all`.
+      dtype: of compute; parameters are float32.
+      remat: what the backward pass recomputes: `none`, all but matrix products (`dots`), or `all`.
       log_every, sample_every, checkpoint_every: steps; 0 turns samples off. keep: checkpoints kept.
       sample_labels: classes of the sample grid. sample_schedule: its schedule.
     """
@@ -285,7 +291,7 @@ class TrainConfig:
     init_from: str = ""
     sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    transformer: TransformerConfig = TransformerConfig.preset("d16", masked=False)
+    transformer: TransformerConfig = _STAGE1_D16
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     tokenizer_loss: TokenizerLossConfig = TokenizerLossConfig()
@@ -326,12 +332,12 @@ def to_plain(config: Any) -> dict[str, Any]:
     }
 
 
-def from_config_dict(cls: type[T], config: ml_collections.ConfigDict) -> T:
+def from_config_dict[T](cls: type[T], config: ml_collections.ConfigDict) -> T:
     """What `to_config_dict` made, perhaps changed since, checked: see `from_plain`."""
     return from_plain(cls, config.to_dict())
 
 
-def from_plain(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def from_plain[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """The config dataclass `cls` from nested mappings, as JSON gives them.
 
     Raises:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -40,7 +41,7 @@ class ScaleLadder:
     def __post_init__(self) -> None:
         sides = tuple(int(side) for side in self.sides)
         object.__setattr__(self, "sides", sides)
-        if not sides or sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
+        if not sides or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
             raise InputError(f"Sides {sides} are not an increasing list of positive integers, such as 1,2,3,4.")
 
     @classmethod
@@ -73,7 +74,7 @@ class ScaleLadder:
     @property
     def slices(self) -> tuple[slice, ...]:
         """Each scale's tokens among all L."""
-        return tuple(slice(a, b) for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+        return tuple(slice(a, b) for a, b in itertools.pairwise(self.offsets))
 
     @functools.cached_property
     def scale_ids(self) -> np.ndarray:

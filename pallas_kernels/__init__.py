@@ -1,0 +1,1 @@
+"""Kernels that hmar_jax builds on; never imports hmar_jax."""

@@ -1,0 +1,101 @@
+"""pictures in folders → (image, label) examples. A class is a subfolder; pictures with no subfolder are one class.
+
+Subfolders and pictures may be symbolic links. Names that start with a dot are skipped, and so are files that are no
+pictures by their ending. Pictures deeper than one level are not looked for.
+
+Axis letters: H, W height and width of the picture as it is stored.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hmar_jax.errors import InputError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class FolderSource:
+    """The pictures of `path`, class by class in the order of their names; read when asked for.
+
+    Args:
+      path: a folder of class folders of pictures, or a folder of pictures.
+
+    Raises:
+      InputError: no such folder, no pictures, or a class folder without any.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        root = Path(path)
+        if not path or not root.is_dir():
+            raise InputError(f"Folder {str(path)!r} does not exist; set data.path to a folder of pictures.")
+        folders = [root] if _pictures(root) else [f for f in _visible(root) if f.is_dir()]
+        if not folders:
+            raise InputError(
+                f"Folder {str(root)!r} holds no pictures; put {', '.join(ENDINGS)} files in it, or in one subfolder a class."
+            )
+        self.class_names: tuple[str, ...] = tuple(folder.resolve().name if folder == root else folder.name for folder in folders)
+        self._files: list[str] = []
+        self._labels: list[int] = []
+        for label, folder in enumerate(folders):
+            files = _pictures(folder)
+            if not files:
+                raise InputError(f"Class folder {str(folder)!r} holds no pictures; fill it or take it away.")
+            self._files += map(str, files)
+            self._labels += [label] * len(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Picture `index`: "image" (H,W,3) uint8; "label" int32. Raises InputError if it cannot be read."""
+        file = self._files[index]
+        return {"image": decode(file, f"Picture {file!r}"), "label": np.int32(self._labels[index])}
+
+
+def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
+    """A picture file as (H,W,3) uint8, turned upright as its EXIF data asks, transparent parts white.
+
+    Args:
+      file: path or open file, of any format that Pillow reads; of an animation, the first frame.
+      name: what an error calls it, e.g. "Picture 'a.png'".
+
+    Raises:
+      InputError: it is missing, corrupt, cut short, or in floating point.
+    """
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+    except InputError as error:
+        raise InputError(f"{name} {error}") from None
+    # Pillow's plugins raise nearly anything for broken bytes: OSError, SyntaxError, ValueError, struct.error, …
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name} cannot be read ({reason}); replace it or take it away.") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"has pixels of mode {image.mode!r}, of no known range; save it with 8 or 16 bits a channel.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    # A dangling link counts: reading it says so, where skipping it would shrink the data in silence.
+    return [path for path in _visible(folder) if path.suffix.lower() in ENDINGS and not path.is_dir()]

@@ -1,0 +1,215 @@
+"""batches of tokens ⇄ a cache on disk, what the transformer stages train from.
+
+    cache.json                            the header: see `_Header`
+    tokens-00000-of-0000N.array_record    records of one image each: int32 label, then crops × L uint16 tokens, little-endian
+
+A cache appears under its name only when it is complete.
+
+Axis letters: B batch, L tokens of one picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from hmar_jax.config import from_plain, to_plain
+from hmar_jax.errors import InputError
+from hmar_jax.scales import ScaleLadder
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What `cache.json` says: geometry, contents, which tokenizer made the tokens and from which pictures."""
+
+    sides: tuple[int, ...]
+    codebook_size: int
+    crops: int
+    count: int
+    class_names: tuple[str, ...]
+    tokenizer: str
+    source: str
+    shards: int
+    format: int = FORMAT
+
+
+def write_token_cache(
+    path: str | os.PathLike[str],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    ladder: ScaleLadder,
+    codebook_size: int,
+    crops: int,
+    class_names: Sequence[str],
+    tokenizer: str,
+    source: str,
+    shard_size: int = 16384,
+) -> int:
+    """Writes a token cache, one batch at a time; image i of the stream becomes example i.
+
+    Args:
+      path: the cache's directory, new or empty.
+      batches: pairs of tokens, (crops,B,L) of any integer type in [0, codebook_size), and labels, (B,).
+      ladder: of the tokens. codebook_size: at most 65536. crops: pictures per image.
+      class_names: of labels 0, 1, … tokenizer: its fingerprint. source: what the pictures were, in words.
+      shard_size: images in a file.
+
+    Returns:
+      How many images were written.
+
+    Raises:
+      InputError: something is there already, a batch does not fit the above, or the disk refuses.
+    """
+    path = Path(path)
+    if not 1 <= codebook_size <= 2**16:
+        raise InputError(f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {2**16}.")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{str(path)!r} exists already; remove it, or write the token cache to another path.")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shards: list[Path] = []
+    count = 0
+    try:
+        with _disk(path):
+            partial.mkdir(parents=True)
+        records = _records(batches, ladder.length, codebook_size, crops, len(class_names))
+        for first in records:
+            shards.append(partial / f"tokens-{len(shards):05d}")
+            count += _write_shard(shards[-1], itertools.chain([first], itertools.islice(records, shard_size - 1)), path)
+        if not count:
+            raise InputError(f"There are no images to write to the token cache {str(path)!r}.")
+        names = tuple(class_names)
+        header = _Header(ladder.sides, codebook_size, crops, count, names, tokenizer, source, len(shards))
+        with _disk(path):
+            for shard, name in zip(shards, _shard_names(len(shards)), strict=True):
+                shard.rename(partial / name)
+            (partial / "cache.json").write_text(json.dumps(to_plain(header), indent=1) + "\n", encoding="utf-8")
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return count
+
+
+class TokenSource:
+    """The examples of a token cache, in the order they were written.
+
+    Args:
+      path: the cache's directory.
+
+    Attributes:
+      ladder, codebook_size, crops, class_names, tokenizer, source: as they were given to `write_token_cache`.
+
+    Raises:
+      InputError: there is no cache, or it is corrupt, cut short or of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(path)
+        header = _read_header(Path(path))
+        self.ladder = ScaleLadder(header.sides)
+        self.codebook_size, self.crops = header.codebook_size, header.crops
+        self.class_names, self.tokenizer, self.source = header.class_names, header.tokenizer, header.source
+        with self._whole():
+            self._records = ArrayRecordDataSource([Path(path) / name for name in _shard_names(header.shards)])
+            if len(self._records) != header.count:
+                raise ValueError(f"{len(self._records)} of {header.count} images")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Example `index`: "tokens" (crops,L) uint16; "label" int32. Raises InputError if it cannot be read."""
+        with self._whole():
+            record = self._records[index]
+            tokens = np.frombuffer(record, "<u2", offset=4).reshape(self.crops, self.ladder.length)
+            return {"tokens": tokens.astype(np.uint16), "label": np.frombuffer(record, "<i4", 1)[0].astype(np.int32)}
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:  # array_record raises the latter two
+            raise InputError(
+                f"Token cache {self.path!r} is damaged ({_reason(error)}); remove it and write it again."
+            ) from error
+
+
+def _records(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], length: int, codebook_size: int, crops: int, classes: int
+) -> Iterator[bytes]:
+    for tokens, labels in batches:
+        tokens, labels = np.asarray(tokens), np.asarray(labels)
+        if tokens.shape != (crops, labels.size, length) or labels.ndim != 1:
+            raise InputError(
+                f"A batch has tokens {tokens.shape} and labels {labels.shape}; expected ({crops},B,{length}) and (B,)."
+            )
+        for name, values, end in (("tokens", tokens, codebook_size), ("labels", labels, classes)):
+            if values.dtype.kind not in "iu" or (values.size and not 0 <= values.min() <= values.max() < end):
+                raise InputError(
+                    f"A batch has {values.dtype} {name} from {values.min()} to {values.max()}; expected integers from 0 "
+                    f"to {end - 1}."
+                )
+        for image, label in zip(tokens.astype("<u2").swapaxes(0, 1), labels.astype("<i4"), strict=True):
+            yield label.tobytes() + image.tobytes()
+
+
+def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
+    with _disk(path):
+        writer = ArrayRecordWriter(str(shard), "group_size:1")  # each record by itself: they are read in random order
+    count = 0
+    try:
+        for count, record in enumerate(records, 1):
+            with _disk(path):
+                writer.write(record)
+    finally:
+        with _disk(path):
+            writer.close()
+    return count
+
+
+def _shard_names(shards: int) -> list[str]:
+    return [f"tokens-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+
+
+def _read_header(path: Path) -> _Header:
+    file = path / "cache.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] == FORMAT:
+            return from_plain(_Header, values)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{str(path)!r} is no token cache: it has no cache.json; set data.path to one, or write it with "
+            "`hmar-jax export tokens`."
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{str(file)!r} cannot be read ({_reason(error)}); write the token cache again.") from error
+    raise InputError(f"Token cache {str(path)!r} has format {values['format']}, not {FORMAT}; write it again.")
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an InputError; array_record says it with a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"Token cache {str(path)!r} cannot be written ({_reason(error)}); make room, or choose another path."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition(";")[0] or "cut short"

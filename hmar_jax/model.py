@@ -1,0 +1,295 @@
+"""config + parameters → Model: tokenizer, transformer and sampler behind one object, every method jitted once per shape.
+
+Axis letters: B batch, S pixels a side, L tokens, N tokens of one scale, V codebook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from hmar_jax.config import ModelConfig
+from hmar_jax.errors import InputError
+from hmar_jax.sampling import sampler
+from hmar_jax.sampling.schedule import Controls, Plan, Schedule
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer.tokenizer import Tokenizer
+from hmar_jax.transformer import teacher_forcing
+from hmar_jax.transformer.blocks import Remat
+from hmar_jax.transformer.hmar import HMAR
+
+
+class Networks(nnx.Module):
+    """The tokenizer and, unless the config has none, the transformer: one tree of parameters."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, remat: Remat = "none", rngs: nnx.Rngs):
+        self.tokenizer = Tokenizer(config.tokenizer, config.ladder, dtype=dtype, rngs=rngs)
+        if config.transformer is not None:
+            self.transformer = HMAR(
+                config.transformer,
+                config.ladder,
+                codebook_size=config.tokenizer.codebook_size,
+                latent_channels=config.tokenizer.latent_channels,
+                dtype=dtype,
+                remat=remat,
+                rngs=rngs,
+            )
+
+
+@functools.cache
+def structure(config: ModelConfig, dtype: str = "float32", remat: Remat = "none") -> tuple[nnx.GraphDef, nnx.State]:
+    """The networks without values: graph definition, and parameters as shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Networks(config, dtype=jnp.dtype(dtype), remat=remat, rngs=nnx.Rngs(0))))
+
+
+def networks(config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "none") -> Networks:
+    """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
+    graphdef, abstract = structure(config, dtype, remat)
+    state = nnx.State(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Fresh parameters, float32, as nested dicts; a function of the seed."""
+
+    @jax.jit
+    def create(key: jax.Array) -> dict[str, Any]:
+        module = Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    return create(jax.random.key(seed))
+
+
+class DrawRecord(NamedTuple):
+    """One pass as `Sample.draws` lists it: scale and step from 0; tokens, masked (B,N), masked where it decides."""
+
+    scale: int
+    step: int
+    tokens: np.ndarray
+    masked: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What `Model.sample` gives.
+
+    Attributes:
+      images: (B,S,S,3) float32 in [0,1]. tokens: (B,L) int32, final.
+      draws: with `record=True` every pass's draw, in order; else None.
+    """
+
+    images: np.ndarray
+    tokens: np.ndarray
+    draws: list[DrawRecord] | None = None
+
+
+class TokenizerDoor:
+    """image ⇄ tokens of a `Model`."""
+
+    def __init__(self, config: ModelConfig, params: Any, dtype: str):
+        self._config, self._params, self._dtype = config, params, dtype
+
+    def encode(self, images: ArrayLike) -> jax.Array:
+        """(B,S,S,3) float in [-1,1] → (B,L) int32."""
+        images = jnp.asarray(images, jnp.float32)
+        size = self._config.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise InputError(f"Images are {images.shape}; this model takes (B, {size}, {size}, 3) in [-1, 1].")
+        return _encode(self._config, self._dtype, self._params, images)
+
+    def decode(self, tokens: ArrayLike) -> jax.Array:
+        """(B,L) int → (B,S,S,3) float32 in [-1,1]."""
+        tokens = check_tokens(self._config, tokens)
+        return _decode(self._config, self._dtype, self._params, tokens)
+
+
+class Model:
+    """A tokenizer with or without a transformer, ready to use.
+
+    Attributes:
+      config: what it is. params: nested dicts of float32 arrays, `tokenizer` and perhaps `transformer`.
+      tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
+    """
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
+        self.config, self.params, self.dtype = config, params, dtype
+        self.tokenizer = TokenizerDoor(config, params, dtype)
+
+    @property
+    def transformer(self) -> HMAR | None:
+        return networks(self.config, self.params, self.dtype).transformer if self.config.transformer else None
+
+    def next_scale_logits(self, labels: ArrayLike, tokens: ArrayLike) -> jax.Array:
+        """Teacher-forced logits: labels (B,) in [0, num_classes] (the last is the null class), tokens (B,L) →
+        (B,L,V) float32; no class dropout.
+        """  # fmt: skip
+        labels, tokens = self._check(labels, tokens)
+        return _next_scale_logits(self.config, self.dtype, self.params, labels, tokens)
+
+    def masked_logits(self, labels: ArrayLike, tokens: ArrayLike, masked: ArrayLike) -> jax.Array:
+        """Logits of the mask branch: as `next_scale_logits`, with masked (B,L) bool → (B,L,V) float32."""
+        labels, tokens = self._check(labels, tokens)
+        masked = jnp.asarray(masked)
+        if masked.dtype != bool or masked.shape != tokens.shape:
+            raise InputError(f"masked is {masked.dtype} {masked.shape}; expected bool {tokens.shape}, as the tokens.")
+        self._check_mask_branch("masked_logits")
+        return _masked_logits(self.config, self.dtype, self.params, labels, tokens, masked)
+
+    def sample(
+        self,
+        labels: ArrayLike,
+        schedule: str | Schedule = "next-scale",
+        *,
+        cfg: Any = None,
+        temperature: Any = None,
+        top_k: Any = None,
+        top_p: Any = None,
+        noise: Any = None,
+        seed: int = 0,
+        greedy: bool = False,
+        record: bool = False,
+    ) -> Sample:
+        """Samples pictures; sample i depends on (seed, i, label i) alone, whatever the batch and the devices.
+
+        Args:
+          labels: (B,) int in [0, num_classes).
+          schedule: a `Schedule` or the name of a preset; names bring the published guidance of the model's depth.
+          cfg, temperature, top_k, top_p, noise: override the schedule's, as in `Schedule.from_counts`; changing them
+            compiles nothing, unless guidance appears or vanishes in a pass.
+          seed: of the random numbers. greedy: argmax of the guided logits, no filters.
+          record: give every pass's draw.
+        """
+        labels, _ = self._check(labels, classes=self.config.num_classes - 1)
+        assert self.config.transformer is not None
+        if isinstance(schedule, str):
+            schedule = Schedule.preset(schedule, self.config.ladder, self.config.transformer.depth)
+        schedule = schedule.replace(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, noise=noise)
+        schedule.check_ladder(self.config.ladder)
+        if schedule.has_masked_steps:
+            self._check_mask_branch("A schedule with masked steps")
+        if self.config.transformer.pattern == "block_causal":
+            raise InputError("This is a VAR model (block_causal), which is not sampled here; sample an HMAR model.")
+        number = labels.shape[0]
+        options = Options(self.config, self.dtype, schedule.plan, greedy, record)
+        images, tokens, draws = sample(options, self.params, _over_devices(labels), schedule.controls, seed)
+        records = None
+        if record:
+            where = [(p.scale, p.step) for k in range(len(schedule.counts)) for p in schedule.plan.passes(k)]
+            records = [DrawRecord(*at, *(np.asarray(x)[:number] for x in d)) for at, d in zip(where, draws, strict=True)]
+        return Sample(np.asarray(images)[:number], np.asarray(tokens)[:number], records)
+
+    def _check(
+        self, labels: ArrayLike, tokens: ArrayLike | None = None, classes: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Labels, and tokens if any, as int32; labels may go up to `classes`, by default the null class."""
+        if self.config.transformer is None:
+            raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
+        labels = np.asarray(labels)
+        highest = self.config.num_classes if classes is None else classes
+        if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"Labels are {labels!r}; expected a list of integers from 0 to {highest}.")
+        if labels.min() < 0 or labels.max() > highest:
+            wrong = labels[(labels < 0) | (labels > highest)][0]
+            raise InputError(f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}.")
+        checked = jnp.zeros((0,), jnp.int32) if tokens is None else check_tokens(self.config, tokens)
+        return jnp.asarray(labels, jnp.int32), checked
+
+    def _check_mask_branch(self, what: str) -> None:
+        if not (self.config.transformer and self.config.transformer.masked):
+            raise InputError(f"{what} needs a mask branch, which this model has not; train stage `masked`, or use 'next-scale'.")
+
+
+def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
+    """Tokens as int32, or InputError where they are not (B,L) in [0,V)."""
+    tokens = np.asarray(tokens)
+    length, size = config.ladder.length, config.tokenizer.codebook_size
+    if tokens.ndim != 2 or tokens.shape[1] != length:
+        raise InputError(f"Tokens are {tokens.shape}; this model's ladder has (B, {length}).")
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
+        raise InputError(f"Tokens range from {tokens.min()} to {tokens.max()}; the codebook has 0 to {size - 1}.")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """All that a compiled sampler depends on, beside the shape of its labels."""
+
+    config: ModelConfig
+    dtype: str
+    plan: Plan
+    greedy: bool = False
+    record: bool = False
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sample(
+    options: Options, params: Any, labels: jax.Array, controls: Controls, seed: jax.Array
+) -> tuple[jax.Array, jax.Array, list[sampler.Draw]]:
+    """Label to picture as one program: (B,) → images (B,S,S,3) in [0,1], tokens (B,L), recorded draws."""
+    config = options.config
+    assert config.transformer is not None
+    nets = networks(config, params, options.dtype)
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(labels.shape[0]))
+    tokens, latents, draws = sampler.sample_tokens(
+        sampler.predictor(nets.transformer, labels, config.transformer.num_classes),
+        nets.tokenizer.quantizer,
+        options.plan,
+        controls,
+        keys,
+        greedy=options.greedy,
+        leak_free=config.transformer.leak_free,
+    )
+    images = (nets.tokenizer.decode_latents(latents) + 1) / 2
+    return images, tokens, draws if options.record else []
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(config: ModelConfig, dtype: str, params: Any, images: jax.Array) -> jax.Array:
+    return networks(config, params, dtype).tokenizer.encode(images)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> jax.Array:
+    return networks(config, params, dtype).tokenizer.decode(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_scale_logits(
+    config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    nets = networks(config, params, dtype)
+    return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _masked_logits(
+    config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array, masked: jax.Array
+) -> jax.Array:
+    nets = networks(config, params, dtype)
+    leak_free = config.transformer is not None and config.transformer.leak_free
+    return teacher_forcing.masked_logits(
+        nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, leak_free=leak_free
+    )
+
+
+def _over_devices(labels: jax.Array) -> jax.Array:
+    """Labels spread over all local devices; padded with repeats so that they divide, which no sample notices."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return labels
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    padded = jnp.resize(labels, -(-labels.shape[0] // len(devices)) * len(devices))
+    return jax.device_put(padded, NamedSharding(mesh, PartitionSpec("data")))
+
+
+__all__ = ["Model", "Sample", "ScaleLadder", "Schedule"]

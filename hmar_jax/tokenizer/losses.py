@@ -1,0 +1,231 @@
+"""reconstruction, latents, logits → scalars: what the tokenizer and its discriminator are trained on.
+
+Axis letters: B batch, S pixels a side, s logits a side, h, w latent map, Z latent channels, K scales. Every loss is a
+float32 scalar, a mean over its elements, so that weights mean the same at every resolution and batch size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.lax import stop_gradient
+
+from hmar_jax.config import TokenizerLossConfig
+from hmar_jax.errors import InputError
+
+Loss = Callable[[jax.Array], jax.Array]
+
+
+class Discriminator(nnx.Module):
+    """PatchGAN (Isola et al. 2017, §3.2.2): each logit judges one patch of the picture.
+
+    `layers` 4x4 convolutions halve the side, widths doubling from `channels` up to eight times it; one more of stride 1
+    and a last one to a single channel follow. Normalised by GroupNorm where the original has BatchNorm: it keeps no
+    running statistics, and a picture's logits depend neither on its batch nor on how the mesh splits that batch.
+
+    Args:
+      channels: width after the first convolution. layers: convolutions that halve the side.
+      dtype: of compute; parameters are float32.
+
+    Raises:
+      InputError: channels or layers below 1.
+    """
+
+    def __init__(self, channels: int, layers: int, *, dtype: Any, rngs: nnx.Rngs):
+        if channels < 1 or layers < 1:
+            raise InputError(
+                f"A discriminator of {channels} channels and {layers} layers is empty; use at least 1 of each."
+            )
+        self.layers = layers
+
+        def conv(inputs: int, outputs: int, stride: int, use_bias: bool) -> nnx.Conv:
+            return nnx.Conv(
+                inputs, outputs, (4, 4), stride, padding=1, use_bias=use_bias, dtype=dtype,
+                kernel_init=nnx.initializers.normal(0.02), rngs=rngs,
+            )  # fmt: skip
+
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        self.first = conv(3, channels, 2, True)
+        # The norm that follows has a bias of its own.
+        self.convs = nnx.List(
+            conv(a, b, 2 if i < layers else 1, False) for i, (a, b) in enumerate(itertools.pairwise(widths), start=1)
+        )
+        # Groups divide the width and hold two channels or more: alone, a channel of a 1x1 map would normalise to 0.
+        self.norms = nnx.List(
+            nnx.GroupNorm(width, math.gcd(32, width // 2), dtype=dtype, rngs=rngs) for width in widths[1:]
+        )
+        self.last = conv(widths[-1], 1, 1, True)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits, positive where a patch looks real.
+
+        Args:
+          images: (B,S,S,3) float in [-1,1].
+
+        Returns:
+          (B,s,s,1) float32, s = floor(S / 2^layers) - 2.
+
+        Raises:
+          InputError: not RGB pictures, or too small for one logit.
+        """
+        smallest = 3 * 2**self.layers
+        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < smallest:
+            raise InputError(
+                f"A discriminator of {self.layers} layers got images of shape {images.shape}; it needs (B,S,S,3) with "
+                f"S at least {smallest}, so use larger pictures or fewer discriminator_layers."
+            )
+        x = nnx.leaky_relu(self.first(images), 0.2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.leaky_relu(norm(conv(x)), 0.2)
+        return self.last(x).astype(jnp.float32)
+
+
+def hinge_discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+    """Half of the hinge loss (Lim & Ye 2017), as in VQGAN: real logits want to exceed 1, fake ones to be below -1."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits)))
+
+
+def generator_loss(fake_logits: jax.Array) -> jax.Array:
+    """The generator's side of the hinge loss: minus the mean logit of its pictures."""
+    return -jnp.mean(fake_logits)
+
+
+def adversarial_factor(step: jax.Array | int, start: int, weight: float) -> jax.Array:
+    """`weight` from step `start` on, 0 before: the picture comes first, its texture later. Float32 scalar."""
+    return jnp.where(jnp.asarray(step) >= start, jnp.float32(weight), 0.0)
+
+
+def adaptive_weight(
+    reconstruction_loss_of_kernel: Loss, adversarial_loss_of_kernel: Loss, kernel: jax.Array
+) -> jax.Array:
+    """Weight that makes both losses pull equally hard on the decoder's last layer (Esser et al. 2021, VQGAN eq. 7).
+
+    ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 1e-4), between 0 and 1e4; a constant to the gradient. As functions of that
+    one kernel, the losses are differentiated again down to the last convolution only: let their other inputs, the
+    activations below it above all, be constants (`stop_gradient`), which spares the tracing of second derivatives.
+
+    Args:
+      reconstruction_loss_of_kernel, adversarial_loss_of_kernel: kernel → scalar.
+      kernel: of the decoder's last convolution.
+
+    Returns:
+      float32 scalar.
+    """
+    kernel = stop_gradient(kernel)
+    reconstruction, adversarial = (
+        jnp.linalg.norm(jax.grad(loss)(kernel).astype(jnp.float32).ravel())
+        for loss in (reconstruction_loss_of_kernel, adversarial_loss_of_kernel)
+    )
+    return stop_gradient(jnp.clip(reconstruction / (adversarial + 1e-4), 0.0, 1e4))
+
+
+def pixel_loss(reconstruction: jax.Array, images: jax.Array, *, l1: float, l2: float) -> jax.Array:
+    """`l1`·mean |d| + `l2`·mean d² of the difference d, in [-1,1] units.
+
+    Args:
+      reconstruction, images: (B,S,S,3) float.
+
+    Raises:
+      InputError: their shapes differ.
+    """
+    if reconstruction.shape != images.shape:
+        raise InputError(
+            f"A reconstruction of shape {reconstruction.shape} cannot be compared with {images.shape} images."
+        )
+    difference = reconstruction.astype(jnp.float32) - images.astype(jnp.float32)
+    return l1 * jnp.mean(jnp.abs(difference)) + l2 * jnp.mean(jnp.square(difference))
+
+
+def vq_loss(latents: jax.Array, fhats: jax.Array | Sequence[jax.Array], commitment: float) -> jax.Array:
+    """Codebook and commitment terms, averaged over scales (Tian et al. 2024, VAR; van den Oord et al. 2017).
+
+    Each scale adds `commitment`·mse(sg fhat, f), which draws the encoder to the codes, and mse(fhat, sg f), which draws
+    codes and phis to the encoder.
+
+    Args:
+      latents: (B,h,w,Z) f, what the encoder gave.
+      fhats: (K,B,h,w,Z), or K of (B,h,w,Z): running reconstruction after each scale, differentiable in the codebook.
+
+    Raises:
+      InputError: no scales, or a scale's shape is not the latents'.
+    """
+    if not len(fhats) or any(fhat.shape != latents.shape for fhat in fhats):
+        raise InputError(
+            f"vq_loss got reconstructions of shapes {[fhat.shape for fhat in fhats]}; it needs one or more of the "
+            f"latents' shape {latents.shape}."
+        )
+    f = latents.astype(jnp.float32)
+
+    def scale_loss(fhat: jax.Array) -> jax.Array:
+        fhat = fhat.astype(jnp.float32)
+        return commitment * _mse(stop_gradient(fhat), f) + _mse(fhat, stop_gradient(f))
+
+    return jnp.mean(jnp.stack([scale_loss(fhat) for fhat in fhats]))
+
+
+def _mse(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(a - b))
+
+
+def generator_terms(
+    config: TokenizerLossConfig,
+    step: jax.Array | int,
+    reconstruction: jax.Array,
+    images: jax.Array,
+    latents: jax.Array,
+    fhats: jax.Array | Sequence[jax.Array],
+    *,
+    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    discriminate: Callable[[jax.Array], jax.Array] | None = None,
+    last_layer: Callable[[jax.Array], jax.Array] | None = None,
+    kernel: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The tokenizer's whole loss: pixels + vq + perceptual + adversarial, each with its weight from `config`.
+
+    Args:
+      config: the weights. step: of training, which decides whether the adversarial term is on yet.
+      reconstruction, images: (B,S,S,3), the first one differentiable.
+      latents, fhats: see `vq_loss`.
+      perceptual: (reconstruction, images) → (B,) distances; None leaves the term out.
+      discriminate: pictures → logits, its parameters constant (`stop_gradient`); None leaves the adversarial term out.
+      last_layer: kernel → reconstruction, the decoder's last convolution on constant activations; with `discriminate`.
+      kernel: that convolution's; with `discriminate`.
+
+    Returns:
+      loss, and the terms before weighting by name: `pixel`, `vq`, and where on `perceptual`, `generator`,
+      `adaptive_weight`. All float32 scalars.
+
+    Raises:
+      InputError: `discriminate` without `last_layer` and `kernel`.
+    """
+
+    def picture_terms(picture: jax.Array) -> dict[str, jax.Array]:
+        terms = {"pixel": pixel_loss(picture, images, l1=config.l1, l2=config.l2)}
+        return terms | ({"perceptual": jnp.mean(perceptual(picture, images))} if perceptual else {})
+
+    def picture_loss(terms: dict[str, jax.Array]) -> jax.Array:
+        return terms["pixel"] + config.perceptual * terms.get("perceptual", jnp.float32(0))
+
+    metrics = picture_terms(reconstruction)
+    metrics["vq"] = vq_loss(latents, fhats, config.commitment)
+    loss = picture_loss(metrics) + config.vq * metrics["vq"]
+    if discriminate is None:
+        return loss, metrics
+    if last_layer is None or kernel is None:
+        raise InputError(
+            "generator_terms with a discriminator also needs last_layer and kernel for the adaptive weight."
+        )
+    metrics["generator"] = generator_loss(discriminate(reconstruction))
+    metrics["adaptive_weight"] = adaptive_weight(
+        lambda kernel: picture_loss(picture_terms(last_layer(kernel))),
+        lambda kernel: generator_loss(discriminate(last_layer(kernel))),
+        kernel,
+    )
+    factor = adversarial_factor(step, config.adversarial_start, config.adversarial)
+    return loss + factor * metrics["adaptive_weight"] * metrics["generator"], metrics

@@ -1,0 +1,148 @@
+"""two pictures → distance as people see it: LPIPS (Zhang et al. 2018, arXiv 1801.03924), VGG16 variant.
+
+Axis letters: B batch, S pixels a side, h, w feature map, C feature channels.
+
+The weights are not ours to ship. Make the file once, where PyTorch is installed (`pip install torchvision lpips`):
+
+    import lpips, torchvision
+    from safetensors.torch import save_file
+
+    vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
+    heads = lpips.LPIPS(net="vgg").state_dict()  # its `lins.*` repeat `lin0` … `lin4`, its `net.*` repeat `features.*`
+    entries = {k: v for k, v in vgg.items() if k.startswith("features.")}
+    entries |= {f"lin{i}.model.1.weight": heads[f"lin{i}.model.1.weight"] for i in range(5)}
+    save_file(entries, "lpips_vgg16.safetensors")  # 59 MB
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+
+from hmar_jax.errors import InputError
+
+PerceptualParams = dict[str, jax.Array]
+
+# torchvision's numbers of VGG16's 3x3 convolutions. A stage ends in the features LPIPS compares; a max-pool follows.
+_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_CHANNELS = (64, 128, 256, 512, 512)
+# LPIPS's scaling layer: mean and standard deviation of ImageNet in [-1,1] units.
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+
+
+def file_shapes() -> dict[str, tuple[int, ...]]:
+    """Name and shape of every entry of a weights file: OIHW convolutions, their biases, and (1,C,1,1) heads."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    inputs = 3
+    for stage, (convs, channels) in enumerate(zip(_STAGES, _CHANNELS, strict=True)):
+        for conv in convs:
+            shapes[f"features.{conv}.weight"] = (channels, inputs, 3, 3)
+            shapes[f"features.{conv}.bias"] = (channels,)
+            inputs = channels
+        shapes[f"lin{stage}.model.1.weight"] = (1, channels, 1, 1)
+    return shapes
+
+
+def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
+    """The weights in a .safetensors file made as this module's docstring says.
+
+    Args:
+      path: of the file. VGG's `classifier.*` entries are ignored if they are there.
+
+    Returns:
+      Float32 arrays by the file's names, convolutions turned to HWIO. Hand them to a jitted function as an argument:
+      closed over, 59 MB would be compiled in as constants.
+
+    Raises:
+      InputError: no such file, not a safetensors file, or missing, unexpected or misshapen entries.
+    """
+    expected = file_shapes()
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            names = [name for name in list(file.keys()) if not name.startswith("classifier.")]
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            _check_entries(path, expected, found)
+            entries = {name: file.get_tensor(name).astype(np.float32) for name in expected}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"Perceptual weights {os.fspath(path)!r} cannot be read as a .safetensors file ({error}); "
+            "hmar_jax/tokenizer/perceptual.py says how to make one."
+        ) from error
+    return {
+        name: jnp.asarray(value.transpose(2, 3, 1, 0) if name.startswith("features.") and value.ndim == 4 else value)
+        for name, value in entries.items()
+    }
+
+
+def _check_entries(
+    path: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    """InputError that names the entries at fault, if any."""
+    faults = {
+        "lacks": sorted(expected.keys() - found.keys()),
+        "has the unexpected": sorted(found.keys() - expected.keys()),
+        "has the misshapen": [
+            f"{name} {found[name]} (expected {shape})"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    parts = [f"{verb} {', '.join(names)}" for verb, names in faults.items() if names]
+    if parts:
+        raise InputError(
+            f"Perceptual weights {os.fspath(path)!r}: the file {'; '.join(parts)}; "
+            "hmar_jax/tokenizer/perceptual.py says how to make one."
+        )
+
+
+def perceptual_distance(params: PerceptualParams, a: jax.Array, b: jax.Array) -> jax.Array:
+    """LPIPS v0.1: per stage, the weighted squared difference of unit-length features, averaged over space; summed.
+
+    Args:
+      params: from `load_perceptual`.
+      a, b: (B,S,S,3) float in [-1,1], S at least 16 (four max-pools). The gradient reaches both.
+
+    Returns:
+      (B,) float32 ≥ 0; 0 up to rounding where the pictures are equal.
+
+    Raises:
+      InputError: shapes differ, are not pictures', or are too small.
+    """
+    if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < 16:
+        raise InputError(
+            f"Perceptual distance got pictures of shapes {a.shape} and {b.shape}; it needs two equal (B,S,S,3) with "
+            "S at least 16."
+        )
+    # Apart, not joined along B: joining would move pictures between devices, and a constant b needs no backward pass.
+    pairs = zip(_features(params, a), _features(params, b), strict=True)
+    distance = jnp.zeros(a.shape[0], jnp.float32)
+    for stage, (x, y) in enumerate(pairs):
+        head = params[f"lin{stage}.model.1.weight"].reshape(-1)
+        distance += jnp.mean(jnp.sum(jnp.square(_unit(x) - _unit(y)) * head, axis=-1), axis=(1, 2))
+    return distance
+
+
+def _features(params: PerceptualParams, images: jax.Array) -> list[jax.Array]:
+    """Each stage's last activations, (B,h,w,C) float32 with h = floor(S / 2^stage)."""
+    x = (images.astype(jnp.float32) - _SHIFT) / _SCALE
+    features = []
+    for stage, convs in enumerate(_STAGES):
+        if stage:
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        for conv in convs:
+            kernel, bias = params[f"features.{conv}.weight"], params[f"features.{conv}.bias"]
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jax.nn.relu(x + bias)
+        features.append(x)
+    return features
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """`x` at unit length along C. The epsilon keeps the gradient finite where all channels are 0."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-10)

@@ -1,0 +1,99 @@
+"""latent map ⇄ tokens of every scale: multi-scale residual quantization (VAR §3.2, Algorithms 1 and 2).
+
+All arithmetic is float32 at highest matmul precision: anything less flips argmins.
+Axis letters: B batch, h side of the latent map (= p_K), L tokens, K scales, Z latent channels, V codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hmar_jax import resize
+from hmar_jax.config import TokenizerConfig
+from hmar_jax.scales import ScaleLadder
+
+
+def phi_of_scale(num_scales: int, phis: int) -> tuple[int, ...]:
+    """Which of the shared convolutions each scale uses: the tick nearest to k/(K-1); ticks are evenly spread."""
+    ticks = np.linspace(1 / 3 / phis, 1 - 1 / 3 / phis, phis)
+    places = np.arange(num_scales) / max(num_scales - 1, 1)
+    return tuple(int(np.argmin(np.abs(ticks - place))) for place in places)
+
+
+class Quantizer(nnx.Module):
+    """Codebook and phi convolutions.
+
+    Attributes:
+      codebook: (V,Z) float32, the codes E.
+      phis: 3x3 convolutions Z → Z; `phi(h) = 0.5 h + 0.5 conv(h)`.
+    """
+
+    def __init__(self, config: TokenizerConfig, ladder: ScaleLadder, *, rngs: nnx.Rngs):
+        size, channels = config.codebook_size, config.latent_channels
+        self.ladder = ladder
+        self.codebook = nnx.Param(jax.random.uniform(rngs.params(), (size, channels), minval=-1 / size, maxval=1 / size))
+        self.phis = nnx.List(
+            nnx.Conv(channels, channels, (3, 3), padding=1, precision="highest", rngs=rngs) for _ in range(config.phis)
+        )
+
+    def nearest(self, latents: jax.Array) -> jax.Array:
+        """The code with the least squared distance: (…,Z) float32 → (…) int32."""
+        codebook = self.codebook[...]
+        dots = jnp.einsum("...z,vz->...v", latents, codebook, precision="highest")
+        # |latent|² is the same for all codes, so that it need not be added.
+        return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * dots, axis=-1).astype(jnp.int32)
+
+    def lift(self, tokens: jax.Array, scale: int, keep: jax.Array | None = None) -> jax.Array:
+        """u_k, what one scale adds to the reconstruction.
+
+        Args:
+          tokens: (B,p²) int32 of this scale.
+          scale: k from 0.
+          keep: optional (B,p²) bool; the other tokens contribute nothing (leak-free masked inputs).
+
+        Returns:
+          (B,h,h,Z) float32.
+        """
+        side, full = self.ladder.sides[scale], self.ladder.sides[-1]
+        codes = self.codebook[...][tokens]
+        if keep is not None:
+            codes = jnp.where(keep[..., None], codes, 0)
+        maps = codes.reshape(tokens.shape[0], side, side, codes.shape[-1])
+        lifted = resize.apply(resize.bicubic_matrix(side, full), maps)
+        phi = self.phis[phi_of_scale(self.ladder.num_scales, len(self.phis))[scale]]
+        return 0.5 * lifted + 0.5 * phi(lifted)
+
+    def pool(self, maps: jax.Array, scale: int) -> jax.Array:
+        """A map at the resolution of a scale: (B,h,h,Z) → (B,p²,Z) float32."""
+        pooled = resize.apply(resize.area_matrix(maps.shape[1], self.ladder.sides[scale]), maps)
+        return pooled.reshape(maps.shape[0], -1, maps.shape[-1])
+
+    def quantize(self, latents: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Codes every scale on what the coarser ones left over.
+
+        Args:
+          latents: f, (B,h,h,Z) float32.
+
+        Returns:
+          tokens: (B,L) int32. lifts: K arrays u_k (B,h,h,Z); their running sum is the reconstruction of f.
+        """
+        rest, tokens, lifts = latents, [], []
+        for scale in range(self.ladder.num_scales):
+            tokens.append(self.nearest(self.pool(rest, scale)))
+            lifts.append(self.lift(tokens[-1], scale))
+            rest = rest - lifts[-1]
+        return jnp.concatenate(tokens, axis=1), lifts
+
+    def split(self, tokens: jax.Array) -> Sequence[jax.Array]:
+        """Joined tokens or masks, scale by scale: (B,L,…) → K arrays (B,p_k²,…)."""
+        return [tokens[:, where] for where in self.ladder.slices]
+
+    def reconstruct(self, tokens: jax.Array) -> jax.Array:
+        """The latent map that all tokens together code: (B,L) int32 → (B,h,h,Z) float32."""
+        lifts = (self.lift(of_scale, scale) for scale, of_scale in enumerate(self.split(tokens)))
+        return sum(lifts, start=jnp.zeros(()))

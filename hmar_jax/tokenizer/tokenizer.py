@@ -1,0 +1,52 @@
+"""image ⇄ tokens: encoder, quantizer and decoder as one module.
+
+Axis letters: B batch, S pixels a side, h latents a side, L tokens, Z latent channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hmar_jax.config import TokenizerConfig
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer.autoencoder import Decoder, Encoder
+from hmar_jax.tokenizer.quantizer import Quantizer
+
+
+class Tokenizer(nnx.Module):
+    """The multi-scale residual VQ-VAE (VAR §3.2).
+
+    Args:
+      config: its sizes. ladder: sides of the token maps; the last is the latent map's.
+      dtype: compute dtype of the CNN; the quantizer is float32 always.
+    """
+
+    def __init__(
+        self, config: TokenizerConfig, ladder: ScaleLadder, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        channels = config.latent_channels
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.quant_conv = nnx.Conv(channels, channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.quantizer = Quantizer(config, ladder, rngs=rngs)
+        self.post_quant_conv = nnx.Conv(channels, channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+
+    def latents(self, images: jax.Array) -> jax.Array:
+        """f: (B,S,S,3) in [-1,1] → (B,h,h,Z) float32."""
+        return self.quant_conv(self.encoder(images)).astype(jnp.float32)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """(B,S,S,3) in [-1,1] → (B,L) int32."""
+        return self.quantizer.quantize(self.latents(images))[0]
+
+    def decode_latents(self, latents: jax.Array) -> jax.Array:
+        """A (reconstructed) f to its picture: (B,h,h,Z) → (B,S,S,3) float32 in [-1,1]."""
+        images = self.decoder(self.post_quant_conv(latents))
+        return jnp.clip(images.astype(jnp.float32), -1, 1)
+
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""
+        return self.decode_latents(self.quantizer.reconstruct(tokens))

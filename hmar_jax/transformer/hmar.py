@@ -1,0 +1,126 @@
+"""scale inputs → logits: the shared trunk with a next-scale branch and, from stage 2 on, a mask branch (HMAR §4).
+
+Without a mask branch and with `pattern="block_causal"` it is VAR. The same methods serve training, where the L tokens
+of all scales go in joined, and sampling, where one scale goes in alone.
+Axis letters: B batch, L tokens, K scales, C width, Z latent channels, V codebook.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hmar_jax.config import TransformerConfig
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.transformer.blocks import Head, Remat, Stack, weight_init
+
+
+class Branch(nnx.Module):
+    """The last blocks and the head of one kind of prediction."""
+
+    def __init__(
+        self, config: TransformerConfig, codebook_size: int, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs
+    ):
+        self.stack = Stack(config, config.branch_depth, config.trunk_depth, dtype=dtype, remat=remat, rngs=rngs)
+        self.head = Head(config, codebook_size, rngs=rngs)
+
+
+class HMAR(nnx.Module):
+    """The scale-Markov masked transformer.
+
+    Args:
+      config: its sizes. ladder: the scales it is built for.
+      codebook_size, latent_channels: V and Z of its tokenizer.
+      dtype: compute dtype of the blocks; parameters, AdaLN, softmax and logits are float32.
+      remat: what the backward pass recomputes.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ladder: ScaleLadder,
+        *,
+        codebook_size: int,
+        latent_channels: int,
+        dtype: DTypeLike = jnp.float32,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        width, init = config.width, weight_init(config.width)
+        self.ladder, self.dtype = ladder, dtype
+        self.class_embed = nnx.Embed(config.num_classes + 1, width, embedding_init=init, rngs=rngs)
+        self.pos_start = nnx.Param(init(rngs.params(), (ladder.lengths[0], width)))
+        self.pos = nnx.Param(init(rngs.params(), (ladder.length, width)))
+        self.level = nnx.Param(init(rngs.params(), (ladder.num_scales, width)))
+        self.word = nnx.Linear(latent_channels, width, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.word_bias = nnx.Param(jnp.zeros((width,)))
+        if config.shared_adaln:
+            self.adaln = nnx.Linear(width, 6 * width, kernel_init=init, rngs=rngs)
+        self.trunk = Stack(config, config.trunk_depth, 0, dtype=dtype, remat=remat, rngs=rngs)
+        self.next_scale = Branch(config, codebook_size, dtype=dtype, remat=remat, rngs=rngs)
+        if config.masked:
+            self.mask_embed = nnx.Param(init(rngs.params(), (width,)))
+            self.masked = Branch(config, codebook_size, dtype=dtype, remat=remat, rngs=rngs)
+
+    def condition(self, labels: jax.Array) -> jax.Array:
+        """Class embeddings: (B,) int32 in [0, num_classes], the last being the null class → (B,C) float32."""
+        return self.class_embed(labels)
+
+    def inputs(
+        self,
+        cond: jax.Array,
+        scales: range,
+        pooled: jax.Array,
+        current: jax.Array | None = None,
+        masked: jax.Array | None = None,
+    ) -> jax.Array:
+        """What goes into the blocks for some scales.
+
+        Args:
+          cond: (B,C). scales: neighbouring scales, from 0; N is the number of their tokens without scale 0's.
+          pooled: area(f_{k-1}, p_k) of these scales but 0, joined: (B,N,Z).
+          current: area(u_k, p_k) likewise, for a masked pass. masked: (B,N) bool, where mask_embed replaces it.
+
+        Returns:
+          (B, tokens of `scales`, C) in the compute dtype.
+        """
+        offsets = self.ladder.offsets
+        where = slice(offsets[scales.start], offsets[scales.stop])
+        place = self.pos[...][where] + self.level[...][self.ladder.scale_ids[where]]
+        parts = []
+        if scales.start == 0:
+            parts.append(cond[:, None] + self.pos_start[...])
+        if pooled.shape[1]:
+            x = self.word(pooled) + self.word_bias[...]
+            if current is not None and masked is not None:
+                x = x + jnp.where(masked[..., None], self.mask_embed[...], self.word(current))
+            parts.append(x)
+        return (jnp.concatenate(parts, axis=1) + place).astype(self.dtype)
+
+    def next_scale_logits(
+        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits of the next-scale branch for `inputs` x (B,N,C) of the scales in `ladder`: (B,N,V) float32.
+
+        With `key` it is training: drop-path is on.
+        """
+        return self._logits(self.next_scale, x, cond, ladder, key)
+
+    def masked_logits(
+        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
+    ) -> jax.Array:
+        """As `next_scale_logits`, from the mask branch."""
+        return self._logits(self.masked, x, cond, ladder, key)
+
+    def _logits(
+        self, branch: Branch, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None
+    ) -> jax.Array:
+        modulation = nnx.silu(cond)
+        if hasattr(self, "adaln"):
+            modulation = self.adaln(modulation)
+        trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
+        x = self.trunk(x, modulation, ladder, trunk_key)
+        x = branch.stack(x, modulation, ladder, branch_key)
+        return branch.head(x, cond)

@@ -1,0 +1,63 @@
+"""q, k, v of a token pyramid → attended values. The one door to every implementation.
+
+Axis letters: B batch, L tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+
+from pallas_kernels.scale_attention.reference import reference_attention
+
+Implementation = Literal["reference"]
+
+
+class Ladder(Protocol):
+    """What attention must know of the geometry; `hmar_jax.ScaleLadder` is one."""
+
+    @property
+    def length(self) -> int:
+        """L."""
+
+    def key_ranges(self, pattern: Any) -> np.ndarray:
+        """(L,2) int32: query i attends to keys in [start, end)."""
+
+
+def scale_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ladder: Ladder,
+    *,
+    pattern: Literal["block_diagonal", "block_causal"],
+    q_scale: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attention among the tokens of one scale (`block_diagonal`) or of all scales so far (`block_causal`).
+
+    Args:
+      q, k, v: (B,L,H,D), bfloat16, float16 or float32.
+      ladder: the scales that the L tokens are joined from; static.
+      pattern: which keys a query sees.
+      q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
+        scale is 1 (QK-norm, Henry et al. 2020); without it the softmax scale is D^-0.5.
+      implementation: forces one; None picks by device.
+
+    Returns:
+      (B,L,H,D) in the dtype of q.
+
+    Raises:
+      ValueError: L is not the ladder's, or the forced implementation is unknown.
+    """
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[1] != ladder.length:
+        raise ValueError(
+            f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected three times (B, L={ladder.length}, H, D) for {ladder}."
+        )
+    match implementation:
+        case None | "reference":
+            return reference_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
+        case _:
+            raise ValueError(f"Implementation {implementation!r} of scale_attention is unknown; use 'reference'.")

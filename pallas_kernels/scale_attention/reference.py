@@ -1,0 +1,42 @@
+"""q, k, v → attended values: the specification, dense and in float32 at highest precision.
+
+Axis letters: B batch, L tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def reference_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: np.ndarray, q_scale: jax.Array | None
+) -> jax.Array:
+    """Every query i attends to the keys in [key_ranges[i,0], key_ranges[i,1]).
+
+    Args:
+      q, k, v: (B,L,H,D), any float dtype.
+      key_ranges: (L,2) int.
+      q_scale: optional (H,). With it q and k are L2-normalised along D (eps 1e-12), q is multiplied by it and the
+        softmax scale is 1; without it the softmax scale is D^-0.5.
+
+    Returns:
+      (B,L,H,D) in the dtype of q.
+    """
+    dtype = q.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q = q * q.shape[-1] ** -0.5 if q_scale is None else _normalize(q) * q_scale.astype(jnp.float32)[:, None]
+    k = k if q_scale is None else _normalize(k)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
+    keys = np.arange(key_ranges.shape[0])
+    visible = (keys >= key_ranges[:, :1]) & (keys < key_ranges[:, 1:])
+    if not visible.all():
+        logits = jnp.where(visible, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest").astype(dtype)
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    """L2 normalisation whose gradient is finite at zero: x / max(|x|, 1e-12)."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
