@@ -184,7 +184,9 @@ class Model:
         records = None
         if record:
             where = [(p.scale, p.step) for k in range(len(schedule.counts)) for p in schedule.plan.passes(k)]
-            records = [DrawRecord(*at, *(np.asarray(x)[:number] for x in d)) for at, d in zip(where, draws, strict=True)]
+            records = [
+                DrawRecord(*at, *(np.asarray(x)[:number] for x in d)) for at, d in zip(where, draws, strict=True)
+            ]
         return Sample(np.asarray(images)[:number], np.asarray(tokens)[:number], records)
 
     def _check(
@@ -199,13 +201,17 @@ class Model:
             raise InputError(f"Labels are {labels!r}; expected a list of integers from 0 to {highest}.")
         if labels.min() < 0 or labels.max() > highest:
             wrong = labels[(labels < 0) | (labels > highest)][0]
-            raise InputError(f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}.")
+            raise InputError(
+                f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}."
+            )
         checked = jnp.zeros((0,), jnp.int32) if tokens is None else check_tokens(self.config, tokens)
         return jnp.asarray(labels, jnp.int32), checked
 
     def _check_mask_branch(self, what: str) -> None:
         if not (self.config.transformer and self.config.transformer.masked):
-            raise InputError(f"{what} needs a mask branch, which this model has not; train stage `masked`, or use 'next-scale'.")
+            raise InputError(
+                f"{what} needs a mask branch, which this model has not; train stage `masked`, or use 'next-scale'."
+            )
 
 
 def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
@@ -214,7 +220,7 @@ def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
     length, size = config.ladder.length, config.tokenizer.codebook_size
     if tokens.ndim != 2 or tokens.shape[1] != length:
         raise InputError(f"Tokens are {tokens.shape}; this model's ladder has (B, {length}).")
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
         raise InputError(f"Tokens range from {tokens.min()} to {tokens.max()}; the codebook has 0 to {size - 1}.")
     return jnp.asarray(tokens, jnp.int32)
 
@@ -264,9 +270,7 @@ def _decode(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _next_scale_logits(
-    config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array
-) -> jax.Array:
+def _next_scale_logits(config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array) -> jax.Array:
     nets = networks(config, params, dtype)
     return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens)
 

@@ -38,9 +38,12 @@ class FolderSource:
         folders = [root] if _pictures(root) else [f for f in _visible(root) if f.is_dir()]
         if not folders:
             raise InputError(
-                f"Folder {str(root)!r} holds no pictures; put {', '.join(ENDINGS)} files in it, or in one subfolder a class."
+                f"Folder {str(root)!r} holds no pictures; put {', '.join(ENDINGS)} files in it, or in one subfolder "
+                "a class."
             )
-        self.class_names: tuple[str, ...] = tuple(folder.resolve().name if folder == root else folder.name for folder in folders)
+        self.class_names: tuple[str, ...] = tuple(
+            folder.resolve().name if folder == root else folder.name for folder in folders
+        )
         self._files: list[str] = []
         self._labels: list[int] = []
         for label, folder in enumerate(folders):

@@ -1,8 +1,8 @@
 """(seed, index) → a coloured character on a texture, and its class. The embedded default: nothing to download.
 
-A picture is `texture + (ink − texture) · mask`. A person tells the classes apart at a glance: the ink's luma is `CONTRAST`
-or more away from the texture's everywhere; capitals fill 82 to 92 % of the height and small letters, standing on the
-same line, some 70 % of that, so `c` is not `C`; zero is always dotted, and `I` and `l` always have their serifs.
+A picture is `texture + (ink − texture) · mask`. A person tells the classes apart at a glance: the ink's luma is
+`CONTRAST` or more away from the texture's everywhere; capitals fill 82 to 92 % of the height, and small letters on the
+same line some 70 % of that, so `c` is not `C`; zero is always dotted, and `I` and `l` always have their serifs.
 
 Axis letters: S pixels a side.
 """
@@ -24,7 +24,11 @@ from hmar_jax.errors import InputError
 
 CONTRAST = 0.35
 _FACES = ("Sans", "Sans-Bold", "Serif", "Serif-Bold", "SansMono", "SansMono-Bold")
-_READABLE_IN = {"0": "Mono", "I": "Serif Mono", "l": "Serif Mono"}  # words of the faces; elsewhere they look like O, l, I
+_READABLE_IN = {
+    "0": "Mono",
+    "I": "Serif Mono",
+    "l": "Serif Mono",
+}  # words of the faces; elsewhere they look like O, l, I
 _CAP_HEIGHT = 0.729  # of an em, in every DejaVu face
 _FILL = (0.82, 0.92)  # height of a capital, in S
 _ROOM = 0.94  # most of S that any glyph may take
@@ -79,7 +83,7 @@ class Glyphs:
 
 @dataclasses.dataclass(frozen=True)
 class _Stencil:
-    """A character's ink, cut tight, where a capital is `cap` pixels high; `top` is how far it starts below their top."""
+    """A character's ink, cut tight; `cap` is the height of capitals, `top` how far below the top of those it starts."""
 
     mask: Image.Image
     cap: float

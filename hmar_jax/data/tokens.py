@@ -1,7 +1,7 @@
 """batches of tokens ⇄ a cache on disk, what the transformer stages train from.
 
     cache.json                            the header: see `_Header`
-    tokens-00000-of-0000N.array_record    records of one image each: int32 label, then crops × L uint16 tokens, little-endian
+    tokens-00000-of-0000N.array_record    a record an image: int32 label, then crops × L uint16 tokens, little-endian
 
 A cache appears under its name only when it is complete.
 
@@ -132,6 +132,8 @@ class TokenSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Example `index`: "tokens" (crops,L) uint16; "label" int32. Raises InputError if it cannot be read."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         with self._whole():
             record = self._records[index]
             tokens = np.frombuffer(record, "<u2", offset=4).reshape(self.crops, self.ladder.length)
@@ -157,10 +159,10 @@ def _records(
                 f"A batch has tokens {tokens.shape} and labels {labels.shape}; expected ({crops},B,{length}) and (B,)."
             )
         for name, values, end in (("tokens", tokens, codebook_size), ("labels", labels, classes)):
-            if values.dtype.kind not in "iu" or (values.size and not 0 <= values.min() <= values.max() < end):
+            if values.size and not (values.dtype.kind in "iu" and 0 <= values.min() <= values.max() < end):
                 raise InputError(
-                    f"A batch has {values.dtype} {name} from {values.min()} to {values.max()}; expected integers from 0 "
-                    f"to {end - 1}."
+                    f"A batch has {values.dtype} {name} from {values.min()} to {values.max()}; expected integers from "
+                    f"0 to {end - 1}."
                 )
         for image, label in zip(tokens.astype("<u2").swapaxes(0, 1), labels.astype("<i4"), strict=True):
             yield label.tobytes() + image.tobytes()
@@ -171,9 +173,10 @@ def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
         writer = ArrayRecordWriter(str(shard), "group_size:1")  # each record by itself: they are read in random order
     count = 0
     try:
-        for count, record in enumerate(records, 1):
+        for record in records:
             with _disk(path):
                 writer.write(record)
+            count += 1
     finally:
         with _disk(path):
             writer.close()
@@ -212,4 +215,4 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().partition(";")[0] or "cut short"
+    return str(error).strip().partition(";")[0].rstrip(".") or "cut short"

@@ -25,9 +25,7 @@ def _downsample(channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def _norm(config: TokenizerConfig, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(
-        channels, config.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs
-    )
+    return nnx.GroupNorm(channels, config.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class ResidualBlock(nnx.Module):
@@ -78,8 +76,7 @@ class Level(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.blocks = nnx.List(
-            ResidualBlock(config, inputs if j == 0 else outputs, outputs, dtype=dtype, rngs=rngs)
-            for j in range(blocks)
+            ResidualBlock(config, inputs if j == 0 else outputs, outputs, dtype=dtype, rngs=rngs) for j in range(blocks)
         )
         self.attentions = nnx.List(
             SpatialAttention(config, outputs, dtype=dtype, rngs=rngs) for _ in range(blocks if attention else 0)
@@ -132,7 +129,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents after `post_quant_conv` to an image: (B,h,h,Z) → (B,S,S,3), not clipped. Levels run deepest first."""
+    """Latents after `post_quant_conv` to the features of an image. Levels run deepest first."""
 
     def __init__(self, config: TokenizerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths = [config.channels * m for m in config.multipliers]
@@ -148,13 +145,10 @@ class Decoder(nnx.Module):
         self.conv_out = _conv(widths[0], 3, 3, dtype=dtype, rngs=rngs)
 
     def features(self, latents: jax.Array) -> jax.Array:
-        """All but the last convolution, whose kernel alone the adaptive adversarial weight differentiates."""
+        """(B,h,h,Z) → (B,S,S,channels): all but `conv_out`, which the tokenizer applies: the adaptive adversarial weight differentiates it alone."""
         x = self.middle(self.conv_in(latents))
         for level in reversed(self.levels):
             x = level(x)
             if level.resample is not None:
                 x = level.resample(x.repeat(2, axis=1).repeat(2, axis=2))
         return nnx.silu(self.norm_out(x))
-
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        return self.conv_out(self.features(latents))

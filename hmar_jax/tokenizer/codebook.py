@@ -71,8 +71,8 @@ def _fill_up(vectors: jax.Array, rows: int, key: jax.Array) -> jax.Array:
 
 def _start(vectors: jax.Array, num_codes: int, key: jax.Array) -> jax.Array:
     """(V,Z) rows of `vectors`, far from each other: k-means++, with several draws a round where V is large."""
-    rounds = min(num_codes, _ROUNDS)
-    per_round = -(-num_codes // rounds)
+    per_round = -(-num_codes // _ROUNDS)
+    rounds = -(-num_codes // per_round)
 
     def draw(distances: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         codes = vectors[_draw_far(key, distances, per_round)]

@@ -7,6 +7,7 @@ Axis letters: B batch, h side of the latent map (= p_K), L tokens, K scales, Z l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,19 @@ def phi_of_scale(num_scales: int, phis: int) -> tuple[int, ...]:
     return tuple(int(np.argmin(np.abs(ticks - place))) for place in places)
 
 
+class Quantized(NamedTuple):
+    """What `Quantizer.quantize` gives.
+
+    Attributes:
+      tokens: (B,L) int32. queries: (B,L,Z) float32, the vectors that codes were looked up for.
+      lifts: K arrays u_k (B,h,h,Z); their running sum is the reconstruction of f.
+    """
+
+    tokens: jax.Array
+    queries: jax.Array
+    lifts: list[jax.Array]
+
+
 class Quantizer(nnx.Module):
     """Codebook and phi convolutions.
 
@@ -36,7 +50,9 @@ class Quantizer(nnx.Module):
     def __init__(self, config: TokenizerConfig, ladder: ScaleLadder, *, rngs: nnx.Rngs):
         size, channels = config.codebook_size, config.latent_channels
         self.ladder = ladder
-        self.codebook = nnx.Param(jax.random.uniform(rngs.params(), (size, channels), minval=-1 / size, maxval=1 / size))
+        self.codebook = nnx.Param(
+            jax.random.uniform(rngs.params(), (size, channels), minval=-1 / size, maxval=1 / size)
+        )
         self.phis = nnx.List(
             nnx.Conv(channels, channels, (3, 3), padding=1, precision="highest", rngs=rngs) for _ in range(config.phis)
         )
@@ -73,21 +89,15 @@ class Quantizer(nnx.Module):
         pooled = resize.apply(resize.area_matrix(maps.shape[1], self.ladder.sides[scale]), maps)
         return pooled.reshape(maps.shape[0], -1, maps.shape[-1])
 
-    def quantize(self, latents: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Codes every scale on what the coarser ones left over.
-
-        Args:
-          latents: f, (B,h,h,Z) float32.
-
-        Returns:
-          tokens: (B,L) int32. lifts: K arrays u_k (B,h,h,Z); their running sum is the reconstruction of f.
-        """
-        rest, tokens, lifts = latents, [], []
+    def quantize(self, latents: jax.Array) -> Quantized:
+        """Codes every scale on what the coarser ones left over: f (B,h,h,Z) float32 → tokens and what they stand for."""
+        rest, queries, tokens, lifts = latents, [], [], []
         for scale in range(self.ladder.num_scales):
-            tokens.append(self.nearest(self.pool(rest, scale)))
+            queries.append(self.pool(rest, scale))
+            tokens.append(self.nearest(queries[-1]))
             lifts.append(self.lift(tokens[-1], scale))
             rest = rest - lifts[-1]
-        return jnp.concatenate(tokens, axis=1), lifts
+        return Quantized(jnp.concatenate(tokens, axis=1), jnp.concatenate(queries, axis=1), lifts)
 
     def split(self, tokens: jax.Array) -> Sequence[jax.Array]:
         """Joined tokens or masks, scale by scale: (B,L,…) → K arrays (B,p_k²,…)."""

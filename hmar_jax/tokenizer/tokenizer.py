@@ -24,9 +24,7 @@ class Tokenizer(nnx.Module):
       dtype: compute dtype of the CNN; the quantizer is float32 always.
     """
 
-    def __init__(
-        self, config: TokenizerConfig, ladder: ScaleLadder, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TokenizerConfig, ladder: ScaleLadder, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         channels = config.latent_channels
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.quant_conv = nnx.Conv(channels, channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
@@ -40,12 +38,24 @@ class Tokenizer(nnx.Module):
 
     def encode(self, images: jax.Array) -> jax.Array:
         """(B,S,S,3) in [-1,1] → (B,L) int32."""
-        return self.quantizer.quantize(self.latents(images))[0]
+        return self.quantizer.quantize(self.latents(images)).tokens
 
     def decode_latents(self, latents: jax.Array) -> jax.Array:
         """A (reconstructed) f to its picture: (B,h,h,Z) → (B,S,S,3) float32 in [-1,1]."""
-        images = self.decoder(self.post_quant_conv(latents))
-        return jnp.clip(images.astype(jnp.float32), -1, 1)
+        return jnp.clip(self.render(self.features(latents)), -1, 1)
+
+    def features(self, latents: jax.Array) -> jax.Array:
+        """The decoder up to its last convolution: (B,h,h,Z) → (B,S,S,channels)."""
+        return self.decoder.features(self.post_quant_conv(latents))
+
+    def render(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """The decoder's last convolution, perhaps with another kernel: → (B,S,S,3) float32, not clipped."""
+        conv = self.decoder.conv_out
+        kernel = conv.kernel[...] if kernel is None else kernel
+        pixels = jax.lax.conv_general_dilated(
+            features, kernel.astype(features.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return pixels.astype(jnp.float32) + conv.bias[...]
 
     def decode(self, tokens: jax.Array) -> jax.Array:
         """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""

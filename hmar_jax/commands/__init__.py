@@ -1,0 +1,1 @@
+"""The subcommands of `hmar-jax`, one thin module each."""

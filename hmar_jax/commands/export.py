@@ -1,0 +1,92 @@
+"""`hmar-jax export`: a work directory → model directory; pictures + tokenizer → token cache."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from hmar_jax.commands.train import read_config
+from hmar_jax.config import DataConfig
+from hmar_jax.errors import InputError
+
+
+def run(argv: Sequence[str]) -> None:
+    """Writes what `export model` or `export tokens` names."""
+    parser = argparse.ArgumentParser(prog="hmar-jax export", description="Write a model directory or a token cache.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    model = kinds.add_parser("model", help="the newest checkpoint of a training run as a model directory")
+    model.add_argument("--workdir", required=True, type=Path, help="of the training run")
+    model.add_argument("--output", required=True, type=Path, help="model directory to write; must not exist")
+    tokens = kinds.add_parser("tokens", help="pictures as tokens, for the two transformer stages to train from")
+    tokens.add_argument("--model", required=True, type=Path, help="model directory with the tokenizer")
+    tokens.add_argument("--config", required=True, help="config file whose `data` names the pictures")
+    tokens.add_argument("--crops", type=int, default=1, help="versions of each picture (default: %(default)s)")
+    tokens.add_argument("--count", type=int, help="pictures to take; all by default, needed for glyphs")
+    tokens.add_argument("--batch-size", type=int, default=64)
+    tokens.add_argument("--seed", type=int, default=0, help="of crops and flips")
+    tokens.add_argument("--output", required=True, type=Path, help="cache directory to write; must not exist")
+    args, overrides = parser.parse_known_args(argv)
+    if unknown := [o for o in overrides if args.kind == "model" or not o.startswith("--config.")]:
+        parser.error(f"unrecognized argument: {unknown[0]}")
+    if args.kind == "model":
+        _export_model(args.workdir, args.output)
+    else:
+        data = read_config(args.config, overrides).data
+        size = {"crops": args.crops, "count": args.count, "batch_size": args.batch_size, "seed": args.seed}
+        written = export_tokens(args.model, data, args.output, **size)
+        print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
+
+
+def _export_model(workdir: Path, output: Path) -> None:
+    from hmar_jax.pretrained import save_model
+    from hmar_jax.training.loop import load_trained
+
+    if output.exists():
+        raise InputError(f"{output} exists already; remove it, or choose another output directory.")
+    model, source = load_trained(workdir)
+    print(f"The model is in {save_model(output, model, source)}")
+
+
+def export_tokens(
+    model_path: Path,
+    data: DataConfig,
+    output: Path,
+    *,
+    crops: int = 1,
+    count: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> int:
+    """Writes a token cache of pictures; see `pipeline.examples` for the arguments. Returns the number of pictures."""
+    from hmar_jax.data import pipeline
+    from hmar_jax.data.tokens import write_token_cache
+    from hmar_jax.pretrained import from_pretrained, tokenizer_fingerprint
+
+    model = from_pretrained(model_path)
+    size = model.config.image_size
+    source = pipeline.open_source(data, size, seed)
+    pictures = pipeline.examples(data, size, crops=crops, batch_size=batch_size, seed=seed, count=count)
+
+    def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with tqdm.tqdm(total=count or len(source), desc="tokens", unit="picture", disable=None) as bar:
+            for images, labels in pictures:
+                flat = images.reshape(-1, *images.shape[2:])
+                full = np.resize(flat, (crops * batch_size, *flat.shape[1:]))  # one shape, one compilation
+                tokens = np.asarray(model.tokenizer.encode(full.astype(np.float32) / 127.5 - 1))[: len(flat)]
+                yield tokens.reshape(crops, len(labels), -1), labels
+                bar.update(len(labels))
+
+    return write_token_cache(
+        output,
+        encoded(),
+        ladder=model.config.ladder,
+        codebook_size=model.config.tokenizer.codebook_size,
+        crops=crops,
+        class_names=source.class_names,
+        tokenizer=tokenizer_fingerprint(model),
+        source=f"{data.source} {data.name or data.path or data.classes}".strip(),
+    )

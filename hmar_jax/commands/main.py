@@ -1,0 +1,50 @@
+"""The console script `hmar-jax`: finds the subcommand, turns bad input into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from hmar_jax.errors import InputError
+
+COMMANDS = {
+    "train": "train one stage from a config",
+    "export": "write a model directory or a token cache",
+    "sample": "sample pictures from a model directory",
+    "demo": "train all three stages on glyphs, from nothing to pictures",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `hmar-jax` with `argv`, by default the process's arguments.
+
+    Returns:
+      The exit code: 0, or 2 for bad input. argparse itself exits with 2 on a malformed command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax",
+        description="Hierarchical masked autoregressive image generation in JAX.",
+        epilog="\n".join(["commands:", *(f"  {name:8} {what}" for name, what in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments; `hmar-jax COMMAND --help` lists them")
+    args = parser.parse_args(argv)
+    # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hmar_jax").setLevel(logging.INFO)
+    try:
+        importlib.import_module(f"hmar_jax.commands.{args.command}").run(args.rest)
+    except InputError as error:
+        print(f"hmar-jax {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hmar-jax {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,63 @@
+"""`hmar-jax train`: config file + overrides → a trained stage in a work directory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from hmar_jax.config import TrainConfig, from_config_dict
+from hmar_jax.errors import InputError
+
+
+def run(argv: Sequence[str]) -> None:
+    """Trains, or goes on training, one stage."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax train",
+        description="Train one stage. Running again with the same work directory resumes.",
+        epilog="Any field of the config can be set: --config.batch_size=32 --config.optimizer.base_lr=2e-4",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a config file, such as configs/glyphs_tokenizer.py"
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="where checkpoints, metrics and samples go")
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if not override.startswith("--config."):
+            parser.error(f"unrecognized argument: {override}")
+    config = read_config(args.config, overrides)
+
+    from hmar_jax.training.loop import train  # after the arguments are known to be good: it imports for seconds
+
+    print(f"Trained. The model is in {train(config, args.workdir)}")
+
+
+def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The train config of a file, with `--config.field=value` overrides applied and checked.
+
+    Raises:
+      InputError: no such file, a field that does not exist, or a value of the wrong type or range.
+    """
+    if not Path(file.split(":")[0]).is_file():
+        raise InputError(f"Config file {file} does not exist; those that come with the project are in configs/.")
+    argv = ["train", f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"{_sentence(error)} Overrides name fields of the config in {file}.") from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(f"A config value is not usable: {_sentence(error)}") from None
+    config = holder.value
+    assert isinstance(config, ml_collections.ConfigDict)
+    return from_config_dict(TrainConfig, config)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error.args[0] if error.args else error).strip().splitlines()[0].strip("'\"")
+    return text if text.endswith((".", "?")) else text + "."

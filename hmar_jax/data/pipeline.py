@@ -1,0 +1,280 @@
+"""DataConfig → endless shuffled batches for training, or one pass in order for a token cache; both by grain.
+
+    source ─shuffle, repeat→ examples ─random crop, flip→ pictures ─batch→ batches ─this process's part→ steps
+
+Every arrow is a function of (seed, global index) alone, so a batch depends neither on threads, workers and processes
+nor on where training was interrupted, and the position in the stream is one number.
+
+Axis letters: B global batch, b this process's part of it, H, W height and width of a picture as it is stored,
+S pixels a side for the model, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from hmar_jax.config import DataConfig
+from hmar_jax.data.folder import FolderSource
+from hmar_jax.data.glyphs import Glyphs
+from hmar_jax.data.tokens import TokenSource
+from hmar_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Examples by index: {"image": uint8 (H,W,3) or "tokens": uint16 (crops,L), "label": int32}."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_source(config: DataConfig, image_size: int, seed: int = 0) -> Source:
+    """The source that `config` names.
+
+    Args:
+      config: what to read. image_size: S, and seed: of the glyphs; other sources need neither.
+
+    Raises:
+      InputError: the source is unknown, missing or unusable, or a setting is out of range.
+    """
+    if config.crop not in ("random", "center") or config.resize < 1 or config.workers < 0:
+        raise InputError(
+            f"data.crop={config.crop!r}, data.resize={config.resize}, data.workers={config.workers}: expected 'random' "
+            "or 'center', 1 or more, 0 or more."
+        )
+    match config.source:
+        case "glyphs":
+            return Glyphs(config.classes, image_size, seed)
+        case "folder":
+            return FolderSource(config.path)
+        case "tfds":
+            from hmar_jax.data.tfds import TfdsSource  # slow to import, and the only one to want TFDS
+
+            return TfdsSource(config.name, config.path, config.split)
+        case "tokens":
+            return TokenSource(config.path)
+        case _:
+            raise InputError(f"data.source is {config.source!r}; use 'glyphs', 'folder', 'tfds' or 'tokens'.")
+
+
+def batches(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless training batches; every epoch in another order, every visit with another crop.
+
+    The processes' parts, joined in order, are the same global batch for any `process_count`.
+
+    Args:
+      config: what to read, and how to crop it. batch_size: B. image_size: S, unused by tokens.
+      seed: of order, crops, flips and glyphs, from 0 to 2^32-1.
+      process_index, process_count: this host among those that share a batch.
+
+    Returns:
+      An iterator of {"image": uint8 (b,S,S,3), "label": int32 (b,)} or {"tokens": int32 (b,L), "label": int32 (b,)}.
+
+    Raises:
+      InputError: B does not divide among the processes, a setting is out of range, or the source is not usable. While
+        iterating: an example cannot be read.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise InputError(
+            f"batch_size={batch_size} does not divide among {process_count} processes; use a multiple of that."
+        )
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process_index={process_index} is not one of {process_count} processes, counted from 0.")
+    examples = grain.MapDataset.source(open_source(config, image_size, seed)).seed(_checked(seed))
+    if config.source != "glyphs":  # those are in random order already, and too many
+        examples = examples.shuffle()
+    for_ever = examples.repeat(2**62 // len(examples))  # grain's own infinity overflows in batches of one
+    parts = for_ever.random_map(_Visit(config, image_size)).batch(batch_size // process_count)
+    return Batches(parts[process_index::process_count], batch_size, config)
+
+
+def examples(
+    config: DataConfig,
+    image_size: int,
+    *,
+    crops: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    count: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One pass over a source of pictures in its order, each in several crops: what a token cache is made from.
+
+    With `config.flip`, every other crop of a picture is mirrored, the first with probability 1/2. The crops of a glyph
+    are other renderings of its class.
+
+    Args:
+      config: what to read, and how to crop it. image_size: S.
+      crops: per picture; random ones differ, of central ones there is one, or two with `config.flip`.
+      batch_size: B; the last batch may be smaller. seed: of crops, flips and glyphs, from 0 to 2^32-1.
+      count: how many pictures, from the first; all when None. Glyphs, being endless, need it.
+
+    Returns:
+      Pairs of images, (crops,B,S,S,3) uint8, and labels, (B,) int32.
+
+    Raises:
+      InputError: crops or count do not suit the source, or it is not usable. While iterating: a picture cannot be read.
+    """
+    if config.source == "tokens":
+        raise InputError("data.source='tokens' holds no pictures; set it to 'glyphs', 'folder' or 'tfds'.")
+    if crops < 1 or batch_size < 1 or (count is not None and count < 1):
+        raise InputError(f"crops={crops}, batch_size={batch_size}, count={count}: expected 1 or more of each.")
+    if config.source != "glyphs" and config.crop == "center" and crops > 1 + config.flip:
+        raise InputError(
+            f"data.crop='center' with data.flip={config.flip} gives {1 + config.flip} different crops of a picture, "
+            f"not {crops}; use data.crop='random' or fewer."
+        )
+    if config.source == "glyphs" and count is None:
+        raise InputError("data.source='glyphs' is endless; say how many pictures to take, with count.")
+    source = open_source(config, image_size, seed)
+    total = min(len(source), count or len(source))
+    views = (
+        grain.MapDataset.range(total).seed(_checked(seed)).random_map(_Views(source, total, crops, config, image_size))
+    )
+    batched = _read(views, config).batch(batch_size, drop_remainder=False)
+    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in batched)
+
+
+class Batches(grain.DatasetIterator[Batch]):
+    """The iterator that `batches` returns; also one that grain's and Orbax's checkpoint handlers take.
+
+    Its state is {"examples": n}, how many of the whole stream all processes together have consumed: JSON, the same in
+    every process, and good for any number of processes and workers, and any batch size that divides n.
+    """
+
+    def __init__(self, steps: grain.MapDataset[Batch], batch_size: int, config: DataConfig) -> None:
+        super().__init__()
+        self._steps, self._batch_size, self._config = steps, batch_size, config
+        self._step = 0
+        self._reader: grain.DatasetIterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        self.start_prefetch()
+        assert self._reader is not None
+        try:
+            batch = next(self._reader)  # workers give views of shared memory; copied below, lest it outlive its owner
+        except Exception:
+            self._stop()  # so that asking again fails again, instead of skipping a step
+            raise
+        self._step += 1
+        return {key: np.array(value) for key, value in batch.items()} if self._config.workers else batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, as JSON."""
+        return {"examples": self._step * self._batch_size}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from a position that `get_state` gave. Raises InputError if the batch size does not divide it."""
+        step, rest = divmod(state["examples"], self._batch_size)
+        if rest:
+            raise InputError(
+                f"The data stream stands at example {state['examples']}, no multiple of batch_size={self._batch_size}; "
+                "go on with the batch size it had."
+            )
+        self._stop()
+        self._step = step
+
+    def start_prefetch(self) -> None:
+        """Starts reading the next batches in the background."""
+        if self._closed:
+            raise ValueError("This iterator has been closed.")
+        if self._reader is None:
+            self._reader = iter(_read(self._steps[self._step :], self._config))
+            self._reader.start_prefetch()
+
+    def close(self) -> None:
+        """Stops threads and workers. The iterator is of no use after that."""
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+
+def _read(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    """The dataset read ahead, in threads of this process or of worker processes."""
+    if config.workers and not flags.FLAGS.is_parsed():  # grain's workers ask for a flag, which a notebook never parses
+        flags.FLAGS.mark_as_parsed()
+    threads = 2 if config.workers or config.source == "glyphs" else 8  # drawing glyphs holds Python's lock
+    read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    return read.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visit:
+    """One visit of a training example: a random crop of its picture, or one of the crops in its tokens."""
+
+    config: DataConfig
+    image_size: int
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if "tokens" in example:
+            crop = example["tokens"][rng.integers(len(example["tokens"]))]
+            return {"tokens": crop.astype(np.int32), "label": example["label"]}
+        mirror = self.config.flip and rng.random() < 0.5
+        return {"image": _view(example["image"], self.config, self.image_size, mirror, rng), "label": example["label"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Views:
+    """An index → all crops of that picture, (crops,S,S,3)."""
+
+    source: Source
+    total: int
+    crops: int
+    config: DataConfig
+    image_size: int
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        first = self.source[index]
+        if self.config.source == "glyphs":
+            classes = len(self.source.class_names)
+            stride = -(-self.total // classes) * classes  # a multiple of the classes, so that the label stays
+            images = [first["image"], *(self.source[index + i * stride]["image"] for i in range(1, self.crops))]
+        else:
+            images = [first["image"]] * self.crops
+        coin = rng.integers(2)
+        views = [
+            _view(image, self.config, self.image_size, bool(self.config.flip and (coin + i) % 2), rng)
+            for i, image in enumerate(images)
+        ]
+        return {"image": np.stack(views), "label": first["label"]}
+
+
+def _view(image: np.ndarray, config: DataConfig, size: int, mirror: bool, rng: np.random.Generator) -> np.ndarray:
+    """A square of the picture (H,W,3) at S = `size`, perhaps mirrored; a glyph, drawn at S, is never cut."""
+    if config.source != "glyphs":
+        # The shorter side becomes resize · S and a square of S is cut from that; one step, to resize only the square.
+        height, width = image.shape[:2]
+        side = min(height, width) * size / round(config.resize * size)
+        across, down = rng.random(2) if config.crop == "random" else (0.5, 0.5)
+        x, y = across * (width - side), down * (height - side)
+        box = (x, y, min(x + side, width), min(y + side, height))
+        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box))
+    return np.ascontiguousarray(image[:, ::-1]) if mirror else image
+
+
+def _checked(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"The data seed is {seed}; use an integer from 0 to 2^32-1.")
+    return seed

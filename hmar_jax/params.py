@@ -1,0 +1,35 @@
+"""nested dicts of arrays ⇄ flat ones with dotted names, as files and partitions by path want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import traverse_util
+
+Tree = dict[Any, Any]
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """`{"a": {0: x}}` → `{"a.0": x}`."""
+    return {".".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`: names that are numbers become ints again, as NNX lists have them."""
+    paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): leaf for name, leaf in flat.items()}
+    return traverse_util.unflatten_dict(paths)
+
+
+def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """The leaves whose dotted name is chosen, and the others, as two trees that `merge` joins again."""
+    flat = flatten(tree)
+    return (
+        unflatten({name: leaf for name, leaf in flat.items() if chosen(name)}),
+        unflatten({name: leaf for name, leaf in flat.items() if not chosen(name)}),
+    )
+
+
+def merge(*trees: Tree) -> Tree:
+    """One tree with the leaves of all; later ones win."""
+    return unflatten({name: leaf for tree in trees for name, leaf in flatten(tree).items()})

@@ -1,0 +1,1 @@
+"""label + schedule → tokens: schedules as data, filters and the jitted loop."""

@@ -1,0 +1,1 @@
+"""image ⇄ tokens: the multi-scale residual VQ-VAE and its training losses."""

@@ -1,0 +1,1 @@
+"""batches → trained state: objectives, optimizer, sharding, checkpoints and the loop."""

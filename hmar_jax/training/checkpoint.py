@@ -1,0 +1,91 @@
+"""state ⇄ work directory: asynchronous Orbax checkpoints, the newest few kept, the newest whole one restored."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from hmar_jax.config import TrainConfig, from_plain, to_plain
+from hmar_jax.errors import InputError
+from hmar_jax.pretrained import remedy
+from hmar_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a work directory, under `checkpoints/<steps done>`.
+
+    One holds the `TrainState`, the data iterator's state and the train config. Orbax writes under a temporary name and
+    renames, so that a run that is killed leaves whole checkpoints only.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None = None):
+        self.folder = workdir.absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
+        """Starts to save; returns while the files are still being written. No-op where `step` is saved already."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(to_plain(config))
+        )
+        self._guard(lambda: self._manager.save(step, args=items), step)
+
+    def wait(self) -> None:
+        """Returns when all that was started is on disk."""
+        self._guard(self._manager.wait_until_finished, self.latest())
+
+    def latest(self) -> int | None:
+        """Steps done at the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint: the state, laid out like the tree of shapes and shardings `like`; the data state."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        restored = self._read(items)
+        return restored["state"], restored["data"]
+
+    def config(self) -> TrainConfig:
+        """The train config of the newest checkpoint."""
+        return from_plain(TrainConfig, self._read(ocp.args.Composite(config=ocp.args.JsonRestore()))["config"])
+
+    def close(self) -> None:
+        """Waits, and releases the manager's threads."""
+        self._manager.close()
+
+    def _read(self, items: ocp.args.Composite) -> Any:
+        step = self.latest()
+        try:
+            return self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise whatever the damage brings about
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            others = [s for s in self._manager.all_steps() if s != step]
+            after = f"resume from step {max(others)}" if others else "start anew"
+            raise InputError(
+                f"Checkpoint {self.folder / str(step)} cannot be read ({reason}); remove that folder to {after}."
+            ) from error
+
+    def _guard(self, write: Any, step: int | None) -> None:
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise InputError(
+                f"Could not save checkpoint {self.folder / str(step)} ({reason}); {remedy(error)} Training resumes from "
+                f"the newest whole checkpoint."
+            ) from error
+
+
+def describe(state: TrainState) -> Any:
+    """Shapes, dtypes and shardings of a state, as `restore` wants them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+__all__ = ["Checkpoints", "describe"]

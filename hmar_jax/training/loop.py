@@ -1,0 +1,210 @@
+"""train config + work directory → trained model: one training stage, from its data to its model directory.
+
+A work directory holds `config.json`, `checkpoints/`, `metrics.jsonl`, `samples/*.png` and, once done, `model/`. Running
+again goes on from the newest checkpoint, bit for bit as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import numpy as np
+
+from hmar_jax import pictures
+from hmar_jax.config import TrainConfig, to_plain
+from hmar_jax.data import pipeline
+from hmar_jax.data.tokens import TokenSource
+from hmar_jax.errors import InputError
+from hmar_jax.model import Model
+from hmar_jax.params import Tree
+from hmar_jax.pretrained import read_config, remedy, save_model
+from hmar_jax.training import sharding
+from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.metrics import MetricsWriter
+from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts
+from hmar_jax.training.optimizer import learning_rate, make_optimizer
+from hmar_jax.training.state import TrainState, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, workdir: Path) -> Path:
+    """Trains one stage to its last step, resuming where the work directory has checkpoints.
+
+    Returns:
+      The model directory, `workdir/model`.
+
+    Raises:
+      InputError: config, data or disk don't allow it; or the loss is not finite.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
+    objective = make_objective(config)
+    size = objective.model_config.image_size
+    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, **host)
+    _prepare(workdir, config)
+    checkpoints = Checkpoints(workdir, config.keep)
+    state, frozen, optimizer = _initial_state(config, objective, mesh)
+    if checkpoints.latest() is not None:
+        state, position = checkpoints.restore(describe(state))
+        data.set_state(position)
+        logger.info("Resuming from step %d in %s.", int(state.step), workdir)
+    else:
+        logger.info("Parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+
+    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0)
+    show = _sample_writer(config, objective, workdir)
+    rate = learning_rate(config.optimizer, config.steps, config.batch_size)
+    start = int(state.step)
+    writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
+    check = _FiniteCheck(config, checkpoints)
+    timer, timed_from = time.perf_counter(), start
+    try:
+        for step in range(start + 1, config.steps + 1):
+            batch = sharding.put_batch(next(data), mesh)
+            state, metrics = step_fn(state, frozen, batch)
+            check(step, metrics["loss"])
+            writer.advance()
+            last = step == config.steps
+            if step % config.log_every == 0 or last or step == start + 1:
+                metrics = jax.device_get(metrics) | {"learning_rate": float(rate(step - 1))}
+                seconds = (time.perf_counter() - timer) / (step - timed_from)
+                if step > start + 1:  # the first step compiles
+                    metrics |= {"step_seconds": seconds, "images_per_second": config.batch_size / seconds}
+                writer.write(step, metrics)
+                timer, timed_from = time.perf_counter(), step
+            if config.sample_every and (step % config.sample_every == 0 or last):
+                show(step, objective.model_params(state.best, frozen))
+                timer, timed_from = time.perf_counter(), step
+            if step % config.checkpoint_every == 0 or last:
+                check.finish()
+                checkpoints.save(step, state, data.get_state(), config)
+                timer, timed_from = time.perf_counter(), step
+        checkpoints.wait()
+    finally:
+        writer.close()
+        data.close()
+        checkpoints.close()
+    model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
+    return save_model(workdir / "model", model, describe_run(config, config.steps), replace=True)
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective of a stage, with the class names of its data."""
+    if config.data.source != "tokens":
+        size = config.sides[-1] * config.tokenizer.downsampling
+        return OBJECTIVES[config.stage](config, pipeline.open_source(config.data, size).class_names)
+    cache = TokenSource(config.data.path)
+    model, meta = read_config(Path(config.init_from))
+    if cache.ladder != model.ladder or cache.tokenizer != meta["tokenizer_sha256"]:
+        raise InputError(
+            f"The token cache {config.data.path} was written by another tokenizer than that of {config.init_from}; "
+            "export it again with this one."
+        )
+    return OBJECTIVES[config.stage](config, cache.class_names)
+
+
+def describe_run(config: TrainConfig, steps: int) -> str:
+    """One line for a model's `config.json`."""
+    return f"trained by hmar-jax, stage {config.stage}, {steps} steps of {config.batch_size}, seed {config.seed}"
+
+
+def load_trained(workdir: Path) -> tuple[Model, str]:
+    """The model at the newest checkpoint of a work directory, averaged where it has averages; and one line on it."""
+    if not (workdir / "checkpoints").is_dir():
+        raise InputError(f"{workdir} has no checkpoints; give the --workdir of a training run.")
+    checkpoints = Checkpoints(workdir)
+    if checkpoints.latest() is None:
+        raise InputError(f"{workdir} has no whole checkpoint yet; train until the first is saved.")
+    config = checkpoints.config()
+    objective = make_objective(config)
+    abstract, frozen, _ = _initial_state(config, objective, sharding.make_mesh(config.mesh))
+    state, _ = checkpoints.restore(describe(abstract))
+    checkpoints.close()
+    model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
+    return model, describe_run(config, int(state.step))
+
+
+def _initial_state(config: TrainConfig, objective: Any, mesh: Any) -> tuple[TrainState, Tree, Any]:
+    """The state at step 0 and the frozen parameters, on the mesh; and the optimizer."""
+    first = []
+    if objective.start_batches:
+        size = objective.model_config.image_size
+        start = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed)
+        first = [next(start) for _ in range(objective.start_batches)]
+        start.close()
+    parts: Parts = objective.init(first)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
+    state = TrainState.create(config, parts, optimizer)
+    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    frozen = jax.device_put(parts.frozen, sharding.tree_shardings(parts.frozen, mesh))
+    return state, frozen, optimizer
+
+
+def _prepare(workdir: Path, config: TrainConfig) -> None:
+    """Makes the work directory and records the config there."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_plain(config), indent=2) + "\n"
+        (workdir / "config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"Could not write to the work directory {workdir} ({error}); {remedy(error)}") from None
+
+
+class _FiniteCheck:
+    """Stops the run at the first loss that is not finite, looking one step back so that the device never waits."""
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
+        self._config, self._checkpoints = config, checkpoints
+        self._pending: tuple[int, jax.Array] | None = None
+
+    def __call__(self, step: int, loss: jax.Array) -> None:
+        self.finish()
+        self._pending = (step, loss)
+
+    def finish(self) -> None:
+        """Checks what is still pending."""
+        if self._pending is None:
+            return
+        (step, loss), self._pending = self._pending, None
+        if not np.isfinite(loss):
+            self._checkpoints.wait()
+            last, size = self._checkpoints.latest(), self._config.batch_size
+            good = (
+                f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none was saved yet"
+            )
+            raise InputError(
+                f"The loss is {float(loss)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the data; "
+                f"{good}. Lower optimizer.base_lr or look at those examples, and run again."
+            )
+
+
+def _sample_writer(config: TrainConfig, objective: Any, workdir: Path) -> Callable[[int, Tree], None]:
+    """(step, model parameters) → `samples/<step>.png`: the same pictures, labels and seeds every time."""
+    model_config = objective.model_config
+    enlarge = max(1, 96 // model_config.image_size)
+    if config.stage == "tokenizer" and config.sample_every:
+        held = pipeline.batches(config.data, batch_size=16, image_size=model_config.image_size, seed=config.seed + 1)
+        originals = next(held)["image"].astype(np.float32) / 255
+        held.close()
+
+    def write(step: int, params: Tree) -> None:
+        model = Model(model_config, params, config.dtype)
+        if config.stage == "tokenizer":
+            tokens = model.tokenizer.encode(originals * 2 - 1)
+            picture = pictures.pairs(originals, np.asarray(model.tokenizer.decode(tokens)) / 2 + 0.5, enlarge=enlarge)
+        else:
+            images = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
+            picture = pictures.grid(images, 8, enlarge)
+        if jax.process_index() == 0:
+            pictures.save_png(picture, workdir / "samples" / f"{step:08d}.png")
+
+    return write

@@ -1,0 +1,343 @@
+"""parameters, batch → loss: one objective for each training stage, all with the same four methods.
+
+Axis letters: B batch, S pixels a side, L tokens, K scales, V codebook, Z latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.lax import stop_gradient
+
+from hmar_jax import params as trees
+from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig
+from hmar_jax.errors import InputError
+from hmar_jax.model import Networks, init_params, networks
+from hmar_jax.params import Tree
+from hmar_jax.pretrained import from_pretrained
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer import codebook, losses, perceptual
+from hmar_jax.transformer import teacher_forcing
+
+logger = logging.getLogger(__name__)
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class Parts(NamedTuple):
+    """What a stage starts from: parameters it trains, parameters it only reads, and state no gradient moves."""
+
+    trained: Tree
+    frozen: Tree
+    extra: Tree
+
+
+class Objective(Protocol):
+    """One training stage. `model_config` is what `model_params` are the parameters of."""
+
+    model_config: ModelConfig
+
+    def init(self, first: list[Batch]) -> Parts:
+        """The state at step 0; `first` are `start_batches` batches of data."""
+
+    def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch)."""
+
+    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
+        """What follows a step without a gradient: → trained, extra, metrics."""
+
+    def model_params(self, trained: Tree, frozen: Tree) -> Tree:
+        """The parameters of a whole model, as `Model` takes them."""
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """Pictures as they are stored to what networks see: uint8 → float32 in [-1,1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------- stage `tokenizer`
+
+
+class TokenizerObjective:
+    """Pixels, VQ, perceptual and adversarial terms; the codebook is kept alive by k-means, revival and scale dropout.
+
+    One scalar trains tokenizer and discriminator: `stop_gradient` keeps each from the other's terms.
+    """
+
+    def __init__(self, config: TrainConfig, class_names: tuple[str, ...]):
+        self.config, self.weights = config, config.tokenizer_loss
+        self.model_config = ModelConfig(ScaleLadder(config.sides), config.tokenizer, None, class_names)
+        if config.init_from:
+            start = from_pretrained(config.init_from)
+            self.model_config = dataclasses.replace(start.config, transformer=None, class_names=class_names)
+            self._start: Tree | None = start.params["tokenizer"]
+        else:
+            self._start = None
+        self.start_batches = 0 if self._start else self.weights.kmeans_batches
+        self._perceptual = None
+        if self.weights.perceptual and self.weights.perceptual_weights:
+            self._perceptual = perceptual.load_perceptual(self.weights.perceptual_weights)
+        else:
+            logger.info("The perceptual term is off: tokenizer_loss.perceptual_weights names no file.")
+
+    def init(self, first: list[Batch]) -> Parts:
+        seed, weights = self.config.seed, self.weights
+        params = self._start or init_params(self.model_config, seed)["tokenizer"]
+        if first:
+            queries = jnp.concatenate([self._queries(params, batch["image"]) for batch in first])
+            size = self.model_config.tokenizer.codebook_size
+            params["quantizer"]["codebook"] = codebook.kmeans(queries, size, jax.random.key(seed))
+        trained = {"tokenizer": params}
+        if weights.adversarial:
+            module = _discriminator(weights, self.config.dtype, seed)
+            trained["discriminator"] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        size = self.model_config.tokenizer.codebook_size
+        frozen = {} if self._perceptual is None else {"perceptual": self._perceptual}
+        return Parts(trained, frozen, {"usage": jnp.full((size,), 1 / size)})
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _queries(self, params: Tree, images: jax.Array) -> jax.Array:
+        """Latents at every scale's resolution (N,Z): stand-ins for residuals while there is no codebook yet."""
+        tokenizer = self._networks(params).tokenizer
+        latents = tokenizer.latents(to_unit(images))
+        scales = range(self.model_config.ladder.num_scales)
+        pooled = [tokenizer.quantizer.pool(latents, scale) for scale in scales]
+        return jnp.concatenate(pooled, axis=1).reshape(-1, latents.shape[-1])
+
+    def _networks(self, params: Tree) -> Networks:
+        return networks(self.model_config, {"tokenizer": params}, self.config.dtype, "none")
+
+    def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        images = to_unit(batch["image"])
+        tokenizer = self._networks(trained["tokenizer"]).tokenizer
+        latents = tokenizer.latents(images)
+        quantized = tokenizer.quantizer.quantize(latents)
+        fhats = jnp.cumsum(jnp.stack(quantized.lifts), axis=0)
+        ladder = self.model_config.ladder
+        kept = codebook.truncate_scales(key, images.shape[0], ladder.num_scales, self.weights.scale_dropout)
+        chosen = fhats[kept - 1, jnp.arange(images.shape[0])]
+        features = tokenizer.features(latents + stop_gradient(chosen - latents))
+        reconstruction = tokenizer.render(features)
+        adversary = trained.get("discriminator")
+        judge = None if adversary is None else functools.partial(self._judge, stop_gradient(adversary))
+        distance = None
+        if self._perceptual is not None:
+            distance = functools.partial(perceptual.perceptual_distance, parts.frozen["perceptual"])
+        loss, metrics = losses.generator_terms(
+            self.weights,
+            step,
+            reconstruction,
+            images,
+            latents,
+            fhats,
+            perceptual=distance,
+            discriminate=judge,
+            last_layer=functools.partial(tokenizer.render, stop_gradient(features)),
+            kernel=tokenizer.decoder.conv_out.kernel[...],
+        )
+        if adversary is not None:
+            on = losses.adversarial_factor(step, self.weights.adversarial_start, 1.0)
+            fake = self._judge(adversary, stop_gradient(reconstruction))
+            metrics["discriminator"] = losses.hinge_discriminator_loss(self._judge(adversary, images), fake)
+            loss = loss + on * metrics["discriminator"]
+        metrics["codes_in_use"] = codebook.codes_in_use(quantized.tokens, ladder, self.weights_size)
+        return loss, (metrics, (quantized.tokens, quantized.queries))
+
+    @property
+    def weights_size(self) -> int:
+        return self.model_config.tokenizer.codebook_size
+
+    def _judge(self, params: Tree, images: jax.Array) -> jax.Array:
+        module = nnx.eval_shape(lambda: _discriminator(self.weights, self.config.dtype, 0))
+        graphdef, state = nnx.split(module)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(images)
+
+    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
+        tokens, queries = seen
+        usage = codebook.update_usage(extra["usage"], tokens, self.weights.usage_decay)
+        due = (step + 1) % self.weights.revive_every == 0
+        threshold = jnp.where(due, self.weights.dead_below, 0.0)
+        codes = trained["tokenizer"]["quantizer"]["codebook"]
+        vectors = queries.reshape(-1, queries.shape[-1])
+        codes, usage, revived = codebook.revive_dead_codes(codes, usage, vectors, key, dead_below=threshold)
+        trained = trees.merge(trained, {"tokenizer": {"quantizer": {"codebook": codes}}})
+        return trained, {"usage": usage}, {"codes_revived": revived}
+
+    def model_params(self, trained: Tree, frozen: Tree) -> Tree:
+        return {"tokenizer": trained["tokenizer"]}
+
+
+def _discriminator(weights: TokenizerLossConfig, dtype: str, seed: int) -> losses.Discriminator:
+    return losses.Discriminator(
+        weights.discriminator_channels, weights.discriminator_layers, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)
+    )
+
+
+# ------------------------------------------------------------------------- stages `next_scale` and `masked`
+
+
+def scale_weights(ladder: ScaleLadder, kind: str) -> np.ndarray:
+    """(L,) float32: what a token's cross-entropy weighs; sums to 1.
+
+    `log_normal` (HMAR §4.2): with m, s the mean and sample deviation of p_k/p_K and z_k = (p_{K+1-k}/p_K - m)/s, scale k
+    weighs the normal density at z_k. `uniform` weighs all tokens alike (VAR), `equal` all scales.
+    """
+    sides = np.asarray(ladder.sides, np.float64)
+    match kind:
+        case "log_normal" if ladder.num_scales > 1:
+            ratios = sides / sides[-1]
+            z = (ratios[::-1] - ratios.mean()) / ratios.std(ddof=1)
+            of_scale = np.exp(-(z**2) / 2)
+        case "log_normal" | "equal":
+            of_scale = np.ones_like(sides)
+        case "uniform":
+            of_scale = sides**2
+        case _:
+            raise InputError(f"objective.scale_weights is {kind!r}; use 'log_normal', 'uniform' or 'equal'.")
+    of_scale = of_scale / of_scale.sum()
+    return np.repeat(of_scale / sides**2, ladder.lengths).astype(np.float32)
+
+
+def random_masks(key: jax.Array, ladder: ScaleLadder) -> jax.Array:
+    """(L,) bool: ceil(γ p_k²) positions of every scale but the first, γ ~ U(0,1) the same for all (HMAR §4.3)."""
+    ratio_key, key = jax.random.split(key)
+    ratio = jax.random.uniform(ratio_key)
+    masks = [jnp.zeros((ladder.lengths[0],), bool)]
+    for scale, length in enumerate(ladder.lengths[1:], 1):
+        order = jax.random.permutation(jax.random.fold_in(key, scale), length)
+        masks.append(order < jnp.ceil(ratio * length))
+    return jnp.concatenate(masks)
+
+
+def per_scale(values: jax.Array, weights: jax.Array, ladder: ScaleLadder) -> jax.Array:
+    """Weighted mean of (B,L) values in each scale: (K,) float32, 0 where all weights are 0."""
+    sums = [(jnp.sum((values * weights)[:, s]), jnp.sum(weights[:, s])) for s in ladder.slices]
+    return jnp.stack([total / jnp.maximum(weight, 1e-9) for total, weight in sums])
+
+
+class _TransformerObjective:
+    """What both transformer stages share: the model they start from, class dropout, metrics per scale."""
+
+    start_batches = 0
+
+    def __init__(self, config: TrainConfig, class_names: tuple[str, ...]):
+        self.config = config
+        self._start = from_pretrained(config.init_from)
+        self.model_config = self._model_config(self._start.config, class_names)
+        assert self.model_config.transformer is not None
+        if class_names and len(class_names) != self.model_config.num_classes:
+            raise InputError(
+                f"The token cache has {len(class_names)} classes, but transformer.num_classes is "
+                f"{self.model_config.num_classes}; set it to {len(class_names)}."
+            )
+
+    def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
+        raise NotImplementedError
+
+    def _networks(self, trained: Tree, frozen: Tree) -> Networks:
+        params = self.model_params(trained, frozen)
+        return networks(self.model_config, params, self.config.dtype, self.config.remat)
+
+    def _drop_classes(self, labels: jax.Array, key: jax.Array) -> jax.Array:
+        transformer = self.model_config.transformer
+        assert transformer is not None
+        dropped = jax.random.bernoulli(key, transformer.class_dropout, labels.shape)
+        return jnp.where(dropped, transformer.num_classes, labels)
+
+    def _metrics(self, logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Cross-entropy (B,L), and its mean and the accuracy in each scale over the counted tokens (B,L) float."""
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        entropy = -jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        correct = (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
+        ladder = self.model_config.ladder
+        return entropy, {
+            "scale_loss": per_scale(entropy, counted, ladder),
+            "scale_accuracy": per_scale(correct, counted, ladder),
+            "accuracy": jnp.sum(correct * counted) / jnp.maximum(jnp.sum(counted), 1),
+        }
+
+    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
+        return trained, extra, {}
+
+    def model_params(self, trained: Tree, frozen: Tree) -> Tree:
+        return trees.merge(frozen, trained)
+
+
+class NextScaleObjective(_TransformerObjective):
+    """Stage 1: weighted cross-entropy of every token given the coarser scales."""
+
+    def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
+        transformer = dataclasses.replace(self.config.transformer, masked=False)
+        return dataclasses.replace(start, transformer=transformer, class_names=class_names)
+
+    def init(self, first: list[Batch]) -> Parts:
+        fresh = init_params(self.model_config, self.config.seed)["transformer"]
+        return Parts({"transformer": fresh}, {"tokenizer": self._start.params["tokenizer"]}, {})
+
+    def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
+        class_key, key = jax.random.split(key)
+        labels = self._drop_classes(batch["label"], class_key)
+        quantizer = nets.tokenizer.quantizer
+        logits = teacher_forcing.next_scale_logits(nets.transformer, quantizer, labels, tokens, key)
+        entropy, metrics = self._metrics(logits, tokens, jnp.ones(tokens.shape))
+        weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
+        return jnp.mean(jnp.sum(entropy * weights, axis=1)), (metrics, ())
+
+
+class MaskedObjective(_TransformerObjective):
+    """Stage 2: mean cross-entropy over masked positions; trains the mask branch and mask_embed, all else is frozen."""
+
+    def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
+        if start.transformer is None or start.transformer.pattern != "block_diagonal":
+            raise InputError(
+                f"init_from={self.config.init_from} has no next-scale transformer with block-diagonal attention, which "
+                "stage 'masked' starts from; give the model directory of a finished next_scale stage."
+            )
+        transformer = dataclasses.replace(start.transformer, masked=True, leak_free=self.config.objective.leak_free)
+        return dataclasses.replace(start, transformer=transformer, class_names=class_names or start.class_names)
+
+    def init(self, first: list[Batch]) -> Parts:
+        params = dict(self._start.params)
+        if "masked" not in params["transformer"]:  # the branch starts as a copy of the next-scale one
+            fresh = init_params(self.model_config, self.config.seed)["transformer"]
+            branch = jax.tree.map(jnp.array, params["transformer"]["next_scale"])
+            params["transformer"] = params["transformer"] | {"masked": branch, "mask_embed": fresh["mask_embed"]}
+        return Parts(*trees.partition(params, _is_mask_branch), {})
+
+    def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
+        ladder, objective = self.model_config.ladder, self.config.objective
+        class_key, mask_key, key = jax.random.split(key, 3)
+        labels = self._drop_classes(batch["label"], class_key)
+        if objective.per_sample_masks:
+            keys = jax.random.split(mask_key, tokens.shape[0])
+            masked = jax.vmap(lambda key: random_masks(key, ladder))(keys)
+        else:
+            masked = jnp.broadcast_to(random_masks(mask_key, ladder), tokens.shape)
+        logits = teacher_forcing.masked_logits(
+            nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, key, leak_free=objective.leak_free
+        )
+        counted = masked.astype(jnp.float32)
+        entropy, metrics = self._metrics(logits, tokens, counted)
+        metrics["masked_share"] = jnp.mean(counted)
+        return jnp.sum(entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
+
+
+def _is_mask_branch(name: str) -> bool:
+    return name.startswith(("transformer.masked.", "transformer.mask_embed"))
+
+
+OBJECTIVES: dict[str, Any] = {
+    "tokenizer": TokenizerObjective,
+    "next_scale": NextScaleObjective,
+    "masked": MaskedObjective,
+}

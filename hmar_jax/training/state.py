@@ -1,0 +1,87 @@
+"""state, batch → state: the jitted train step that all stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hmar_jax.config import TrainConfig
+from hmar_jax.params import Tree
+from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, and all that a checkpoint holds beside the position in the data.
+
+    Attributes:
+      step: int32, steps done. key: random key data, from the seed; a step folds its number in.
+      params: trained, float32. ema: their moving average, or empty. opt: of the optimizer.
+      extra: state no gradient moves, such as the codebook's usage.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Tree
+    ema: Tree
+    opt: Any
+    extra: Tree
+
+    @classmethod
+    def create(cls, config: TrainConfig, parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state at step 0."""
+        ema = jax.tree.map(jnp.array, parts.trained) if config.optimizer.ema else {}
+        key = jax.random.key_data(jax.random.key(config.seed))
+        return cls(jnp.zeros((), jnp.int32), key, parts.trained, ema, optimizer.init(parts.trained), parts.extra)
+
+    @property
+    def best(self) -> Tree:
+        """The averaged parameters where there are any, else the trained ones."""
+        return self.ema or self.params
+
+
+def make_train_step(
+    config: TrainConfig, objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
+    """(state, frozen parameters, batch) → (state, metrics); pure, to be jitted with the state donated."""
+
+    def gradients(state: TrainState, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
+        parts = Parts(state.params, frozen, state.extra)
+        grad = jax.value_and_grad(objective.loss, has_aux=True)
+        (loss, (metrics, seen)), grads = grad(state.params, parts, batch, key, state.step)
+        return grads, metrics | {"loss": loss}, seen
+
+    def accumulated(state: TrainState, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
+        """Gradients and metrics as means over equal parts of the batch, worked off one after the other."""
+        parts = config.accumulate
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+        def one(total: Any, part: Any) -> tuple[Any, Any]:
+            batch, index = part
+            grads, metrics, seen = gradients(state, frozen, batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, grads), (metrics, seen)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        total, (metrics, seen) = jax.lax.scan(one, zeros, (split, jnp.arange(parts)))
+        mean = jax.tree.map(lambda x: x / parts, total)
+        return mean, jax.tree.map(lambda x: x.mean(axis=0), metrics), seen
+
+    def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
+        key, after_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
+        run = gradients if config.accumulate == 1 else accumulated
+        grads, metrics, seen = run(state, frozen, batch, key)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, extra, more = objective.after_update(params, state.extra, seen, after_key, state.step)
+        decay = config.optimizer.ema
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
+        metrics |= more | {"gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, state.key, params, ema, opt, extra), metrics
+
+    return train_step

@@ -1,0 +1,1 @@
+"""scale inputs → logits: the scale-Markov masked transformer."""
