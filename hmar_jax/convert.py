@@ -1,7 +1,7 @@
 """official PyTorch state dicts → our parameters, entry by entry.
 
-Every official entry has one place here: a path among our parameters (dots between names), a layer index where blocks are
-stacked, and a change of layout. Nothing is computed; a round trip is bit-equal.
+Every official entry has one place here: a path among our parameters (dots between names), a layer index where blocks
+are stacked, and a change of layout. Nothing is computed; a round trip is bit-equal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hmar_jax.config import TokenizerConfig, TransformerConfig
+from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
 
 
@@ -47,10 +47,16 @@ def _conv(x: np.ndarray) -> np.ndarray:
 _BUFFERS = re.compile(r"lvl_1L|attn_bias_for_masking|.*\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
 
 _TOKENIZER_NAMES = [
-    (r"\.down\.", ".levels."), (r"\.up\.", ".levels."), (r"\.block\.", ".blocks."), (r"\.attn\.", ".attentions."),
-    (r"\.(down|up)sample\.conv\.", ".resample."), (r"\.mid\.block_", ".middle.block"), (r"\.mid\.attn_1", ".middle.attention"),
-    (r"\.nin_shortcut\.", ".shortcut."), (r"\.proj_out\.", ".proj."), (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),
-]  # fmt: skip
+    (r"\.(down|up)\.", ".levels."),
+    (r"\.block\.", ".blocks."),
+    (r"\.attn\.", ".attentions."),
+    (r"\.(down|up)sample\.conv\.", ".resample."),
+    (r"\.mid\.block_", ".middle.block"),
+    (r"\.mid\.attn_1", ".middle.attention"),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.proj_out\.", ".proj."),
+    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),
+]
 
 
 def tokenizer_place(name: str) -> Place | None:
@@ -154,6 +160,3 @@ def tokenizer_from_official(state: Mapping[str, np.ndarray]) -> dict[str, np.nda
 def transformer_from_official(state: Mapping[str, np.ndarray], config: TransformerConfig) -> dict[str, np.ndarray]:
     """All parameters of a transformer, flat."""
     return place_entries(state, lambda name: transformer_place(name, config))
-
-
-__all__ = ["TokenizerConfig", "tokenizer_from_official", "transformer_from_official"]

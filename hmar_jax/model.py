@@ -1,4 +1,4 @@
-"""config + parameters → Model: tokenizer, transformer and sampler behind one object, every method jitted once per shape.
+"""config + parameters → Model: tokenizer, transformer and sampler behind one object, all of it jitted.
 
 Axis letters: B batch, S pixels a side, L tokens, N tokens of one scale, V codebook.
 """
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
 from hmar_jax.sampling import sampler
 from hmar_jax.sampling.schedule import Controls, Plan, Schedule
-from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.tokenizer import Tokenizer
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.blocks import Remat
@@ -100,11 +100,11 @@ class TokenizerDoor:
 
     def encode(self, images: ArrayLike) -> jax.Array:
         """(B,S,S,3) float in [-1,1] → (B,L) int32."""
-        images = jnp.asarray(images, jnp.float32)
+        pictures = jnp.asarray(images, jnp.float32)
         size = self._config.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise InputError(f"Images are {images.shape}; this model takes (B, {size}, {size}, 3) in [-1, 1].")
-        return _encode(self._config, self._dtype, self._params, images)
+        if pictures.ndim != 4 or pictures.shape[1:] != (size, size, 3):
+            raise InputError(f"Images are {pictures.shape}; this model takes (B, {size}, {size}, 3) in [-1, 1].")
+        return _encode(self._config, self._dtype, self._params, pictures)
 
     def decode(self, tokens: ArrayLike) -> jax.Array:
         """(B,L) int → (B,S,S,3) float32 in [-1,1]."""
@@ -183,9 +183,10 @@ class Model:
         images, tokens, draws = sample(options, self.params, _over_devices(labels), schedule.controls, seed)
         records = None
         if record:
-            where = [(p.scale, p.step) for k in range(len(schedule.counts)) for p in schedule.plan.passes(k)]
+            passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
             records = [
-                DrawRecord(*at, *(np.asarray(x)[:number] for x in d)) for at, d in zip(where, draws, strict=True)
+                DrawRecord(at.scale, at.step, np.asarray(draw.tokens)[:number], np.asarray(draw.masked)[:number])
+                for at, draw in zip(passes, draws, strict=True)
             ]
         return Sample(np.asarray(images)[:number], np.asarray(tokens)[:number], records)
 
@@ -292,8 +293,5 @@ def _over_devices(labels: jax.Array) -> jax.Array:
     if len(devices) == 1:
         return labels
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    padded = jnp.resize(labels, -(-labels.shape[0] // len(devices)) * len(devices))
+    padded = jnp.resize(labels, (-(-labels.shape[0] // len(devices)) * len(devices),))
     return jax.device_put(padded, NamedSharding(mesh, PartitionSpec("data")))
-
-
-__all__ = ["Model", "Sample", "ScaleLadder", "Schedule"]

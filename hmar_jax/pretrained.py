@@ -1,7 +1,7 @@
 """model directory ⇄ Model. A directory holds `config.json` and `model.safetensors`; no pickles.
 
-`config.json` has the format's version, the `ModelConfig`, `source`, one line on where the weights come from, the SHA-256
-of the weights file and that of the tokenizer's weights alone, by which a token cache is known to be this tokenizer's.
+`config.json` has the format's version, the `ModelConfig`, `source`, one line on where the weights come from, the
+SHA-256 of the weights file and that of the tokenizer's weights alone, by which a token cache is known to be its own.
 Entries of the weights file are our dotted parameter names.
 """
 

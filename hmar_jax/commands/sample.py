@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hmar_jax.errors import InputError
+from hmar_jax.sampling.schedule import Schedule
 
 
 def run(argv: Sequence[str]) -> None:
@@ -56,10 +57,8 @@ def parse_labels(text: str, class_names: Sequence[str]) -> list[int]:
     return labels
 
 
-def read_schedule(text: str) -> object:
+def read_schedule(text: str) -> str | Schedule:
     """A preset's name as it is, or the schedule in a .json file."""
-    from hmar_jax.sampling.schedule import Schedule
-
     if not text.endswith(".json"):
         return text
     try:

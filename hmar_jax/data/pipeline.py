@@ -12,6 +12,7 @@ S pixels a side for the model, L tokens.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -150,7 +151,7 @@ def examples(
         grain.MapDataset.range(total).seed(_checked(seed)).random_map(_Views(source, total, crops, config, image_size))
     )
     batched = _read(views, config).batch(batch_size, drop_remainder=False)
-    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in batched)
+    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in _Reader(batched))
 
 
 class Batches(grain.DatasetIterator[Batch]):
@@ -164,7 +165,7 @@ class Batches(grain.DatasetIterator[Batch]):
         super().__init__()
         self._steps, self._batch_size, self._config = steps, batch_size, config
         self._step = 0
-        self._reader: grain.DatasetIterator[Batch] | None = None
+        self._reader: _Reader | None = None
 
     def __next__(self) -> Batch:
         self.start_prefetch()
@@ -197,8 +198,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._closed:
             raise ValueError("This iterator has been closed.")
         if self._reader is None:
-            self._reader = iter(_read(self._steps[self._step :], self._config))
-            self._reader.start_prefetch()
+            self._reader = _Reader(_read(self._steps[self._step :], self._config))
 
     def close(self) -> None:
         """Stops threads and workers. The iterator is of no use after that."""
@@ -209,6 +209,27 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._reader is not None:
             self._reader.close()
         self._reader = None
+
+
+class _Reader(Iterator[Batch]):
+    """A grain iterator, begun at once, that lets go of its workers even if the program ends in the middle of it.
+
+    Grain's own clean-up, when the interpreter is half gone already, fails with pages of errors.
+    """
+
+    def __init__(self, dataset: grain.IterDataset[Batch]) -> None:
+        iterator = iter(dataset)
+        iterator.start_prefetch()
+        self._iterators = [iterator]
+        self.close = weakref.finalize(self, _close_all, self._iterators)
+
+    def __next__(self) -> Batch:
+        return next(self._iterators[0])
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _read(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:

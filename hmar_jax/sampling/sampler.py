@@ -1,6 +1,6 @@
-"""plan + controls + random keys → tokens and latent map: the loop over scales and steps (HMAR §4.3), to be jitted whole.
+"""plan + controls + random keys → tokens and latent map: the loop over scales and steps (HMAR §4.3).
 
-It takes functions of logits, not a model, so that a stand-in can be sampled from as well.
+It is to be jitted whole. It takes functions of logits, not a model, so that a stand-in can be sampled from as well.
 Axis letters: B batch, N tokens of one scale, L of all, h latents a side, V codebook, Z latent channels.
 """
 
@@ -69,7 +69,7 @@ def sample_tokens(
             if step.step:
                 lift = quantizer.lift(tokens, scale, ~masked if leak_free else None)
                 inputs = ScaleInputs(pooled, quantizer.pool(lift, scale), masked)
-            logits = predict(scale, inputs, controls.cfg[step.index] if step.guided else None)
+            logits = predict(scale, inputs, controls.cfg[step.number] if step.guided else None)
             drawn, confidence = _draw(logits, step, controls, keys, greedy)
             draws.append(Draw(drawn, masked))
             tokens = jnp.where(masked, drawn, tokens)
@@ -87,7 +87,7 @@ def _draw(
         return filters.argmax(logits)
     own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step.scale), step.step)))
     token_keys, order_keys = jnp.moveaxis(own(keys), 1, 0)
-    i = step.index
+    i = step.number
     filtered = filters.filter_logits(logits / controls.temperature[i], controls.top_k[i], controls.top_p[i])
     tokens, confidence = filters.draw(filtered, token_keys)
     if step.remaining:
@@ -105,12 +105,15 @@ def predictor(model: HMAR, labels: jax.Array, null_label: int) -> Predict:
             both, tiled = labels, inputs
         else:
             both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-            tiled = ScaleInputs(*(None if x is None else jnp.concatenate([x, x]) for x in inputs))
+            tiled = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
         cond = model.condition(both)
         pooled = tiled.pooled if scale else tiled.pooled[:, :0]
         x = model.inputs(cond, range(scale, scale + 1), pooled, tiled.current, tiled.masked)
         run = model.next_scale_logits if inputs.masked is None else model.masked_logits
         logits = run(x, cond, ladder.only(scale))
-        return logits if cfg is None else filters.guide(*jnp.split(logits, 2), cfg)
+        if cfg is None:
+            return logits
+        cond_logits, null_logits = jnp.split(logits, 2)
+        return filters.guide(cond_logits, null_logits, cfg)
 
     return predict

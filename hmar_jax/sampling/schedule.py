@@ -41,14 +41,14 @@ class Pass(NamedTuple):
     """One run of the transformer.
 
     Attributes:
-      scale, step: from 0; step 0 is the next-scale pass. index: among all passes.
+      scale, step: from 0; step 0 is the next-scale pass. number: among all passes, from 0.
       remaining: tokens of the scale that are still open after it.
       guided: whether the null half is computed.
     """
 
     scale: int
     step: int
-    index: int
+    number: int
     remaining: int
     guided: bool
 
@@ -120,17 +120,17 @@ class Schedule:
         Raises:
           InputError: counts that are not positive or don't sum to a square, or scalars of another shape or range.
         """
-        counts = tuple(tuple(int(count) for count in steps) for steps in counts)
-        for scale, steps in enumerate(counts):
+        nested = tuple(tuple(int(count) for count in steps) for steps in counts)
+        for scale, steps in enumerate(nested):
             total = sum(steps)
             if not steps or min(steps) < 1 or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):
                 rule = "one step of p² tokens" if scale == 0 else "positive counts that sum to p², such as 1,3 for p=2"
                 raise InputError(f"Counts {list(steps)} of scale {scale + 1} sum to {total}; expected {rule}.")
         if isinstance(cfg, int | float):
-            last = max(len(counts) - 1, 1)
-            cfg = [[cfg * k / last if step == 0 else 0.0 for step in range(len(c))] for k, c in enumerate(counts)]
+            last = max(len(nested) - 1, 1)
+            cfg = [[cfg * k / last if step == 0 else 0.0 for step in range(len(c))] for k, c in enumerate(nested)]
         given = (cfg, temperature, top_k, top_p, noise)
-        schedule = cls(counts, *(_nested(name, value, counts) for name, value in zip(SCALARS, given, strict=True)))
+        schedule = cls(nested, *(_nested(name, value, nested) for name, value in zip(SCALARS, given, strict=True)))
         schedule._check_ranges()
         return schedule
 

@@ -111,7 +111,7 @@ class Encoder(nnx.Module):
         deepest = len(widths) - 1
         make = functools.partial(Level, config, dtype=dtype, rngs=rngs)
         self.conv_in = _conv(3, config.channels, 3, dtype=dtype, rngs=rngs)
-        self.levels = nnx.List()
+        self.levels: nnx.List[Level] = nnx.List()
         for i, (inputs, width) in enumerate(zip([config.channels, *widths], widths, strict=False)):
             down = _downsample(width, dtype=dtype, rngs=rngs) if i < config.halvings else None
             self.levels.append(make(inputs, width, config.encoder_blocks, attention=i == deepest, resample=down))
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
         make = functools.partial(Level, config, dtype=dtype, rngs=rngs)
         self.conv_in = _conv(config.latent_channels, widths[-1], 3, dtype=dtype, rngs=rngs)
         self.middle = Middle(config, widths[-1], dtype=dtype, rngs=rngs)
-        self.levels = nnx.List()
+        self.levels: nnx.List[Level] = nnx.List()
         for i, (inputs, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             up = _conv(width, width, 3, dtype=dtype, rngs=rngs) if 0 < i <= config.halvings else None
             self.levels.append(make(inputs, width, config.decoder_blocks, attention=i == deepest, resample=up))
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
         self.conv_out = _conv(widths[0], 3, 3, dtype=dtype, rngs=rngs)
 
     def features(self, latents: jax.Array) -> jax.Array:
-        """(B,h,h,Z) → (B,S,S,channels): all but `conv_out`, which the tokenizer applies: the adaptive adversarial weight differentiates it alone."""
+        """(B,h,h,Z) → (B,S,S,channels): all but `conv_out`, which the adaptive weight needs to apply by itself."""
         x = self.middle(self.conv_in(latents))
         for level in reversed(self.levels):
             x = level(x)

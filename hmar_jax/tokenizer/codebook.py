@@ -116,7 +116,7 @@ def update_usage(usage: jax.Array, tokens: jax.Array, decay: float) -> jax.Array
 
 
 def revive_dead_codes(
-    codebook: jax.Array, usage: jax.Array, candidates: jax.Array, key: jax.Array, *, dead_below: float
+    codebook: jax.Array, usage: jax.Array, candidates: jax.Array, key: jax.Array, *, dead_below: float | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes drawn less than `dead_below` of the fair share 1/V move to random candidates, and count as fairly drawn.
 

@@ -90,7 +90,7 @@ class Quantizer(nnx.Module):
         return pooled.reshape(maps.shape[0], -1, maps.shape[-1])
 
     def quantize(self, latents: jax.Array) -> Quantized:
-        """Codes every scale on what the coarser ones left over: f (B,h,h,Z) float32 → tokens and what they stand for."""
+        """Codes every scale on what the coarser ones left over; latents are f, (B,h,h,Z) float32."""
         rest, queries, tokens, lifts = latents, [], [], []
         for scale in range(self.ladder.num_scales):
             queries.append(self.pool(rest, scale))

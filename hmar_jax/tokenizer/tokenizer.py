@@ -5,6 +5,8 @@ Axis letters: B batch, S pixels a side, h latents a side, L tokens, Z latent cha
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -50,12 +52,13 @@ class Tokenizer(nnx.Module):
 
     def render(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """The decoder's last convolution, perhaps with another kernel: → (B,S,S,3) float32, not clipped."""
-        conv = self.decoder.conv_out
-        kernel = conv.kernel[...] if kernel is None else kernel
+        own: Any = self.decoder.conv_out
+        kernel = own.kernel[...] if kernel is None else kernel
+        layout = ("NHWC", "HWIO", "NHWC")
         pixels = jax.lax.conv_general_dilated(
-            features, kernel.astype(features.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            features, kernel.astype(features.dtype), (1, 1), "SAME", dimension_numbers=layout
         )
-        return pixels.astype(jnp.float32) + conv.bias[...]
+        return pixels.astype(jnp.float32) + own.bias[...]
 
     def decode(self, tokens: jax.Array) -> jax.Array:
         """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""

@@ -78,8 +78,8 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise InputError(
-                f"Could not save checkpoint {self.folder / str(step)} ({reason}); {remedy(error)} Training resumes from "
-                f"the newest whole checkpoint."
+                f"Could not save checkpoint {self.folder / str(step)} ({reason}); {remedy(error)} "
+                "Training resumes from the newest whole checkpoint."
             ) from error
 
 

@@ -179,11 +179,11 @@ class _FiniteCheck:
             self._checkpoints.wait()
             last, size = self._checkpoints.latest(), self._config.batch_size
             good = (
-                f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none was saved yet"
+                f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none is saved yet"
             )
             raise InputError(
-                f"The loss is {float(loss)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the data; "
-                f"{good}. Lower optimizer.base_lr or look at those examples, and run again."
+                f"The loss is {float(loss)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the "
+                f"data; {good}. Lower optimizer.base_lr or look at those examples, and run again."
             )
 
 

@@ -147,12 +147,10 @@ class TokenizerObjective:
             fake = self._judge(adversary, stop_gradient(reconstruction))
             metrics["discriminator"] = losses.hinge_discriminator_loss(self._judge(adversary, images), fake)
             loss = loss + on * metrics["discriminator"]
-        metrics["codes_in_use"] = codebook.codes_in_use(quantized.tokens, ladder, self.weights_size)
+        metrics["codes_in_use"] = codebook.codes_in_use(
+            quantized.tokens, ladder, self.model_config.tokenizer.codebook_size
+        )
         return loss, (metrics, (quantized.tokens, quantized.queries))
-
-    @property
-    def weights_size(self) -> int:
-        return self.model_config.tokenizer.codebook_size
 
     def _judge(self, params: Tree, images: jax.Array) -> jax.Array:
         module = nnx.eval_shape(lambda: _discriminator(self.weights, self.config.dtype, 0))
@@ -187,8 +185,8 @@ def _discriminator(weights: TokenizerLossConfig, dtype: str, seed: int) -> losse
 def scale_weights(ladder: ScaleLadder, kind: str) -> np.ndarray:
     """(L,) float32: what a token's cross-entropy weighs; sums to 1.
 
-    `log_normal` (HMAR §4.2): with m, s the mean and sample deviation of p_k/p_K and z_k = (p_{K+1-k}/p_K - m)/s, scale k
-    weighs the normal density at z_k. `uniform` weighs all tokens alike (VAR), `equal` all scales.
+    `log_normal` (HMAR §4.2): with m, s the mean and sample deviation of p_k/p_K and z_k = (p_{K+1-k}/p_K - m)/s,
+    scale k weighs the normal density at z_k. `uniform` weighs all tokens alike (VAR), `equal` all scales.
     """
     sides = np.asarray(ladder.sides, np.float64)
     match kind:

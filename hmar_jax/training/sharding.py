@@ -23,7 +23,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
     if int(np.prod(shape)) != count:
         raise InputError(
-            f"mesh.data={config.data}, mesh.fsdp={config.fsdp} do not make up the {count} devices here; their product must."
+            f"mesh.data={config.data} times mesh.fsdp={config.fsdp} does not make the {count} devices here; change one."
         )
     return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -52,6 +52,6 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch as part of the global one, split over all devices along its first axis."""
+    """The part of a batch that this host read, as part of the global one, split over all devices by example."""
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -54,7 +54,7 @@ def scale_attention(
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[1] != ladder.length:
         raise ValueError(
-            f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected three times (B, L={ladder.length}, H, D) for {ladder}."
+            f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {ladder.length}, H, D) for {ladder}."
         )
     match implementation:
         case None | "reference":

@@ -1,0 +1,32 @@
+"""Stage 2 of 3 on glyphs: the transformer learns to predict each scale from the coarser ones.
+
+Before:   hmar-jax export tokens --config=configs/glyphs_tokenizer.py --model=runs/tokenizer/model --count=20000 \
+              --output=runs/tokens
+Command:  hmar-jax train --config=configs/glyphs_next_scale.py --workdir=runs/next_scale
+"""
+
+import ml_collections
+
+from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TransformerConfig, to_config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The stage's config."""
+    return to_config_dict(
+        TrainConfig(
+            stage="next_scale",
+            steps=1000,
+            batch_size=64,
+            init_from="runs/tokenizer/model",
+            transformer=TransformerConfig(depth=6, width=192, heads=6, num_classes=34, branch_depth=2, gate_init=0.1),
+            data=DataConfig("tokens", path="runs/tokens"),
+            optimizer=OptimizerConfig(base_lr=4e-3, final_lr=0.01),
+            objective=ObjectiveConfig(scale_weights="equal"),
+            dtype="float32",
+            remat="none",
+            log_every=20,
+            sample_every=250,
+            sample_labels=tuple(range(16)),
+            checkpoint_every=500,
+        )
+    )
