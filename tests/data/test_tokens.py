@@ -1,0 +1,177 @@
+"""What a token cache promises: every token back, all or nothing on disk, and a sentence for every fault."""
+
+import json
+import os
+import pickle
+import resource
+
+import numpy as np
+import pytest
+
+from hmar_jax.data.tokens import TokenSource, write_token_cache
+from hmar_jax.errors import InputError
+from hmar_jax.scales import ScaleLadder
+
+LADDER = ScaleLadder((1, 2, 3))
+L = LADDER.length
+
+
+def stream(sizes=(3, 2, 4), crops=2, codebook_size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    for size in sizes:
+        yield rng.integers(0, codebook_size, (crops, size, L)), rng.integers(0, 3, size)
+
+
+def write(path, batches=None, **changes):
+    fields = {"ladder": LADDER, "codebook_size": 64, "crops": 2, "class_names": ("a", "b", "c")}
+    fields |= {"tokenizer": "sha:1", "source": "glyphs abc"} | changes
+    return write_token_cache(path, stream() if batches is None else batches, **fields)
+
+
+@pytest.mark.parametrize("shard_size", [1, 4, 9, 100])
+def test_every_example_comes_back_in_order(tmp_path, shard_size):
+    assert write(tmp_path / "cache", shard_size=shard_size) == 9
+    source = TokenSource(tmp_path / "cache")
+    tokens, labels = (
+        np.concatenate(parts, axis) for parts, axis in zip(zip(*stream(), strict=True), (1, 0), strict=True)
+    )
+    assert len(source) == 9
+    for i in [8, 0, 3, 5, 4, 1, 7, 2, 6]:
+        example = source[i]
+        assert example["tokens"].dtype == np.uint16
+        assert example["label"].dtype == np.int32
+        np.testing.assert_array_equal(example["tokens"], tokens[:, i])
+        assert example["label"] == labels[i]
+    assert len(list((tmp_path / "cache").glob("tokens-*-of-*.array_record"))) == -(-9 // shard_size)
+
+
+def test_the_header_says_what_the_tokens_are(tmp_path):
+    write(tmp_path / "cache")
+    source = TokenSource(tmp_path / "cache")
+    assert source.ladder == LADDER
+    assert (source.codebook_size, source.crops) == (64, 2)
+    assert source.class_names == ("a", "b", "c")
+    assert (source.tokenizer, source.source) == ("sha:1", "glyphs abc")
+
+
+def test_the_largest_codebook_fits(tmp_path):
+    tokens = np.full((1, 1, L), 2**16 - 1)
+    write(tmp_path / "cache", [(tokens, np.array([2]))], codebook_size=2**16, crops=1)
+    np.testing.assert_array_equal(TokenSource(tmp_path / "cache")[0]["tokens"], tokens[:, 0])
+
+
+def test_a_source_travels_to_another_process(tmp_path):
+    write(tmp_path / "cache")
+    source = TokenSource(tmp_path / "cache")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[4]["tokens"], source[4]["tokens"])
+
+
+def test_an_index_out_of_range_is_an_index_error(tmp_path):
+    write(tmp_path / "cache")
+    assert len(list(TokenSource(tmp_path / "cache"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes", "message"),
+    [
+        ((np.zeros((2, 1, L), int), np.zeros(1, int)), {"codebook_size": 2**16 + 1}, "65537"),
+        ((np.full((2, 1, L), 64), np.zeros(1, int)), {}, "64.*expected integers from 0 to 63"),
+        ((np.full((2, 1, L), -1), np.zeros(1, int)), {}, "-1"),
+        ((np.zeros((2, 1, L)), np.zeros(1, int)), {}, "float64"),
+        ((np.zeros((2, 1, L), int), np.full(1, 3)), {}, "labels from 3 to 3"),
+        ((np.zeros((1, 1, L), int), np.zeros(1, int)), {}, r"\(1, 1, 14\)"),
+        ((np.zeros((2, 1, L - 1), int), np.zeros(1, int)), {}, r"\(2, 1, 13\)"),
+        ((np.zeros((2, 2, L), int), np.zeros(1, int)), {}, r"\(2, 2, 14\)"),
+        (None, {"batches": []}, "no images"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_leaves_nothing(tmp_path, batch, changes, message):
+    batches = changes.pop("batches", None) if batch is None else [*stream(), batch]
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / "cache", batches, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_an_interrupted_stream_leaves_nothing_and_its_error_passes(tmp_path, error):
+    def interrupted():
+        yield from stream()
+        raise error("from the tokenizer")
+
+    with pytest.raises(error, match="from the tokenizer"):
+        write(tmp_path / "cache", interrupted(), shard_size=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_shows_only_when_it_is_complete(tmp_path):
+    def watched():
+        for batch in stream():
+            assert not (tmp_path / "cache").exists()
+            yield batch
+
+    write(tmp_path / "cache", watched(), shard_size=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_exists_is_never_overwritten(tmp_path):
+    write(tmp_path / "cache")
+    before = (tmp_path / "cache/cache.json").read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        write(tmp_path / "cache", tokenizer="sha:2")
+    assert (tmp_path / "cache/cache.json").read_bytes() == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        write(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert write(tmp_path / "empty") == len(TokenSource(tmp_path / "empty"))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel's nearest thing to a full disk
+    try:
+        with pytest.raises(InputError, match=r"cache' cannot be written.*too large"):
+            write(tmp_path / "cache", stream([4000] * 4, codebook_size=2**16), codebook_size=2**16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parent_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write(tmp_path / "file/cache")
+
+
+def change(**fields):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("cache.json", os.unlink, "no token cache"),
+        ("cache.json", lambda path: path.write_text("{"), "cannot be read"),
+        ("cache.json", lambda path: path.write_text("[]"), "cannot be read"),
+        ("cache.json", lambda path: path.write_text('{"format": 1}'), "missing"),
+        ("cache.json", change(format=2), "format 2, not 1"),
+        ("cache.json", change(sides="1,2,3"), "sides"),
+        ("cache.json", change(count=10), "9 of 10 images"),
+        ("cache.json", change(crops=3), "damaged"),
+        ("cache.json", change(sides=[1, 2, 4]), "damaged"),
+        ("tokens-00001-of-00003.array_record", os.unlink, "damaged.*No such file"),
+        ("tokens-00001-of-00003.array_record", lambda path: os.truncate(path, 70_000), "damaged"),
+        ("tokens-00001-of-00003.array_record", lambda path: os.truncate(path, 0), "damaged"),
+        ("tokens-00001-of-00003.array_record", lambda path: path.write_bytes(bytes(200_000)), "damaged"),
+    ],
+)
+def test_a_damaged_cache_is_named(tmp_path, file, damage, message):
+    write(tmp_path / "cache", shard_size=3)
+    damage(tmp_path / "cache" / file)
+    with pytest.raises(InputError, match=message):
+        list(TokenSource(tmp_path / "cache"))
+
+
+def test_a_missing_cache_says_how_to_write_one(tmp_path):
+    with pytest.raises(InputError, match="hmar-jax export tokens"):
+        TokenSource(tmp_path / "nowhere")
