@@ -108,8 +108,11 @@ class TokenizerDoor:
 
     def decode(self, tokens: ArrayLike) -> jax.Array:
         """(B,L) int → (B,S,S,3) float32 in [-1,1]."""
-        tokens = check_tokens(self._config, tokens)
-        return _decode(self._config, self._dtype, self._params, tokens)
+        return _decode(self._config, self._dtype, self._params, check_tokens(self._config, tokens))
+
+    def growth(self, tokens: ArrayLike) -> jax.Array:
+        """The picture after each scale: (B,L) int → (K,B,S,S,3) float32 in [-1,1]; the last is `decode`'s."""
+        return _growth(self._config, self._dtype, self._params, check_tokens(self._config, tokens))
 
 
 class Model:
@@ -268,6 +271,12 @@ def _encode(config: ModelConfig, dtype: str, params: Any, images: jax.Array) -> 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> jax.Array:
     return networks(config, params, dtype).tokenizer.decode(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _growth(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> jax.Array:
+    tokenizer = networks(config, params, dtype).tokenizer
+    return jax.lax.map(tokenizer.decode_latents, tokenizer.quantizer.reconstruct(tokens))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,6 +6,7 @@ Axis letters: B batch, h side of the latent map (= p_K), L tokens, K scales, Z l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,6 +105,6 @@ class Quantizer(nnx.Module):
         return [tokens[:, where] for where in self.ladder.slices]
 
     def reconstruct(self, tokens: jax.Array) -> jax.Array:
-        """The latent map that all tokens together code: (B,L) int32 → (B,h,h,Z) float32."""
-        lifts = (self.lift(of_scale, scale) for scale, of_scale in enumerate(self.split(tokens)))
-        return sum(lifts, start=jnp.zeros(()))
+        """The latent map after each scale, the last being that of all: (B,L) int32 → (K,B,h,h,Z) float32."""
+        lifts = [self.lift(of_scale, scale) for scale, of_scale in enumerate(self.split(tokens))]
+        return jnp.stack(list(itertools.accumulate(lifts)))

@@ -62,4 +62,4 @@ class Tokenizer(nnx.Module):
 
     def decode(self, tokens: jax.Array) -> jax.Array:
         """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""
-        return self.decode_latents(self.quantizer.reconstruct(tokens))
+        return self.decode_latents(self.quantizer.reconstruct(tokens)[-1])

@@ -1,0 +1,99 @@
+"""`hmar-jax demo`: nothing → three trained stages on glyphs → pictures a person can judge."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hmar_jax.config import TrainConfig, from_config_dict
+
+STAGES = ("tokenizer", "next_scale", "masked")
+PICTURES = 16_000  # in the token cache
+QUICK_STEPS = {"tokenizer": 60, "next_scale": 60, "masked": 20}
+QUICK_PICTURES = 1_000
+
+
+def run(argv: Sequence[str]) -> None:
+    """Trains the three stages and draws reconstructions, loss curves, samples and a sample's growth."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax demo",
+        description="Train tokenizer, next-scale and masked stage on rendered glyphs, from nothing, and sample.",
+    )
+    parser.add_argument("--output", type=Path, help="folder for everything (default: runs/demo or runs/demo-quick)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute, to see that all works; the pictures will be poor"
+    )
+    args = parser.parse_args(argv)
+    folder = args.output or Path("runs/demo-quick" if args.quick else "runs/demo")
+    start = time.perf_counter()
+
+    from hmar_jax.commands.export import export_tokens
+    from hmar_jax.training.loop import train
+
+    configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}
+    print(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
+    tokenizer = train(configs["tokenizer"], folder / "tokenizer")
+    print("2/4 next-scale: each scale from the coarser ones", flush=True)
+    if not (folder / "tokens").exists():
+        count = QUICK_PICTURES if args.quick else PICTURES
+        export_tokens(tokenizer, configs["tokenizer"].data, folder / "tokens", count=count)
+    train(configs["next_scale"], folder / "next_scale")
+    print("3/4 masked: a scale from a part of its own tokens", flush=True)
+    model = train(configs["masked"], folder / "masked")
+    print("4/4 pictures", flush=True)
+    for picture, what in draw(folder, model, configs).items():
+        print(f"  {picture}  {what}")
+    print(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
+    print(f"  hmar-jax sample --model={model} --labels=A,7 --schedule=small --seed=1 --output={folder / 'samples'}")
+
+
+def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:
+    """The config in `configs/` of a stage on glyphs, with its places inside `folder`."""
+    config = from_config_dict(TrainConfig, importlib.import_module(f"configs.glyphs_{stage}").get_config())
+    before = {"next_scale": "tokenizer", "masked": "next_scale"}
+    if stage in before:
+        data = dataclasses.replace(config.data, path=str(folder / "tokens"))
+        config = dataclasses.replace(config, init_from=str(folder / before[stage] / "model"), data=data)
+    if quick:
+        steps = QUICK_STEPS[stage]
+        config = dataclasses.replace(config, steps=steps, sample_every=0, log_every=10, checkpoint_every=steps)
+    return config
+
+
+def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dict[Path, str]:
+    """Writes the demo's four pictures; returns each with a caption."""
+    from hmar_jax import pictures
+    from hmar_jax.data import pipeline
+    from hmar_jax.pretrained import from_pretrained
+    from hmar_jax.training.metrics import read_metrics
+
+    model = from_pretrained(model_path)
+    size, classes = model.config.image_size, model.config.num_classes
+    unseen = pipeline.batches(configs["tokenizer"].data, batch_size=24, image_size=size, seed=1_000)
+    originals = next(unseen)["image"].astype(np.float32) / 255
+    unseen.close()
+    decoded = np.asarray(model.tokenizer.decode(model.tokenizer.encode(originals * 2 - 1))) / 2 + 0.5
+    labels = list(range(classes)) * 2
+    out = model.sample(labels, "small", seed=0)
+    chosen = out.tokens[: min(8, classes)]
+    grown = np.asarray(model.tokenizer.growth(chosen)) / 2 + 0.5
+    curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]
+    made = {
+        "reconstructions.png": (pictures.pairs(originals, decoded, 12, 3), "unseen glyphs above their reconstructions"),
+        "losses.png": (pictures.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
+        "samples.png": (
+            pictures.grid(out.images, 17, 3),
+            f"two samples of each class: {''.join(model.config.class_names)}",
+        ),
+        "growth.png": (
+            pictures.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
+            f"samples growing scale by scale, {' → '.join(map(str, model.config.ladder.sides))}",
+        ),
+    }
+    return {pictures.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}
