@@ -1,8 +1,8 @@
 """Stage 1 of 3 on a folder of your own pictures (class = subfolder, or one class): the tokenizer. 64x64 pixels.
 
 Command:  hmar-jax train --config=configs/folder_tokenizer.py --config.data.path=PICTURES --workdir=runs/my_tokenizer
-Sized for one accelerator and some thousand pictures or more. To try it on a CPU, add --config.dtype=float32
---config.steps=300 --config.tokenizer.channels=16 --config.tokenizer.norm_groups=8 --config.tokenizer_loss.adversarial=0.0
+Sized for one accelerator and thousands of pictures. To try it on a CPU, add --config.dtype=float32 --config.steps=300
+--config.tokenizer.channels=16 --config.tokenizer.norm_groups=8 --config.tokenizer_loss.adversarial=0.0
 """
 
 import ml_collections

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
@@ -72,7 +73,7 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def check_entries(config: ModelConfig, flat: dict[str, np.ndarray], where: str) -> None:
     """Raises InputError, naming entries, unless `flat` has exactly the parameters of `config`."""
     _, abstract = structure(config)
-    expected = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in abstract.flat_state()}
+    expected = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
     missing, unexpected = sorted(expected.keys() - flat.keys()), sorted(flat.keys() - expected.keys())
     misshapen = [n for n in expected if n in flat and tuple(flat[n].shape) != expected[n]]
     for what, names in (("lacks", missing), ("has the unexpected", unexpected)):

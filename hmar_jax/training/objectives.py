@@ -100,7 +100,7 @@ class TokenizerObjective:
             trained["discriminator"] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         size = self.model_config.tokenizer.codebook_size
         frozen = {} if self._perceptual is None else {"perceptual": self._perceptual}
-        return Parts(trained, frozen, {"usage": jnp.full((size,), 1 / size)})
+        return Parts(trained, frozen, {"usage": jnp.full((size,), 1 / size, jnp.float32)})
 
     @functools.partial(jax.jit, static_argnums=0)
     def _queries(self, params: Tree, images: jax.Array) -> jax.Array:

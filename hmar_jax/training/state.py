@@ -81,7 +81,7 @@ def make_train_step(
         params, extra, more = objective.after_update(params, state.extra, seen, after_key, state.step)
         decay = config.optimizer.ema
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
-        metrics |= more | {"gradient_norm": optax.global_norm(grads)}
+        metrics |= more | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, state.key, params, ema, opt, extra), metrics
 
     return train_step

@@ -132,7 +132,7 @@ class Stack(nnx.Module):
         self.drop_rates = tuple(config.drop_path * (first + i) / ramp for i in range(depth))
         if depth:
             create = nnx.vmap(lambda rngs: Block(config, dtype=dtype, rngs=rngs))
-            self.blocks = create(rngs.fork(split=depth))
+            self.blocks = create(rngs.split(depth))
 
     def __call__(
         self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None

@@ -127,7 +127,9 @@ def test_a_state_suits_another_batch_size_that_divides_it_and_no_other(cache):
         iterator.set_state({"examples": 3})
 
 
-def test_workers_change_nothing_not_even_the_state(config):
+@pytest.mark.parametrize("source", ["folder", "tokens"])
+def test_workers_change_nothing_not_even_the_state(source, folder, cache):
+    config = {"folder": folder, "tokens": cache}[source]
     expected = take(config, 5)
     iterator = batches(dataclasses.replace(config, workers=2), batch_size=4, image_size=S, seed=7)
     iterator.set_state({"examples": 8})

@@ -1,0 +1,209 @@
+"""Configs survive ConfigDict and JSON, refuse what they are not, and describe models of the published sizes."""
+
+import dataclasses
+import json
+import math
+import re
+import string
+
+import jax
+import pytest
+
+from hmar_jax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TrainConfig,
+    TransformerConfig,
+    from_config_dict,
+    from_plain,
+    to_config_dict,
+    to_plain,
+)
+from hmar_jax.errors import InputError
+from hmar_jax.model import structure
+from hmar_jax.scales import ScaleLadder
+
+TRAIN = TrainConfig(
+    stage="masked",
+    init_from="runs/next",
+    sides=(1, 2, 5),
+    batch_size=12,
+    accumulate=3,
+    data=DataConfig(source="tokens", path="cache", classes="xyz", flip=True),
+    optimizer=OptimizerConfig(base_lr=3e-4, ema=0.999),
+    tokenizer_loss=TokenizerLossConfig(adversarial=0.0),
+    objective=ObjectiveConfig(scale_weights="equal", leak_free=True),
+    mesh=MeshConfig(fsdp=2),
+    dtype="float32",
+    sample_labels=(),
+)
+CONFIGS = {
+    "train": TRAIN,
+    "tokenizer stage": TrainConfig(stage="tokenizer"),
+    "model": ModelConfig(
+        ScaleLadder((1, 3)), TokenizerConfig(), TransformerConfig.preset("d16"), tuple(string.digits)
+    ),
+    "tokenizer alone": ModelConfig(ScaleLadder((2,)), TokenizerConfig(multipliers=(1, 1), downsampling=2)),
+    "var": TransformerConfig.preset("var-d20", num_classes=7),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+class TestRoundTrips:
+    def test_through_json(self, config):
+        assert from_plain(type(config), json.loads(json.dumps(to_plain(config)))) == config
+
+    def test_through_a_config_dict(self, config):
+        assert from_config_dict(type(config), to_config_dict(config)) == config
+
+    def test_and_back_hashable(self, config):
+        back = from_plain(type(config), json.loads(json.dumps(to_plain(config))))
+        assert hash(back) == hash(config)
+
+
+def test_a_change_in_a_config_dict_arrives():
+    changed = to_config_dict(TRAIN)
+    changed.optimizer.base_lr = 1
+    changed.sides = [1, 4]
+    back = from_config_dict(TrainConfig, changed)
+    assert back == dataclasses.replace(
+        TRAIN, sides=(1, 4), optimizer=dataclasses.replace(TRAIN.optimizer, base_lr=1.0)
+    )
+    assert isinstance(back.optimizer.base_lr, float)
+
+
+def changed(path, value):
+    """`TRAIN` as plain data with one field set."""
+    plain = json.loads(json.dumps(to_plain(TRAIN)))
+    *parents, name = path.split(".")
+    inner = plain
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("step", 3, r"Config field 'step' does not exist; TrainConfig has stage, seed, steps, .*\."),
+        ("optimizer.lr", 3, r"Config field 'optimizer\.lr' does not exist; OptimizerConfig has base_lr, .*\."),
+        ("steps", "many", r"Config field 'steps' is 'many'; expected int\."),
+        ("steps", 1.5, r"Config field 'steps' is 1\.5; expected int\."),
+        ("steps", True, r"Config field 'steps' is True; expected int\."),
+        ("steps", None, r"Config field 'steps' is None; expected int\."),
+        ("data.flip", 1, r"Config field 'data\.flip' is 1; expected bool\."),
+        ("data.path", 7, r"Config field 'data\.path' is 7; expected str\."),
+        ("optimizer.base_lr", "fast", r"Config field 'optimizer\.base_lr' is 'fast'; expected float\."),
+        ("optimizer.base_lr", False, r"Config field 'optimizer\.base_lr' is False; expected float\."),
+        ("sides", 4, r"Config field 'sides' is 4; expected tuple\[int, \.\.\.\]\."),
+        ("sides", [1, "2"], r"Config field 'sides' is '2'; expected int\."),
+        ("data", 5, r"Config field 'data' is 5; expected DataConfig\."),
+        ("stage", "third", r"Config field 'stage' is 'third'; expected 'tokenizer' or 'next_scale' or 'masked'\."),
+        ("data.crop", "left", r"Config field 'data\.crop' is 'left'; expected 'random' or 'center'\."),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(path, value, sentence):
+    with pytest.raises(InputError) as error:
+        from_plain(TrainConfig, changed(path, value))
+    assert_matches(error, sentence)
+
+
+def assert_matches(error, sentence):
+    assert re.fullmatch(sentence, str(error.value)), str(error.value)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(InputError) as error:
+        from_plain(ModelConfig, {"ladder": {"sides": [1]}})
+    assert str(error.value) == "Config field 'tokenizer' is missing."
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: TokenizerConfig(channels=33), ("tokenizer.channels is 33", "norm_groups=32")),
+        (lambda: TokenizerConfig(downsampling=3), ("tokenizer.downsampling is 3", "power of two", "16")),
+        (lambda: TokenizerConfig(downsampling=32), ("tokenizer.downsampling is 32",)),
+        (lambda: TransformerConfig(4, 30, 4), ("transformer.width is 30", "transformer.heads=4")),
+        (lambda: TransformerConfig(4, 32, 4), ("branch_depth is 8", "transformer.depth=4")),
+        (lambda: TransformerConfig.preset("d16", pattern="block_causal"), ("block_causal", "mask branch")),
+        (lambda: TransformerConfig.preset("d16", masked=False, pattern="causal"), ("'causal'", "block_diagonal")),
+        (lambda: TransformerConfig.preset("d17"), ("'d17'", "d16", "var-d30", "d36-s")),
+        (lambda: TrainConfig(stage="tokenizer", batch_size=5, accumulate=2), ("batch_size=5", "accumulate=2")),
+        (lambda: TrainConfig(stage="next_scale"), ("'next_scale'", "init_from")),
+        (lambda: TrainConfig(stage="masked", init_from="x"), ("'masked'", "export tokens", "'glyphs'")),
+    ],
+)
+def test_values_that_do_not_fit_together_are_named(make, names):
+    with pytest.raises(InputError) as error:
+        make()
+    for name in names:
+        assert name in str(error.value)
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def transformer_parameters(name, resolution="256"):
+    config = ModelConfig(ScaleLadder.preset(resolution), TokenizerConfig(), TransformerConfig.preset(name))
+    return count(structure(config)[1]["transformer"])
+
+
+# FACTS §3, in millions; half of the last printed digit is the tolerance.
+@pytest.mark.parametrize(
+    ("name", "millions", "half_digit"),
+    [
+        ("d16", 467.7, 0.05),
+        ("d20", 845.5, 0.05),
+        ("d24", 1384, 0.5),
+        ("d30", 2556, 0.5),
+        ("var-d16", 310.3, 0.05),
+        ("var-d20", 600.9, 0.05),
+        ("var-d24", 1033, 0.5),
+        ("var-d30", 2010, 0.5),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, millions, half_digit):
+    assert transformer_parameters(name) / 1e6 == pytest.approx(millions, abs=half_digit)
+
+
+def test_d36_s_has_the_published_number_of_parameters_at_512():
+    assert transformer_parameters("d36-s", "512") / 1e6 == pytest.approx(2354, abs=0.5)
+
+
+def test_the_default_tokenizer_has_the_published_number_of_parameters():
+    abstract = structure(ModelConfig(ScaleLadder.preset("256"), TokenizerConfig()))[1]
+    assert count(abstract) / 1e6 == pytest.approx(108.95, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "branch", "gate", "var", "shared"),
+    [
+        ("d16", 16, 8, 1e-3, False, False),
+        ("d24", 24, 8, 1e-4, False, False),
+        ("d30", 30, 8, 1e-5, False, False),
+        ("var-d20", 20, 0, 1e-3, True, False),
+        ("d36-s", 36, 0, 1e-5, True, True),
+    ],
+)
+def test_presets_follow_the_published_rules(name, depth, branch, gate, var, shared):
+    preset = TransformerConfig.preset(name)
+    assert (preset.depth, preset.width, preset.heads) == (depth, 64 * depth, depth)
+    assert (preset.branch_depth, preset.trunk_depth) == (branch, depth - branch)
+    assert (preset.masked, preset.pattern) == (not var, "block_causal" if var else "block_diagonal")
+    assert (preset.gate_init, preset.shared_adaln, preset.num_classes) == (gate, shared, 1000)
+    assert preset.drop_path == pytest.approx(0.1 * depth / 24)
+
+
+def test_image_size_and_classes_follow_the_parts():
+    config = CONFIGS["model"]
+    assert (config.image_size, config.num_classes) == (3 * 16, 1000)
+    assert CONFIGS["tokenizer alone"].image_size == 4
+    assert CONFIGS["tokenizer alone"].num_classes == 0

@@ -1,0 +1,83 @@
+"""The ladder's geometry against plain loops over tokens."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from hmar_jax.errors import InputError
+from hmar_jax.scales import ScaleLadder
+
+ladders = st.sets(st.integers(1, 9), min_size=1, max_size=5).map(lambda sides: ScaleLadder(tuple(sorted(sides))))
+
+
+@pytest.mark.parametrize(
+    ("name", "sides", "length"),
+    [
+        ("64", (1, 2, 3, 4), 30),
+        ("128", (1, 2, 3, 4, 5, 6, 8), 155),
+        ("256", (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 680),
+        ("512", (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 2240),
+        ("1024", (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64), 9451),
+    ],
+)
+def test_presets_are_the_published_sides(name, sides, length):
+    ladder = ScaleLadder.preset(name)
+    assert (ladder.sides, ladder.length) == (sides, length)
+    assert ScaleLadder.preset(int(name)) == ladder
+    assert ladder.sides[-1] * 16 == int(name)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(InputError, match=r"No ladder is named '300'; choose one of 64, 128, 256, 512, 1024\."):
+        ScaleLadder.preset("300")
+
+
+@hypothesis.given(ladders)
+def test_lengths_offsets_ids_and_slices_count_tokens_one_by_one(ladder):
+    ids = [scale for scale, side in enumerate(ladder.sides) for _ in range(side * side)]
+    assert ladder.num_scales == len(ladder.sides)
+    assert ladder.length == len(ids)
+    np.testing.assert_array_equal(ladder.scale_ids, ids)
+    assert ladder.scale_ids.dtype == np.int32
+    assert ladder.lengths == tuple(ids.count(scale) for scale in range(ladder.num_scales))
+    assert ladder.offsets == (*(ids.index(scale) for scale in range(ladder.num_scales)), len(ids))
+    for scale, where in enumerate(ladder.slices):
+        assert set(ids[where]) == {scale}
+    assert sum((ids[where] for where in ladder.slices), []) == ids
+
+
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+@hypothesis.given(ladder=ladders)
+def test_key_ranges_hold_exactly_the_scales_a_token_may_see(pattern, ladder):
+    ids = [scale for scale, side in enumerate(ladder.sides) for _ in range(side * side)]
+    ranges = ladder.key_ranges(pattern)
+    assert ranges.shape == (ladder.length, 2)
+    assert ranges.dtype == np.int32
+    for (start, end), own in zip(ranges, ids, strict=True):
+        sees = [j for j, scale in enumerate(ids) if scale == own or (pattern == "block_causal" and scale < own)]
+        assert list(range(start, end)) == sees
+
+
+def test_an_unknown_pattern_is_named():
+    with pytest.raises(InputError, match="Attention pattern 'causal' is unknown"):
+        ScaleLadder((1, 2)).key_ranges("causal")
+
+
+@pytest.mark.parametrize("sides", [(), (0, 1), (-2, 1), (2, 2), (1, 3, 2)])
+def test_sides_that_do_not_increase_from_one_are_refused(sides):
+    with pytest.raises(InputError, match="increasing list of positive integers") as error:
+        ScaleLadder(sides)
+    assert str(sides) in str(error.value)
+
+
+def test_a_ladder_is_a_value():
+    ladder = ScaleLadder([1, 2])
+    assert ladder == ScaleLadder((1, 2))
+    assert hash(ladder) == hash(ScaleLadder((1, 2)))
+    assert ladder != ScaleLadder((1, 3))
+
+
+@hypothesis.given(ladders)
+def test_only_is_the_ladder_of_one_scale(ladder):
+    assert [ladder.only(scale).sides for scale in range(ladder.num_scales)] == [(side,) for side in ladder.sides]

@@ -1,0 +1,379 @@
+"""The transformer: equal to the official outputs, Markov in scales, blind to what is masked, free in size."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, lively_model, lively_params, random_tokens, tiny
+from flax import nnx
+
+from hmar_jax import params as trees
+from hmar_jax.config import TransformerConfig
+from hmar_jax.model import init_params, networks
+from hmar_jax.transformer import teacher_forcing
+from hmar_jax.transformer.blocks import drop_path
+
+LADDER = TINY.ladder
+LABELS = np.array([0, 3, 5])  # the last is the null class
+TOKENS = random_tokens(TINY, 3)
+SCALES = range(LADDER.num_scales)
+MASKED = np.zeros(TOKENS.shape, bool)
+MASKED[:, [2, 3, 5, 8, 9, 12]] = True
+
+# Norm of the difference over norm of the truth.
+TOLERANCE = {"official float32": 2e-6, "float32": 1e-5, "bfloat16": 3e-2}
+
+
+def relative(result, truth):
+    return np.linalg.norm(np.asarray(result, np.float64) - truth) / np.linalg.norm(truth)
+
+
+def other_tokens(where):
+    """`TOKENS` with other values at some places."""
+    tokens = TOKENS.copy()
+    tokens[:, where] = (tokens[:, where] + 1 + np.arange(tokens[:, where].shape[1])) % 16
+    return tokens
+
+
+# --- against the official code
+
+
+def test_official_inputs(golden, golden_model):
+    reference = golden_model(golden["nsp_manifest"])
+    module = networks(reference.config, reference.params).tokenizer.quantizer
+    inputs = teacher_forcing.teacher_inputs(module, jnp.asarray(golden["tokens"]))
+    assert relative(inputs.pooled, golden["ns_input"]) < TOLERANCE["official float32"]
+    assert relative(inputs.current, golden["mask_tok_input"]) < TOLERANCE["official float32"]
+
+
+def test_official_next_scale_logits(golden, golden_model):
+    reference = golden_model(golden["nsp_manifest"])
+    logits = reference.next_scale_logits(golden["labels"], golden["tokens"])
+    assert logits.dtype == jnp.float32
+    assert relative(logits, golden["nsp_logits"]) < TOLERANCE["official float32"]
+
+
+def test_official_masked_logits(golden, golden_model):
+    reference = golden_model(golden["mp_manifest"], masked=True)
+    masked = np.zeros(golden["tokens"].shape, bool)
+    masked[:, golden["mask_positions"]] = True
+    logits = reference.masked_logits(golden["labels"], golden["tokens"], masked)
+    assert relative(logits, golden["mp_logits"]) < TOLERANCE["official float32"]
+
+
+def test_official_var_logits(golden_var, golden_model):
+    reference = golden_model(golden_var["var_manifest"], pattern="block_causal")
+    logits = reference.next_scale_logits(golden_var["labels"], golden_var["tokens"])
+    assert relative(logits, golden_var["var_logits"]) < TOLERANCE["official float32"]
+
+
+# --- what a scale may know
+
+
+@pytest.fixture(scope="module")
+def var_model(stage1_model):
+    return type(stage1_model)(tiny(masked=False, pattern="block_causal"), stage1_model.params)
+
+
+@pytest.mark.parametrize("changed", SCALES)
+@pytest.mark.parametrize("kind", ["model", "var_model"])
+def test_a_scales_tokens_reach_only_finer_scales(request, kind, changed):
+    network = request.getfixturevalue(kind)
+    before = network.next_scale_logits(LABELS, TOKENS)
+    after = network.next_scale_logits(LABELS, other_tokens(LADDER.slices[changed]))
+    for scale, where in enumerate(LADDER.slices):
+        if scale <= changed:
+            np.testing.assert_array_equal(after[:, where], before[:, where])
+        else:
+            assert relative(after[:, where], before[:, where]) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def whole(stage1_model):
+    """One jitted function: parameters' pattern and inputs x → next-scale logits over a ladder."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(pattern, ladder, x):
+        config = tiny(masked=False, pattern=pattern)
+        transformer = networks(config, stage1_model.params).transformer
+        return transformer.next_scale_logits(x, transformer.condition(jnp.asarray(LABELS)), ladder)
+
+    return run
+
+
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+@pytest.mark.parametrize("changed", SCALES)
+def test_attention_carries_a_scales_input_as_far_as_its_pattern_says(whole, pattern, changed):
+    x = np.random.default_rng(0).normal(size=(3, LADDER.length, 32)).astype(np.float32)
+    moved = x.copy()
+    moved[:, LADDER.slices[changed]] *= -1
+    before, after = whole(pattern, LADDER, x), whole(pattern, LADDER, moved)
+    for scale, where in enumerate(LADDER.slices):
+        reached = scale == changed or (pattern == "block_causal" and scale > changed)
+        if reached:
+            assert relative(after[:, where], before[:, where]) > 1e-3
+        else:
+            np.testing.assert_array_equal(after[:, where], before[:, where])
+
+
+def test_a_scale_alone_gives_the_logits_it_gives_among_all(whole):
+    x = np.random.default_rng(0).normal(size=(3, LADDER.length, 32)).astype(np.float32)
+    joined = whole("block_diagonal", LADDER, x)
+    for scale, where in enumerate(LADDER.slices):
+        alone = whole("block_diagonal", LADDER.only(scale), x[:, where])
+        assert relative(alone, joined[:, where]) < TOLERANCE["float32"]
+
+
+def test_the_coarser_scales_are_known_by_their_sum_alone(quantizer):
+    """Other tokens with the same f_{k-1} are the same to scale k."""
+    inputs = teacher_forcing.teacher_inputs(quantizer, jnp.asarray(TOKENS))
+    sums = quantizer.reconstruct(jnp.asarray(TOKENS))
+    offset = LADDER.lengths[0]
+    for scale in SCALES[1:]:
+        where = slice(LADDER.offsets[scale] - offset, LADDER.offsets[scale + 1] - offset)
+        np.testing.assert_allclose(inputs.pooled[:, where], quantizer.pool(sums[scale - 1], scale), atol=1e-6)
+        own = quantizer.lift(jnp.asarray(TOKENS[:, LADDER.slices[scale]]), scale)
+        np.testing.assert_allclose(inputs.current[:, where], quantizer.pool(own, scale), atol=1e-6)
+
+
+def test_the_class_reaches_every_scale(model):
+    before, after = (model.next_scale_logits(np.full(3, label), TOKENS) for label in (0, 1))
+    for where in LADDER.slices:
+        assert relative(after[:, where], before[:, where]) > 1e-2
+
+
+# --- what a masked token shows of itself
+
+
+@pytest.mark.parametrize("scale", SCALES[1:])
+class TestMaskedTokens:
+    def places(self, scale, masked):
+        where = np.zeros(LADDER.length, bool)
+        where[LADDER.slices[scale]] = True
+        return where & (MASKED[0] == masked)
+
+    def test_leak_free_logits_never_see_them(self, leak_free_model, scale):
+        before = leak_free_model.masked_logits(LABELS, TOKENS, MASKED)
+        after = leak_free_model.masked_logits(LABELS, other_tokens(self.places(scale, True)), MASKED)
+        seen = slice(0, LADDER.offsets[scale + 1])
+        np.testing.assert_array_equal(after[:, seen], before[:, seen])
+
+    def test_the_published_inputs_do_leak_them(self, model, scale):
+        before = model.masked_logits(LABELS, TOKENS, MASKED)
+        after = model.masked_logits(LABELS, other_tokens(self.places(scale, True)), MASKED)
+        coarser, own = slice(0, LADDER.offsets[scale]), LADDER.slices[scale]
+        np.testing.assert_array_equal(after[:, coarser], before[:, coarser])
+        assert relative(after[:, own], before[:, own]) > 1e-3
+
+    @pytest.mark.parametrize("kind", ["model", "leak_free_model"])
+    def test_visible_tokens_of_the_scale_do_count(self, request, kind, scale):
+        network = request.getfixturevalue(kind)
+        before = network.masked_logits(LABELS, TOKENS, MASKED)
+        after = network.masked_logits(LABELS, other_tokens(self.places(scale, False)), MASKED)
+        masked = self.places(scale, True)
+        assert relative(after[:, masked], before[:, masked]) > 1e-3
+
+    @pytest.mark.parametrize("kind", ["model", "leak_free_model"])
+    def test_which_tokens_are_masked_counts_in_that_scale_alone(self, request, kind, scale):
+        network = request.getfixturevalue(kind)
+        fewer = MASKED.copy()
+        fewer[:, np.flatnonzero(self.places(scale, True))[0]] = False
+        before, after = (network.masked_logits(LABELS, TOKENS, masked) for masked in (MASKED, fewer))
+        for other, where in enumerate(LADDER.slices):
+            if other == scale:
+                assert relative(after[:, where], before[:, where]) > 1e-3
+            else:
+                np.testing.assert_array_equal(after[:, where], before[:, where])
+
+
+def test_both_branches_share_trunk_and_inputs_but_not_weights(model, stage1_model):
+    np.testing.assert_array_equal(
+        model.next_scale_logits(LABELS, TOKENS), stage1_model.next_scale_logits(LABELS, TOKENS)
+    )
+    masked = model.masked_logits(LABELS, TOKENS, MASKED)
+    assert relative(model.next_scale_logits(LABELS, TOKENS), masked) > 0.1
+
+
+# --- drop-path
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def training_logits(rate, params, key):
+    nets = networks(tiny(drop_path=rate), params)
+    labels, tokens = jnp.asarray(LABELS), jnp.asarray(TOKENS)
+    return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens, key)
+
+
+def test_drop_path_works_in_training_only(model):
+    at_rest = model.next_scale_logits(LABELS, TOKENS)
+    dropping = type(model)(tiny(drop_path=0.9), model.params)
+    np.testing.assert_array_equal(dropping.next_scale_logits(LABELS, TOKENS), at_rest)
+    first, again, other = (training_logits(0.9, model.params, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert relative(first, other) > 1e-2
+    without = training_logits(0.0, model.params, jax.random.key(0))
+    assert relative(without, at_rest) < TOLERANCE["float32"]
+
+
+def test_drop_path_rates_rise_linearly_over_trunk_and_branch():
+    config = tiny(depth=5, branch_depth=2, drop_path=0.4)
+    transformer = nnx.eval_shape(lambda: networks_of(config))
+    rates = (*transformer.trunk.drop_rates, *transformer.next_scale.stack.drop_rates)
+    assert rates == pytest.approx((0, 0.1, 0.2, 0.3, 0.4))
+    assert transformer.masked.stack.drop_rates == transformer.next_scale.stack.drop_rates
+
+
+def networks_of(config):
+    from hmar_jax.model import Networks
+
+    return Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(0)).transformer
+
+
+def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    dropped = np.asarray(drop_path(x, jnp.float32(0.25), jax.random.key(0)))
+    values = dropped[:, 0, 0]
+    assert (dropped == values[:, None, None]).all()
+    np.testing.assert_allclose(np.unique(values), [0, 4 / 3], rtol=1e-6)
+    assert values.mean() == pytest.approx(1, abs=4 * np.sqrt(0.25 / 0.75 / 4000))  # four standard errors
+
+
+# --- sizes and options
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "branch_depth", "mlp_ratio"),
+    [(1, 12, 3, 1, 4), (2, 20, 2, 0, 2), (3, 24, 1, 3, 4), (4, 16, 16, 1, 1)],
+)
+def test_depth_width_heads_and_branch_are_free(depth, width, heads, branch_depth, mlp_ratio):
+    fields = {"depth": depth, "width": width, "heads": heads, "branch_depth": branch_depth, "mlp_ratio": mlp_ratio}
+    logits = lively_model(tiny(**fields)).masked_logits(LABELS, TOKENS, MASKED)
+    assert (logits.shape, logits.dtype) == ((3, LADDER.length, 16), jnp.float32)
+    assert np.isfinite(logits).all()
+    assert np.std(logits, axis=1).min() > 0
+
+
+def test_shared_adaln_is_one_projection_plus_an_offset_per_block():
+    """Equal to a model whose blocks each have that projection, their offset added to its bias."""
+    config = tiny(shared_adaln=True)
+    flat = trees.flatten(lively_params(config))
+    kernel, bias = flat.pop("transformer.adaln.kernel"), flat.pop("transformer.adaln.bias")
+    own = {}
+    for name, leaf in flat.items():
+        if name.endswith(".adaln_offset"):
+            stem = name.removesuffix("_offset")
+            depth = leaf.shape[0]
+            own[f"{stem}.kernel"] = jnp.broadcast_to(kernel, (depth, *kernel.shape))
+            own[f"{stem}.bias"] = bias + leaf.reshape(depth, -1)
+        else:
+            own[name] = leaf
+    shared = lively_model(config).next_scale_logits(LABELS, TOKENS)
+    separate = type(lively_model(TINY))(TINY, trees.unflatten(own)).next_scale_logits(LABELS, TOKENS)
+    assert relative(shared, separate) < TOLERANCE["float32"]
+
+
+def gradients(remat, params):
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            nets = networks(TINY, params, "float32", remat)
+            arguments = (nets.transformer, nets.tokenizer.quantizer, jnp.asarray(LABELS), jnp.asarray(TOKENS))
+            key = jax.random.key(0)
+            ahead = teacher_forcing.next_scale_logits(*arguments, key)
+            masked = teacher_forcing.masked_logits(*arguments, jnp.asarray(MASKED), key, leak_free=False)
+            return jnp.mean(ahead**2) + jnp.mean(masked**2)
+
+        return jax.grad(loss)(params)
+
+    return trees.flatten(gradient(params)["transformer"])
+
+
+@pytest.fixture(scope="module")
+def plain_gradients(model):
+    return gradients("none", model.params)
+
+
+@pytest.mark.parametrize("remat", ["dots", "all"])
+def test_recomputation_changes_no_gradient(model, plain_gradients, remat):
+    recomputed = gradients(remat, model.params)
+    for name, gradient in plain_gradients.items():
+        assert np.linalg.norm(gradient) > 0, name
+        assert relative(recomputed[name], gradient) < TOLERANCE["float32"], name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_compute_is_close_and_gives_float32_logits(model, masked):
+    half = type(model)(model.config, model.params, "bfloat16")
+    exact, rounded = (
+        network.masked_logits(LABELS, TOKENS, MASKED) if masked else network.next_scale_logits(LABELS, TOKENS)
+        for network in (model, half)
+    )
+    assert rounded.dtype == jnp.float32
+    assert 0 < relative(rounded, exact) < TOLERANCE["bfloat16"]
+
+
+# --- initial values
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    config = dataclasses.replace(
+        TINY, transformer=TransformerConfig(3, 64, 4, num_classes=40, branch_depth=1, masked=True, gate_init=1e-3)
+    )
+    return trees.flatten(init_params(config, 7)["transformer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("class_embed.embedding", 1),
+        ("pos", 1),
+        ("word.kernel", 1),
+        ("mask_embed", 1),
+        ("trunk.blocks.attention.qkv.kernel", 1),
+        ("trunk.blocks.attention.proj.kernel", 6**-0.5),
+        ("trunk.blocks.fc1.kernel", 1),
+        ("masked.stack.blocks.fc2.kernel", 6**-0.5),
+        ("next_scale.head.linear.kernel", 0.02),
+        ("masked.head.adaln.kernel", 0.5),
+    ],
+)
+def test_initial_weights_have_the_published_spread(fresh, name, factor):
+    leaf = np.asarray(fresh[name])
+    expected = factor * (1 / (3 * 64)) ** 0.5
+    assert leaf.std() == pytest.approx(expected, rel=4 / np.sqrt(2 * leaf.size))  # four standard errors
+    assert abs(leaf.mean()) < 4 * expected / np.sqrt(leaf.size)
+
+
+def test_initial_gates_are_nearly_closed(fresh):
+    for rows, factor in ((slice(0, 2), 1e-3), (slice(2, 6), 0.5)):
+        kernel = np.asarray(fresh["trunk.blocks.adaln.kernel"]).reshape(2, 64, 6, 64)[:, :, rows]
+        assert kernel.std() == pytest.approx(factor * (1 / (3 * 64)) ** 0.5, rel=0.05)
+
+
+def test_initial_biases_are_zero_and_temperatures_four(fresh):
+    biases = [name for name in fresh if name.endswith("bias")]
+    assert len(biases) > 10
+    for name in biases:
+        assert not np.any(fresh[name]), name
+    for name in ("trunk.blocks", "next_scale.stack.blocks", "masked.stack.blocks"):
+        np.testing.assert_allclose(fresh[f"{name}.attention.log_scale"], np.log(4.0), rtol=1e-6)
+
+
+def test_every_block_starts_from_its_own_numbers(fresh):
+    first, second = fresh["trunk.blocks.fc1.kernel"]
+    blocks = [first, second, fresh["next_scale.stack.blocks.fc1.kernel"][0], fresh["masked.stack.blocks.fc1.kernel"][0]]
+    for i, one in enumerate(blocks):
+        for other in blocks[:i]:
+            assert abs(np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]) < 0.05
+
+
+def test_initial_values_are_a_function_of_the_seed(fresh):
+    config = dataclasses.replace(TINY, transformer=TransformerConfig(1, 8, 2, branch_depth=1, num_classes=2))
+    first, again, other = (trees.flatten(init_params(config, seed)) for seed in (0, 0, 1))
+    for name, leaf in first.items():
+        np.testing.assert_array_equal(leaf, again[name])
+    assert not np.array_equal(first["transformer.pos"], other["transformer.pos"])
