@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
             steps=1000,
             batch_size=64,
             init_from="runs/tokenizer/model",
-            transformer=TransformerConfig(depth=6, width=192, heads=6, num_classes=34, branch_depth=2, gate_init=0.1),
+            transformer=TransformerConfig(depth=5, width=160, heads=5, num_classes=34, branch_depth=2, gate_init=0.1),
             data=DataConfig("tokens", path="runs/tokens"),
             optimizer=OptimizerConfig(base_lr=4e-3, final_lr=0.01),
             objective=ObjectiveConfig(scale_weights="equal"),

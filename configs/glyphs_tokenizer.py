@@ -1,4 +1,4 @@
-"""Stage 1 of 3 on glyphs, the embedded data: the tokenizer. 32x32 pictures, 4 pixels a token, scales 1 to 8.
+"""Stage 1 of 3 on glyphs, the embedded data: the tokenizer. 24x24 pictures, 4 pixels a token, scales 1 to 6.
 
 Command:  hmar-jax train --config=configs/glyphs_tokenizer.py --workdir=runs/tokenizer
 """
@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
             stage="tokenizer",
             steps=1000,
             batch_size=32,
-            sides=(1, 2, 3, 4, 6, 8),
+            sides=(1, 2, 3, 4, 6),
             tokenizer=TokenizerConfig(
                 channels=16,
                 multipliers=(1, 2, 4),

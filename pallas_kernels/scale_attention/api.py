@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from pallas_kernels.scale_attention.reference import reference_attention
+from pallas_kernels.scale_attention.xla import xla_attention
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "xla"]
 
 
 class Ladder(Protocol):
@@ -44,7 +45,7 @@ def scale_attention(
       pattern: which keys a query sees.
       q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
         scale is 1 (QK-norm, Henry et al. 2020); without it the softmax scale is D^-0.5.
-      implementation: forces one; None picks by device.
+      implementation: `reference` (dense, float32) or `xla` (scale by scale); None takes `xla`.
 
     Returns:
       (B,L,H,D) in the dtype of q.
@@ -57,7 +58,9 @@ def scale_attention(
             f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {ladder.length}, H, D) for {ladder}."
         )
     match implementation:
-        case None | "reference":
+        case None | "xla":
+            return xla_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
+        case "reference":
             return reference_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
         case _:
-            raise ValueError(f"Implementation {implementation!r} of scale_attention is unknown; use 'reference'.")
+            raise ValueError(f"Implementation {implementation!r} of scale_attention is unknown; use 'xla' or 'reference'.")

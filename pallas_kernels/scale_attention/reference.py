@@ -25,16 +25,22 @@ def reference_attention(
       (B,L,H,D) in the dtype of q.
     """
     dtype = q.dtype
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    q = q * q.shape[-1] ** -0.5 if q_scale is None else _normalize(q) * q_scale.astype(jnp.float32)[:, None]
-    k = k if q_scale is None else _normalize(k)
+    q, k = scale_queries_and_keys(q, k, q_scale)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
     keys = np.arange(key_ranges.shape[0])
     visible = (keys >= key_ranges[:, :1]) & (keys < key_ranges[:, 1:])
     if not visible.all():
         logits = jnp.where(visible, logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest").astype(dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v.astype(jnp.float32), precision="highest").astype(dtype)
+
+
+def scale_queries_and_keys(q: jax.Array, k: jax.Array, q_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """q and k in float32, such that their products are the logits."""
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    if q_scale is None:
+        return q * q.shape[-1] ** -0.5, k
+    return _normalize(q) * q_scale.astype(jnp.float32)[:, None], _normalize(k)
 
 
 def _normalize(x: jax.Array) -> jax.Array:
