@@ -63,4 +63,4 @@ def scale_attention(
         case "reference":
             return reference_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
         case _:
-            raise ValueError(f"Implementation {implementation!r} of scale_attention is unknown; use 'xla' or 'reference'.")
+            raise ValueError(f"scale_attention has no implementation {implementation!r}; use 'xla' or 'reference'.")

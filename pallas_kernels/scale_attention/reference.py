@@ -36,7 +36,7 @@ def reference_attention(
 
 
 def scale_queries_and_keys(q: jax.Array, k: jax.Array, q_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """q and k in float32, such that their products are the logits."""
+    """Both in float32, such that their products are the logits."""
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     if q_scale is None:
         return q * q.shape[-1] ** -0.5, k
