@@ -15,17 +15,17 @@ def get_config() -> ml_collections.ConfigDict:
     return to_config_dict(
         TrainConfig(
             stage="next_scale",
-            steps=1000,
-            batch_size=64,
+            steps=2000,
+            batch_size=16,
             init_from="runs/tokenizer/model",
-            transformer=TransformerConfig(depth=5, width=160, heads=5, num_classes=34, branch_depth=2, gate_init=0.1),
+            transformer=TransformerConfig(depth=4, width=128, heads=4, num_classes=34, branch_depth=2, gate_init=1.0),
             data=DataConfig("tokens", path="runs/tokens"),
-            optimizer=OptimizerConfig(base_lr=4e-3, final_lr=0.01),
+            optimizer=OptimizerConfig(base_lr=0.024, final_lr=0.01),
             objective=ObjectiveConfig(scale_weights="equal"),
             dtype="float32",
             remat="none",
             log_every=20,
-            sample_every=250,
+            sample_every=500,
             sample_labels=tuple(range(16)),
             checkpoint_every=500,
         )

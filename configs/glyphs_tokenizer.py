@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     return to_config_dict(
         TrainConfig(
             stage="tokenizer",
-            steps=1000,
-            batch_size=32,
+            steps=1200,
+            batch_size=16,
             sides=(1, 2, 3, 4, 6),
             tokenizer=TokenizerConfig(
                 channels=16,
@@ -36,12 +36,12 @@ def get_config() -> ml_collections.ConfigDict:
                 downsampling=4,
             ),
             data=DataConfig("glyphs", classes=CLASSES),
-            optimizer=OptimizerConfig(base_lr=8e-3, weight_decay=0.0, final_weight_decay=0.0, clip=1.0),
+            optimizer=OptimizerConfig(base_lr=0.02, weight_decay=0.0, final_weight_decay=0.0, clip=1.0),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial=0.0),
             dtype="float32",
             remat="none",
             log_every=20,
-            sample_every=250,
-            checkpoint_every=250,
+            sample_every=300,
+            checkpoint_every=300,
         )
     )

@@ -209,6 +209,8 @@ class Model:
                 f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}."
             )
         checked = jnp.zeros((0,), jnp.int32) if tokens is None else check_tokens(self.config, tokens)
+        if tokens is not None and checked.shape[0] != labels.shape[0]:
+            raise InputError(f"There are {labels.shape[0]} labels but tokens of {checked.shape[0]} pictures.")
         return jnp.asarray(labels, jnp.int32), checked
 
     def _check_mask_branch(self, what: str) -> None:
@@ -222,8 +224,8 @@ def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
     """Tokens as int32, or InputError where they are not (B,L) in [0,V)."""
     tokens = np.asarray(tokens)
     length, size = config.ladder.length, config.tokenizer.codebook_size
-    if tokens.ndim != 2 or tokens.shape[1] != length:
-        raise InputError(f"Tokens are {tokens.shape}; this model's ladder has (B, {length}).")
+    if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"Tokens are {tokens.dtype} {tokens.shape}; this model's ladder has integers (B, {length}).")
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
         raise InputError(f"Tokens range from {tokens.min()} to {tokens.max()}; the codebook has 0 to {size - 1}.")
     return jnp.asarray(tokens, jnp.int32)

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -61,8 +62,10 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         meta = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise InputError(f"{path / CONFIG} has format {meta['format']}; this version reads {FORMAT}.")
+        if absent := {"source", "sha256", "tokenizer_sha256"} - meta.keys():
+            raise KeyError(*sorted(absent))
         return from_plain(ModelConfig, meta["model"]), meta
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` writes one."
         ) from None
@@ -132,19 +135,28 @@ def tokenizer_fingerprint(model: Model) -> str:
 
 def remedy(error: Exception) -> str:
     """What to do about a failed write, as the end of a sentence."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    in_words = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes below Python
+    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "make room on that disk and run the command again." if full else "check the path and its permissions."
 
 
 def _swap_in(new: Path, path: Path) -> None:
     """Renames `new` to `path`; what was there steps aside first, so that no moment has half a directory."""
-    if path.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.rename(path, aside / path.name)
+    if not path.exists():
         os.rename(new, path)
-        shutil.rmtree(aside)
-    else:
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = aside / path.name
+    try:
+        os.rename(path, old)
         os.rename(new, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

@@ -45,9 +45,7 @@ TRAIN = TrainConfig(
 CONFIGS = {
     "train": TRAIN,
     "tokenizer stage": TrainConfig(stage="tokenizer"),
-    "model": ModelConfig(
-        ScaleLadder((1, 3)), TokenizerConfig(), TransformerConfig.preset("d16"), tuple(string.digits)
-    ),
+    "model": ModelConfig(ScaleLadder((1, 3)), TokenizerConfig(), TransformerConfig.preset("d16"), tuple(string.digits)),
     "tokenizer alone": ModelConfig(ScaleLadder((2,)), TokenizerConfig(multipliers=(1, 1), downsampling=2)),
     "var": TransformerConfig.preset("var-d20", num_classes=7),
 }
@@ -71,9 +69,7 @@ def test_a_change_in_a_config_dict_arrives():
     changed.optimizer.base_lr = 1
     changed.sides = [1, 4]
     back = from_config_dict(TrainConfig, changed)
-    assert back == dataclasses.replace(
-        TRAIN, sides=(1, 4), optimizer=dataclasses.replace(TRAIN.optimizer, base_lr=1.0)
-    )
+    assert back == dataclasses.replace(TRAIN, sides=(1, 4), optimizer=dataclasses.replace(TRAIN.optimizer, base_lr=1.0))
     assert isinstance(back.optimizer.base_lr, float)
 
 

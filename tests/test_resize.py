@@ -45,8 +45,8 @@ def test_area_averages_every_touched_pixel(source, target):
 
 
 def test_area_bins_overlap_where_sizes_do_not_divide():
-    third = np.float32(1 / 2)
-    np.testing.assert_array_equal(resize.area_matrix(4, 3), third * np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]))
+    bins = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(resize.area_matrix(4, 3), bins / 2)
 
 
 @pytest.mark.parametrize(("source", "target"), SIZES)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from hmar_jax.errors import InputError
 
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hmar_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages of what it raises, and we say, anyway
+    shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
     try:
         importlib.import_module(f"hmar_jax.commands.{args.command}").run(args.rest)
     except InputError as error:
@@ -47,4 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hmar-jax {args.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        sys.unraisablehook = shown
     return 0
+
+
+def _show_unraisable(show: Callable[[Any], Any], report: Any) -> None:
+    """Shows what a thread could not raise, but for TensorStore's farewell when a checkpoint cannot be read or saved."""
+    if str(report.exc_value) != "Event loop is closed":
+        show(report)

@@ -49,11 +49,13 @@ def parse_labels(text: str, class_names: Sequence[str]) -> list[int]:
     for word in text.split(","):
         if word.strip() in class_names:
             labels.append(class_names.index(word.strip()))
-        elif word.strip().lstrip("-").isdigit():
+            continue
+        try:
             labels.append(int(word))
-        else:
-            known = f"a number or one of {', '.join(class_names[:12])}…" if class_names else "a number"
-            raise InputError(f"Label {word.strip()!r} is not a class of this model; expected {known}")
+        except ValueError:
+            some = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
+            known = f"a number or one of {some}" if class_names else "a number"
+            raise InputError(f"Label {word.strip()!r} is not a class of this model; expected {known}.") from None
     return labels
 
 

@@ -57,6 +57,6 @@ def least_confident(confidence: jax.Array, candidates: jax.Array, number: int) -
     Args:
       confidence: (B,N) float32. candidates: (B,N) bool with at least `number` true in every row.
     """
-    order = jnp.argsort(jnp.where(candidates, confidence, jnp.inf), axis=-1, stable=True)
+    order = jnp.lexsort((confidence, ~candidates), axis=-1)  # candidates first, whatever the others' confidence
     rows = jnp.arange(confidence.shape[0])[:, None]
     return jnp.zeros_like(candidates).at[rows, order[:, :number]].set(True)

@@ -92,7 +92,8 @@ def _draw(
     tokens, confidence = filters.draw(filtered, token_keys)
     if step.remaining:
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, confidence.shape[1:]))(order_keys)
-        confidence = confidence * jnp.exp(controls.noise[i] * gumbel)
+        noisy = jnp.log(confidence) + controls.noise[i] * gumbel
+        confidence = jnp.where(controls.noise[i] > 0, noisy, confidence)
     return tokens, confidence
 
 

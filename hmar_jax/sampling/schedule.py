@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -120,7 +121,12 @@ class Schedule:
         Raises:
           InputError: counts that are not positive or don't sum to a square, or scalars of another shape or range.
         """
-        nested = tuple(tuple(int(count) for count in steps) for steps in counts)
+        try:
+            nested = tuple(tuple(operator.index(count) for count in steps) for steps in counts)
+        except TypeError:
+            nested = ()
+        if not nested:
+            raise InputError(f"Counts are {counts!r}; expected whole numbers for each scale, such as [[1], [1, 3]].")
         for scale, steps in enumerate(nested):
             total = sum(steps)
             if not steps or min(steps) < 1 or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):

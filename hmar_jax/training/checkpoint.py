@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ class Checkpoints:
         self.folder = workdir.absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
         """Starts to save; returns while the files are still being written. No-op where `step` is saved already."""
@@ -36,11 +40,13 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(to_plain(config))
         )
-        self._guard(lambda: self._manager.save(step, args=items), step)
+        self.wait()  # for the save before this one, so that its failure is known for its own
+        self._saving = step
+        self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
         """Returns when all that was started is on disk."""
-        self._guard(self._manager.wait_until_finished, self.latest())
+        self._guard(self._manager.wait_until_finished)
 
     def latest(self) -> int | None:
         """Steps done at the newest checkpoint, None where there is none."""
@@ -58,7 +64,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and releases the manager's threads."""
-        self._manager.close()
+        self._guard(self._manager.close)
 
     def _read(self, items: ocp.args.Composite) -> Any:
         step = self.latest()
@@ -72,15 +78,25 @@ class Checkpoints:
                 f"Checkpoint {self.folder / str(step)} cannot be read ({reason}); remove that folder to {after}."
             ) from error
 
-    def _guard(self, write: Any, step: int | None) -> None:
+    def _guard(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            refusal = _disk_error(error)
             raise InputError(
-                f"Could not save checkpoint {self.folder / str(step)} ({reason}); {remedy(error)} "
+                f"Could not save checkpoint {self.folder / str(self._saving)} ({refusal}); {remedy(refusal)} "
                 "Training resumes from the newest whole checkpoint."
             ) from error
+
+
+def _disk_error(error: Exception) -> Exception:
+    """What the system said; TensorStore has it only in a text of its own, a page long."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    return (
+        error if isinstance(error, OSError) else RuntimeError((str(error).strip() or repr(error)).splitlines()[0][:200])
+    )
 
 
 def describe(state: TrainState) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ import jax
 import numpy as np
 
 from hmar_jax import pictures
-from hmar_jax.config import TrainConfig, to_plain
+from hmar_jax.config import ModelConfig, TrainConfig, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.model import Model
 from hmar_jax.params import Tree
 from hmar_jax.pretrained import read_config, remedy, save_model
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.training import sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.metrics import MetricsWriter
@@ -47,6 +49,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     objective = make_objective(config)
+    _check_samples(config, objective.model_config)
     size = objective.model_config.image_size
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, **host)
@@ -54,6 +57,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     checkpoints = Checkpoints(workdir, config.keep)
     state, frozen, optimizer = _initial_state(config, objective, mesh)
     if checkpoints.latest() is not None:
+        _check_same_run(checkpoints.config(), config, workdir)
         state, position = checkpoints.restore(describe(state))
         data.set_state(position)
         logger.info("Resuming from step %d in %s.", int(state.step), workdir)
@@ -71,7 +75,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         for step in range(start + 1, config.steps + 1):
             batch = sharding.put_batch(next(data), mesh)
             state, metrics = step_fn(state, frozen, batch)
-            check(step, metrics["loss"])
+            check(step, metrics)
             writer.advance()
             last = step == config.steps
             if step % config.log_every == 0 or last or step == start + 1:
@@ -159,32 +163,65 @@ def _prepare(workdir: Path, config: TrainConfig) -> None:
         raise InputError(f"Could not write to the work directory {workdir} ({error}); {remedy(error)}") from None
 
 
+def _check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> None:
+    """Raises InputError where a setting that shapes the state is not what the work directory's run had."""
+    for name in ("stage", "sides", "tokenizer", "transformer", "optimizer.ema", "tokenizer_loss.adversarial"):
+        old, new = (operator.attrgetter(name)(config) for config in (before, now))
+        if old != new:
+            raise InputError(
+                f"The run in {workdir} has {name}={old}, this config {new}; set it back, or choose another --workdir."
+            )
+
+
 class _FiniteCheck:
-    """Stops the run at the first loss that is not finite, looking one step back so that the device never waits."""
+    """Stops the run at the first loss or gradient that is not finite, looking one step back: the device never waits.
+
+    The gradient counts because it is in the parameters, and in a checkpoint, before the next loss shows it.
+    """
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
         self._config, self._checkpoints = config, checkpoints
-        self._pending: tuple[int, jax.Array] | None = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def __call__(self, step: int, loss: jax.Array) -> None:
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.finish()
-        self._pending = (step, loss)
+        self._pending = (step, {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]})
 
     def finish(self) -> None:
         """Checks what is still pending."""
         if self._pending is None:
             return
-        (step, loss), self._pending = self._pending, None
-        if not np.isfinite(loss):
+        (step, values), self._pending = self._pending, None
+        for name, value in values.items():
+            if np.isfinite(value):
+                continue
             self._checkpoints.wait()
             last, size = self._checkpoints.latest(), self._config.batch_size
             good = (
                 f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none is saved yet"
             )
             raise InputError(
-                f"The loss is {float(loss)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the "
+                f"The {name} is {float(value)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the "
                 f"data; {good}. Lower optimizer.base_lr or look at those examples, and run again."
             )
+
+
+def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises InputError now, not after hours of training, where sample pictures could not be drawn."""
+    if not config.sample_every or model.transformer is None:
+        return
+    wrong = [label for label in config.sample_labels if not 0 <= label < model.num_classes]
+    if wrong or not config.sample_labels:
+        raise InputError(
+            f"sample_labels={config.sample_labels} is not a list of the classes 0 to {model.num_classes - 1}; set it to "
+            "some of those, or sample_every to 0."
+        )
+    schedule = Schedule.preset(config.sample_schedule, model.ladder, model.transformer.depth)
+    if model.transformer.pattern == "block_causal" or (schedule.has_masked_steps and not model.transformer.masked):
+        raise InputError(
+            f"sample_schedule={config.sample_schedule!r} does not suit stage {config.stage!r} with "
+            f"{model.transformer.pattern} attention; set it to 'next-scale', or sample_every to 0."
+        )
 
 
 def _sample_writer(config: TrainConfig, objective: Any, workdir: Path) -> Callable[[int, Tree], None]:

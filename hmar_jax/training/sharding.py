@@ -20,8 +20,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices; an axis of -1 takes those that the other leaves."""
     count, shape = jax.device_count(), [config.data, config.fsdp]
     if -1 in shape:
-        shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
-    if int(np.prod(shape)) != count:
+        free = shape.index(-1)
+        shape[free] = count // max(shape[1 - free], 1)
+    if min(shape) < 1 or int(np.prod(shape)) != count:
         raise InputError(
             f"mesh.data={config.data} times mesh.fsdp={config.fsdp} does not make the {count} devices here; change one."
         )

@@ -1,9 +1,9 @@
 """Deterministic weights for the reference outputs in this folder.
 
-`hmar_tiny.npz` and `var_tiny.npz` hold what the official PyTorch code gave on a small random model, in float32 on a CPU:
-sides (1,2,3,4), V=64, Z=8, a tokenizer of 32 channels for 64x64 pictures (NCHW there), transformers of depth 4 and width
-256 with 2 branch blocks, 10 classes, batch 3. None of it is a trained weight. Each `*_manifest` lists parameter names and
-shapes; the other keys are that model's outputs: tokens, latents, pictures, logits, greedy generations.
+`hmar_tiny.npz` and `var_tiny.npz` hold what the official PyTorch code gave on small random models, in float32 on a
+CPU: sides (1,2,3,4), V=64, Z=8, a tokenizer of 32 channels for 64x64 pictures (NCHW there), transformers of depth 4 and
+width 256 with 2 branch blocks, 10 classes, batch 3. None of it is a trained weight. Each `*_manifest` lists parameter
+names and shapes; the other keys are the models' outputs: tokens, latents, pictures, logits, greedy generations.
 
 `make_state_dict(manifest)` gives a PyTorch-layout state dict (name -> float32 array) from a `*_manifest` array of a
 `.npz` here, whose entries read "name|d0,d1,...". The reference models were filled with exactly these values, so a

@@ -8,7 +8,7 @@ import pytest
 from hmar_jax.scales import ScaleLadder
 from pallas_kernels.scale_attention import scale_attention
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]
 # Norm of the difference over norm of the truth: rounding of the output, and of float32 arithmetic before it.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -90,9 +90,7 @@ class TestEveryImplementation:
         q, k, v = make_qkv(ladder)
 
         def loss(q, k):
-            out = scale_attention(
-                q, k, v, ladder, pattern=pattern, q_scale=jnp.ones(2), implementation=implementation
-            )
+            out = scale_attention(q, k, v, ladder, pattern=pattern, q_scale=jnp.ones(2), implementation=implementation)
             return jnp.sum(out**2)
 
         for gradient in jax.grad(loss, argnums=(0, 1))(jnp.zeros_like(q), k.at[:, 1].set(0)):

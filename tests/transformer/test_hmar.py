@@ -1,6 +1,5 @@
 """The transformer: equal to the official outputs, Markov in scales, blind to what is masked, free in size."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,9 +11,10 @@ from flax import nnx
 
 from hmar_jax import params as trees
 from hmar_jax.config import TransformerConfig
-from hmar_jax.model import init_params, networks
+from hmar_jax.model import Networks, networks
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.blocks import drop_path
+from hmar_jax.transformer.hmar import HMAR
 
 LADDER = TINY.ladder
 LABELS = np.array([0, 3, 5])  # the last is the null class
@@ -44,7 +44,7 @@ def other_tokens(where):
 def test_official_inputs(golden, golden_model):
     reference = golden_model(golden["nsp_manifest"])
     module = networks(reference.config, reference.params).tokenizer.quantizer
-    inputs = teacher_forcing.teacher_inputs(module, jnp.asarray(golden["tokens"]))
+    inputs = jax.jit(lambda tokens: teacher_forcing.teacher_inputs(module, tokens))(golden["tokens"])
     assert relative(inputs.pooled, golden["ns_input"]) < TOLERANCE["official float32"]
     assert relative(inputs.current, golden["mask_tok_input"]) < TOLERANCE["official float32"]
 
@@ -227,8 +227,6 @@ def test_drop_path_rates_rise_linearly_over_trunk_and_branch():
 
 
 def networks_of(config):
-    from hmar_jax.model import Networks
-
     return Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(0)).transformer
 
 
@@ -276,29 +274,31 @@ def test_shared_adaln_is_one_projection_plus_an_offset_per_block():
 
 
 def gradients(remat, params):
+    """Of a next-scale pass, in the parameters that it uses."""
+
+    x = np.random.default_rng(0).normal(size=(3, LADDER.length, 32)).astype(np.float32)
+
     @jax.jit
     def gradient(params):
-        def loss(params):
-            nets = networks(TINY, params, "float32", remat)
-            arguments = (nets.transformer, nets.tokenizer.quantizer, jnp.asarray(LABELS), jnp.asarray(TOKENS))
-            key = jax.random.key(0)
-            ahead = teacher_forcing.next_scale_logits(*arguments, key)
-            masked = teacher_forcing.masked_logits(*arguments, jnp.asarray(MASKED), key, leak_free=False)
-            return jnp.mean(ahead**2) + jnp.mean(masked**2)
+        def loss(transformer):
+            nets = networks(tiny(masked=False), params | {"transformer": transformer}, "float32", remat)
+            cond = nets.transformer.condition(jnp.asarray(LABELS))
+            return jnp.mean(nets.transformer.next_scale_logits(x, cond, LADDER) ** 2)
 
-        return jax.grad(loss)(params)
+        return jax.grad(loss)(params["transformer"])
 
-    return trees.flatten(gradient(params)["transformer"])
+    flat = trees.flatten(gradient(params))
+    return {name: leaf for name, leaf in flat.items() if name.startswith(("trunk", "next_scale", "class_embed"))}
 
 
 @pytest.fixture(scope="module")
-def plain_gradients(model):
-    return gradients("none", model.params)
+def plain_gradients(stage1_model):
+    return gradients("none", stage1_model.params)
 
 
 @pytest.mark.parametrize("remat", ["dots", "all"])
-def test_recomputation_changes_no_gradient(model, plain_gradients, remat):
-    recomputed = gradients(remat, model.params)
+def test_recomputation_changes_no_gradient(stage1_model, plain_gradients, remat):
+    recomputed = gradients(remat, stage1_model.params)
     for name, gradient in plain_gradients.items():
         assert np.linalg.norm(gradient) > 0, name
         assert relative(recomputed[name], gradient) < TOLERANCE["float32"], name
@@ -318,12 +318,18 @@ def test_bfloat16_compute_is_close_and_gives_float32_logits(model, masked):
 # --- initial values
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial(config, key):
+    module = HMAR(config, LADDER, codebook_size=16, latent_channels=4, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+FRESH = TransformerConfig(3, 64, 4, num_classes=40, branch_depth=1, masked=True, gate_init=1e-3)
+
+
 @pytest.fixture(scope="module")
 def fresh():
-    config = dataclasses.replace(
-        TINY, transformer=TransformerConfig(3, 64, 4, num_classes=40, branch_depth=1, masked=True, gate_init=1e-3)
-    )
-    return trees.flatten(init_params(config, 7)["transformer"])
+    return trees.flatten(initial(FRESH, jax.random.key(7)))
 
 
 @pytest.mark.parametrize(
@@ -372,8 +378,7 @@ def test_every_block_starts_from_its_own_numbers(fresh):
 
 
 def test_initial_values_are_a_function_of_the_seed(fresh):
-    config = dataclasses.replace(TINY, transformer=TransformerConfig(1, 8, 2, branch_depth=1, num_classes=2))
-    first, again, other = (trees.flatten(init_params(config, seed)) for seed in (0, 0, 1))
-    for name, leaf in first.items():
+    again, other = (trees.flatten(initial(FRESH, jax.random.key(seed))) for seed in (7, 8))
+    for name, leaf in fresh.items():
         np.testing.assert_array_equal(leaf, again[name])
-    assert not np.array_equal(first["transformer.pos"], other["transformer.pos"])
+    assert not np.array_equal(fresh["pos"], other["pos"])

@@ -1,0 +1,185 @@
+"""Guidance, top-k, top-p, draws and the order of commitment, by hand-made cases and by sorting in numpy."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmar_jax.sampling import filters
+
+OFF_K, OFF_P = 0, 1.0
+
+
+def kept(logits, top_k=OFF_K, top_p=OFF_P):
+    """Indices that survive; what survives must be unchanged."""
+    logits = jnp.asarray(logits, jnp.float32)
+    filtered = np.asarray(filters.filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p)))
+    survivors = np.flatnonzero(np.isfinite(filtered))
+    np.testing.assert_array_equal(filtered[survivors], np.asarray(logits)[survivors])
+    assert (filtered[np.isinf(filtered)] < 0).all()
+    return survivors.tolist()
+
+
+def test_guidance_formula():
+    cond, null = jnp.asarray([1.0, 2.0, -3.0]), jnp.asarray([0.5, 2.5, 1.0])
+    np.testing.assert_allclose(filters.guide(cond, null, jnp.float32(1.5)), [1.75, 1.25, -9.0])
+    np.testing.assert_array_equal(filters.guide(cond, null, jnp.float32(0)), cond)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "survivors"),
+    [
+        (1, [0]),
+        (2, [0, 2, 3]),  # the second and third largest tie
+        (3, [0, 2, 3]),
+        (4, [0, 1, 2, 3]),
+        (5, [0, 1, 2, 3, 4]),
+        (0, [0, 1, 2, 3, 4]),  # off
+        (99, [0, 1, 2, 3, 4]),  # more than there are
+    ],
+)
+def test_top_k_keeps_ties_with_the_kth(top_k, survivors):
+    assert kept([3.0, 1.0, 2.0, 2.0, 0.0], top_k=top_k) == survivors
+
+
+def test_top_1_keeps_all_that_are_largest():
+    assert kept([1.0, 4.0, 4.0, 0.0], top_k=1) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "survivors"),
+    [
+        (1.0, [0, 1, 2, 3]),
+        (0.96, [0, 1, 2, 3]),  # the least has 0.05 > 0.04
+        (0.94, [0, 2, 3]),  # 0.05 ≤ 0.06
+        (0.81, [0, 2, 3]),  # 0.05 + 0.15 > 0.19
+        (0.79, [0, 3]),
+        (0.51, [0, 3]),
+        (0.49, [0]),  # 0.05 + 0.15 + 0.3 ≤ 0.51
+        (1e-6, [0]),
+    ],
+)
+def test_top_p_drops_the_ascending_tail_of_at_most_the_rest(top_p, survivors):
+    assert kept(np.log([0.5, 0.05, 0.15, 0.3]), top_p=top_p) == survivors
+
+
+def test_top_p_drops_a_tail_of_exactly_the_rest():
+    # softmax gives exactly 1/2, 1/4, 1/4 for these float32 logits, up to one rounding that 0.5 survives
+    mass = np.asarray(jax.nn.softmax(jnp.log(jnp.asarray([0.5, 0.25, 0.25], jnp.float32))))
+    top_p = 1 - float(mass[1] + mass[2])
+    assert kept(np.log(np.asarray([0.5, 0.25, 0.25], np.float32)), top_p=top_p) == [0]
+
+
+def test_top_p_keeps_all_that_tie_with_a_kept_one():
+    assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.3) == [0, 1, 2, 3]
+    assert kept([5.0, 5.0, -5.0], top_p=1e-6) == [0, 1]
+
+
+def test_top_p_weighs_what_top_k_left():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert kept(logits, top_p=0.55) == [0, 1]  # tail 0.1 + 0.2 ≤ 0.45
+    assert kept(logits, top_k=2, top_p=0.55) == [0]  # tail 0.3/0.7 ≤ 0.45
+
+
+@hypothesis.given(
+    logits=st.lists(st.integers(-8, 8).map(lambda i: i / 2), min_size=1, max_size=12),
+    top_k=st.integers(0, 14),
+    top_p=st.sampled_from([1.0, 0.97, 0.83, 0.41, 0.07]),
+)
+def test_filters_equal_a_walk_up_the_sorted_logits(logits, top_k, top_p):
+    values = np.asarray(logits)
+    limit = np.sort(values)[::-1][min(top_k or len(values), len(values)) - 1]
+    mass = np.where(values >= limit, np.exp(values), 0)
+    mass /= mass.sum()
+    order = np.argsort(values, kind="stable")
+    tail = np.cumsum(mass[order])
+    hypothesis.assume(np.abs(tail - (1 - top_p)).min() > 1e-5)  # float32 decides those
+    dropped = set(order[:-1][tail[:-1] <= 1 - top_p]) | set(np.flatnonzero(values < limit))
+    survivors = [i for i in range(len(values)) if i not in dropped]
+    survivors = [i for i in range(len(values)) if values[i] >= values[survivors].min()]
+    padded = np.concatenate([values, np.full(12 - len(values), -np.inf)])  # one shape, one compilation
+    assert kept_padded(padded, top_k if top_k < len(values) else 0, top_p) == survivors
+
+
+def kept_padded(logits, top_k, top_p):
+    filtered = filters.filter_logits(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
+    return np.flatnonzero(np.isfinite(filtered)).tolist()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 1.0])
+def test_the_largest_of_every_row_is_kept(top_k, top_p):
+    logits = 20 * jax.random.normal(jax.random.key(0), (3, 50, 64))
+    filtered = filters.filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
+    best = np.argmax(logits, -1)[..., None]
+    np.testing.assert_array_equal(
+        np.take_along_axis(np.asarray(filtered), best, -1), np.take_along_axis(np.asarray(logits), best, -1)
+    )
+
+
+# --- draws
+
+
+def sample_keys(batch):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(batch))
+
+
+def test_draws_follow_the_softmax_of_what_is_left():
+    probabilities, number = np.array([0.5, 0.2, 0.0, 0.3]), 20_000
+    logits = jnp.where(jnp.asarray(probabilities) > 0, jnp.log(jnp.asarray(probabilities)), -jnp.inf)
+    tokens, confidence = filters.draw(jnp.broadcast_to(logits, (2, number // 2, 4)), sample_keys(2))
+    assert (tokens.dtype, tokens.shape) == (jnp.int32, (2, number // 2))
+    shares = np.bincount(np.ravel(tokens), minlength=4) / number
+    assert shares[2] == 0
+    assert (np.abs(shares - probabilities) <= 4 * np.sqrt(probabilities * (1 - probabilities) / number)).all()
+    np.testing.assert_allclose(confidence, probabilities[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_a_samples_draws_depend_on_its_own_key_alone():
+    logits = jax.random.normal(jax.random.key(1), (5, 9, 16))
+    all_five, _ = filters.draw(logits, sample_keys(5))
+    alone, _ = filters.draw(logits[2:3], sample_keys(5)[2:3])
+    np.testing.assert_array_equal(all_five[2:3], alone)
+    assert (np.asarray(all_five[0]) != np.asarray(filters.draw(logits[:1], sample_keys(2)[1:])[0][0])).any()
+
+
+def test_argmax_takes_the_likeliest_with_its_probability():
+    tokens, confidence = filters.argmax(jnp.log(jnp.asarray([[[0.2, 0.7, 0.1], [0.4, 0.2, 0.4]]])))
+    np.testing.assert_array_equal(tokens, [[1, 0]])
+    np.testing.assert_allclose(confidence, [[0.7, 0.4]], rtol=1e-6)
+
+
+# --- the order of commitment
+
+
+@pytest.mark.parametrize(
+    ("confidence", "candidates", "number", "chosen"),
+    [
+        ([0.9, 0.1, 0.5, 0.3], [1, 1, 1, 1], 2, [1, 3]),
+        ([0.5, 0.2, 0.5, 0.5], [1, 1, 1, 1], 2, [0, 1]),  # ties: lowest index first
+        ([0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], 3, [0, 1, 2]),
+        ([0.5, 0.1, 0.5, 0.2], [1, 0, 1, 0], 1, [0]),  # only candidates count
+        ([0.5, 0.1, 0.5, 0.2], [1, 0, 1, 0], 2, [0, 2]),
+        ([0.5, 0.1, 0.5, 0.2], [1, 1, 1, 1], 0, []),
+        ([0.1, np.inf, 0.5, np.inf], [0, 1, 0, 1], 1, [1]),  # a confidence out of range stays a candidate's
+        ([np.nan, 0.1, np.nan, 0.2], [1, 0, 1, 1], 2, [0, 3]),
+    ],
+)
+def test_the_least_confident_candidates_are_chosen(confidence, candidates, number, chosen):
+    rows = filters.least_confident(jnp.asarray([confidence]), jnp.asarray([candidates], bool), number)
+    assert np.flatnonzero(rows[0]).tolist() == chosen
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.integers(0, 6))
+def test_least_confident_equals_a_stable_sort_of_the_candidates(seed, number):
+    rng = np.random.default_rng(seed)
+    confidence = rng.integers(0, 4, (3, 12)) / 4
+    candidates = np.zeros((3, 12), bool)
+    for row in candidates:
+        row[rng.choice(12, size=rng.integers(number, 13), replace=False)] = True
+    chosen = filters.least_confident(jnp.asarray(confidence, jnp.float32), jnp.asarray(candidates), number)
+    for row, (values, allowed) in enumerate(zip(confidence, candidates, strict=True)):
+        order = sorted(np.flatnonzero(allowed), key=lambda i: (values[i], i))
+        assert np.flatnonzero(chosen[row]).tolist() == sorted(order[:number])

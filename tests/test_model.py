@@ -1,0 +1,149 @@
+"""The doors of `Model`: shapes, types, ranges, one sentence for every wrong argument; official generations."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_tokens
+
+import hmar_jax
+from hmar_jax import InputError, Schedule
+from hmar_jax.model import Model
+
+LABELS = [0, 4]
+TOKENS = random_tokens(TINY, 2)
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32)
+MASKED = np.arange(14) % 3 > np.zeros((2, 1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_alone(model):
+    return Model(dataclasses.replace(TINY, transformer=None), {"tokenizer": model.params["tokenizer"]})
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def network(request, model):
+    return model if request.param == "float32" else Model(TINY, model.params, request.param)
+
+
+class TestDoors:
+    """In both compute types."""
+
+    def test_encode_gives_int32_tokens_of_the_codebook(self, network):
+        tokens = network.tokenizer.encode(IMAGES)
+        assert (tokens.shape, tokens.dtype) == ((2, 14), jnp.int32)
+        assert 0 <= tokens.min() <= tokens.max() < 16
+
+    def test_decode_gives_float32_pictures_within_one(self, network):
+        pictures = network.tokenizer.decode(TOKENS)
+        assert (pictures.shape, pictures.dtype) == ((2, 6, 6, 3), jnp.float32)
+        assert np.abs(pictures).max() <= 1
+        assert np.std(pictures) > 0.05
+
+    def test_logits_are_float32_for_every_token_and_code(self, network):
+        for logits in (network.next_scale_logits(LABELS, TOKENS), network.masked_logits(LABELS, TOKENS, MASKED)):
+            assert (logits.shape, logits.dtype) == ((2, 14, 16), jnp.float32)
+            assert np.isfinite(logits).all()
+
+    def test_sample_gives_pictures_from_zero_to_one_and_their_tokens(self, network):
+        out = network.sample(LABELS, "next-scale", seed=3)
+        assert (out.images.shape, out.images.dtype) == ((2, 6, 6, 3), np.float32)
+        assert 0 <= out.images.min() < out.images.max() <= 1
+        assert (out.tokens.shape, out.tokens.dtype) == ((2, 14), np.int32)
+        assert out.draws is None
+        decoded = (network.tokenizer.decode(out.tokens) + 1) / 2
+        tolerance = 1e-5 if network.dtype == "float32" else 5e-2
+        np.testing.assert_allclose(out.images, decoded, atol=tolerance)
+
+
+def test_the_config_tells_what_the_model_is(model):
+    assert model.config.ladder.sides == (1, 2, 3)
+    assert (model.config.num_classes, model.config.image_size) == (5, 6)
+    assert model.config.tokenizer.codebook_size == 16
+    assert model.transformer is not None
+
+
+def test_a_tokenizer_alone_has_no_transformer(tokenizer_alone, model):
+    assert tokenizer_alone.transformer is None
+    np.testing.assert_array_equal(tokenizer_alone.tokenizer.encode(IMAGES), model.tokenizer.encode(IMAGES))
+    for door in (
+        lambda: tokenizer_alone.sample(LABELS),
+        lambda: tokenizer_alone.next_scale_logits(LABELS, TOKENS),
+        lambda: tokenizer_alone.masked_logits(LABELS, TOKENS, MASKED),
+    ):
+        with pytest.raises(InputError, match="tokenizer alone"):
+            door()
+
+
+def test_the_null_class_has_logits_but_no_samples(model):
+    null, other = (model.next_scale_logits([label] * 2, TOKENS) for label in (5, 4))
+    assert np.abs(null - other).max() > 1e-2
+    with pytest.raises(InputError, match="Label 5 is out of range; this model has classes 0 to 4"):
+        model.sample([5])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.sample([0, 5]), r"Label 5 is out of range; this model has classes 0 to 4\."),
+        (lambda m: m.sample([-1]), r"Label -1 is out of range"),
+        (lambda m: m.next_scale_logits([0, 6], TOKENS), r"Label 6 is out of range"),
+        (lambda m: m.sample([]), r"Labels are .*; expected a list of integers from 0 to 4"),
+        (lambda m: m.sample(3), r"Labels are .*; expected a list of integers"),
+        (lambda m: m.sample([0.5]), r"Labels are .*; expected a list of integers"),
+        (lambda m: m.sample([0], "official-256"), r"official-256 is for the sides 1,2,3,4,5.*built for 1,2,3;"),
+        (lambda m: m.sample([0], Schedule.from_counts([[1], [4]])), r"is for the sides 1,2, .*built for 1,2,3;"),
+        (lambda m: m.sample([0], "fast"), r"Schedule 'fast' is unknown"),
+        (lambda m: m.sample([0], top_p=2), r"top_p is 2\.0; expected above 0 and at most 1"),
+        (lambda m: m.tokenizer.encode(IMAGES[:, :5]), r"Images are \(2, 5, 6, 3\); this model takes \(B, 6, 6, 3\)"),
+        (lambda m: m.tokenizer.encode(IMAGES[0]), r"Images are \(6, 6, 3\)"),
+        (lambda m: m.tokenizer.decode(TOKENS[:, :5]), r"Tokens are int32 \(2, 5\); .* integers \(B, 14\)\."),
+        (lambda m: m.tokenizer.decode(TOKENS + 16), r"Tokens range from .* to .*; the codebook has 0 to 15\."),
+        (lambda m: m.next_scale_logits(LABELS, TOKENS - 20), r"Tokens range from -"),
+        (lambda m: m.next_scale_logits(LABELS, TOKENS[0]), r"Tokens are int32 \(14,\);"),
+        (lambda m: m.next_scale_logits(LABELS, TOKENS[:1]), r"There are 2 labels but tokens of 1 pictures\."),
+        (lambda m: m.next_scale_logits(LABELS, TOKENS + 0.5), r"Tokens are float64 \(2, 14\); .* integers"),
+        (lambda m: m.masked_logits(LABELS, TOKENS, MASKED[:, :5]), r"masked is bool \(2, 5\); expected bool \(2, 14\)"),
+        (lambda m: m.masked_logits(LABELS, TOKENS, MASKED * 1), r"masked is int.* \(2, 14\); expected bool"),
+    ],
+)
+def test_a_wrong_argument_gets_one_sentence(model, call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+def test_masked_doors_need_a_mask_branch(stage1_model):
+    with pytest.raises(InputError, match="masked_logits needs a mask branch"):
+        stage1_model.masked_logits(LABELS, TOKENS, MASKED)
+    with pytest.raises(InputError, match=r"masked steps needs a mask branch.*'next-scale'"):
+        stage1_model.sample(LABELS, Schedule.from_counts([[1], [1, 3], [9]]))
+
+
+def test_a_var_model_is_not_sampled_here(stage1_model):
+    transformer = dataclasses.replace(stage1_model.config.transformer, pattern="block_causal")
+    var = Model(dataclasses.replace(TINY, transformer=transformer), stage1_model.params)
+    with pytest.raises(InputError, match="VAR model"):
+        var.sample(LABELS)
+
+
+@pytest.mark.parametrize("name", hmar_jax.__all__)
+def test_public_names_are_importable(name):
+    assert getattr(hmar_jax, name) is not None
+
+
+# --- greedy generation of the official code
+
+
+@pytest.mark.parametrize("kind", ["nsp", "mask"])
+def test_official_generation(golden, golden_model, kind):
+    model = golden_model(golden["hmar_manifest"], masked=True)
+    counts = [[1], [4], [9], [16]] if kind == "nsp" else json.loads(str(golden["schedule"]))
+    out = model.sample(golden["labels"], Schedule.from_counts(counts), cfg=1.7, greedy=True, record=True)
+    assert [draw.tokens.shape[1] for draw in out.draws] == golden[f"gen_{kind}_calls"].tolist()
+    draws = np.concatenate([draw.tokens for draw in out.draws], axis=1)
+    np.testing.assert_array_equal(draws, golden[f"gen_{kind}_tokens"])
+    pictures = out.images.transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(pictures, golden[f"gen_{kind}_img"], rtol=0, atol=3e-5)

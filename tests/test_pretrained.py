@@ -1,0 +1,266 @@
+"""Model directories: back bit for bit, whole or not at all, one sentence for every kind of damage."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY, lively_model, tiny
+
+import hmar_jax.pretrained
+from hmar_jax import InputError, from_pretrained
+from hmar_jax import params as trees
+from hmar_jax.model import Model
+from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    return save_model(tmp_path / "model", model, "made by a test")
+
+
+def rewrite(saved, change_weights=None, change_config=None):
+    """Changes a model directory as an own hand would, checksum kept right."""
+    config, weights = saved / "config.json", saved / "model.safetensors"
+    meta = json.loads(config.read_text())
+    if change_weights:
+        flat = safetensors.numpy.load_file(weights)
+        change_weights(flat)
+        safetensors.numpy.save_file(flat, weights)
+        meta["sha256"] = hmar_jax.pretrained._sha256(weights)
+    if change_config:
+        change_config(meta)
+    config.write_text(json.dumps(meta))
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, stage1: model,
+        lambda model, stage1: stage1,
+        lambda model, stage1: lively_model(tiny(shared_adaln=True, masked=False, pattern="block_causal")),
+        lambda model, stage1: Model(
+            TINY.__class__(TINY.ladder, TINY.tokenizer), {"tokenizer": model.params["tokenizer"]}
+        ),
+    ],
+    ids=["hmar", "stage 1", "var shared adaln", "tokenizer alone"],
+)
+def test_a_saved_model_comes_back_bit_for_bit(model, stage1_model, tmp_path, make):
+    original = make(model, stage1_model)
+    loaded = from_pretrained(save_model(tmp_path / "deep" / "model", original, "x"))
+    assert loaded.config == original.config
+    before, after = trees.flatten(original.params), trees.flatten(loaded.params)
+    assert before.keys() == after.keys()
+    for name, leaf in before.items():
+        assert leaf.dtype == after[name].dtype
+        np.testing.assert_array_equal(leaf, after[name])
+    assert listing(tmp_path) == ["deep", "deep/model", "deep/model/config.json", "deep/model/model.safetensors"]
+
+
+def test_the_config_file_says_where_the_weights_come_from(saved, model):
+    config, meta = read_config(saved)
+    assert config == model.config
+    assert meta["source"] == "made by a test"
+    assert meta["tokenizer_sha256"] == tokenizer_fingerprint(model)
+
+
+def test_the_tokenizers_fingerprint_is_of_its_values_alone(model, stage1_model):
+    assert tokenizer_fingerprint(model) == tokenizer_fingerprint(stage1_model)
+    assert tokenizer_fingerprint(model) != tokenizer_fingerprint(lively_model(TINY, seed=1))
+
+
+def test_the_compute_type_is_chosen_when_loading(saved):
+    assert from_pretrained(str(saved), dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(InputError, match="dtype is 'int8'; use 'float32' or 'bfloat16'"):
+        from_pretrained(saved, dtype="int8")
+
+
+def test_an_existing_output_is_refused_and_untouched(saved, model):
+    before = (saved / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"model exists already; remove it, or choose another"):
+        save_model(saved, model, "again")
+    assert (saved / "config.json").read_bytes() == before
+
+
+def test_replace_swaps_the_whole_directory(saved):
+    (saved / "notes.txt").write_text("old")
+    save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
+    assert read_config(saved)[1]["source"] == "second"
+    from_pretrained(saved)
+    assert listing(saved.parent) == ["model", "model/config.json", "model/model.safetensors"]
+
+
+# --- damage
+
+
+def truncate(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def flip(saved):
+    weights = saved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+
+
+def drop(*names):
+    return lambda saved: rewrite(saved, lambda flat: [flat.pop(name) for name in names])
+
+
+def add(name):
+    return lambda saved: rewrite(saved, lambda flat: flat.update({name: np.zeros(2, np.float32)}))
+
+
+def misshape(name, shape):
+    return lambda saved: rewrite(saved, lambda flat: flat.update({name: np.zeros(shape, np.float32)}))
+
+
+def configure(**changes):
+    return lambda saved: rewrite(saved, change_config=lambda meta: meta.update(changes))
+
+
+def forget(name):
+    return lambda saved: rewrite(saved, change_config=lambda meta: meta.pop(name))
+
+
+def write_config(text):
+    return lambda saved: (saved / "config.json").write_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "model.safetensors is damaged: its checksum"),
+        (flip, "model.safetensors is damaged: its checksum"),
+        (lambda saved: (saved / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
+        (lambda saved: (saved / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda saved: (saved / "config.json").unlink(), "is not a model directory: it has no config.json"),
+        (drop("transformer.pos"), r"lacks transformer\.pos; weights and config are not of one model"),
+        (
+            drop("transformer.pos", "transformer.level", "transformer.mask_embed", "tokenizer.quantizer.codebook"),
+            r"lacks tokenizer\.quantizer\.codebook, transformer\.level, transformer\.mask_embed and 1 more",
+        ),
+        (add("transformer.extra"), r"has the unexpected transformer\.extra; weights"),
+        (misshape("transformer.pos", (3, 2)), r"has transformer\.pos of shape \(3, 2\); its config wants \(14, 32\)"),
+        (write_config(b"{"), r"config\.json is damaged \("),
+        (write_config(b"\xff\xfe\x00"), r"config\.json is damaged \("),
+        (write_config(b"[1]"), r"config\.json is damaged \("),
+        (configure(format=2), r"has format 2; this version reads 1"),
+        (configure(model=5), r"config\.json is damaged"),
+        (configure(model={"ladder": {"sides": [2, 1]}, "tokenizer": {}}), r"Sides \(2, 1\)"),
+        (configure(model={"ladder": {"sides": [1]}, "tokenizer": {}, "head": 1}), "'head' does not exist"),
+        (forget("model"), r"config\.json is damaged \('model'\)"),
+        (forget("format"), r"config\.json is damaged \('format'\)"),
+        (forget("sha256"), r"config\.json is damaged \('sha256'\)"),
+    ],
+)
+def test_damage_gets_one_sentence_that_names_it(saved, damage, message):
+    damage(saved)
+    with pytest.raises(InputError, match=message) as error:
+        from_pretrained(saved)
+    assert "\n" not in str(error.value)
+    assert str(saved) in str(error.value) or "Sides" in message or "head" in message
+
+
+def test_what_is_no_directory_gets_one_sentence(saved):
+    for path in (saved / "nowhere", saved / "model.safetensors"):
+        with pytest.raises(InputError, match="is not a model directory"):
+            from_pretrained(path)
+
+
+def test_a_model_whose_parameters_do_not_fit_is_not_saved(model, tmp_path):
+    params = model.params | {"transformer": {"pos": model.params["transformer"]["pos"]}}
+    with pytest.raises(InputError, match=r"The model lacks transformer\."):
+        save_model(tmp_path / "model", Model(TINY, params), "x")
+    assert listing(tmp_path) == []
+
+
+# --- interrupted and refused writes
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk_below(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fail", [full_disk, full_disk_below])
+def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(InputError, match=r"Could not write the model to .*No space left.*make room on that disk"):
+        save_model(tmp_path / "model", model, "x")
+    assert listing(tmp_path) == []
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize("at", [(os, "rename"), (safetensors.numpy, "save_file"), (hmar_jax.pretrained, "_sha256")])
+@pytest.mark.parametrize("error", [OSError("no"), Interrupted()], ids=["refused", "interrupted"])
+def test_an_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch, at, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(*at, fail)
+    with pytest.raises(InputError if isinstance(error, OSError) else Interrupted):
+        save_model(tmp_path / "model", model, "x")
+    assert listing(tmp_path) == []
+
+
+def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
+    before, rename, calls = listing(saved.parent), os.rename, []
+
+    def fail_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_second)
+    with pytest.raises(InputError, match="Could not write the model"):
+        save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
+    monkeypatch.undo()
+    assert read_config(saved)[1]["source"] == "made by a test"
+    assert listing(saved.parent) == before
+
+
+def test_a_folder_that_cannot_be_made_gets_one_sentence(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"Could not write the model to .*check the path"):
+        save_model(tmp_path / "file" / "model", model, "x")
+
+
+_LIMITED = """
+import resource, sys
+from hmar_jax import InputError, from_pretrained
+from hmar_jax.pretrained import save_model
+model = from_pretrained(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save_model(sys.argv[2], model, "x")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_really_refused_write_leaves_nothing(saved, tmp_path):
+    (tmp_path / "full").mkdir()
+    command = [sys.executable, "-c", _LIMITED, saved, tmp_path / "full" / "model"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("Could not write the model to ")
+    assert "make room on that disk" in finished.stdout
+    assert listing(tmp_path / "full") == []

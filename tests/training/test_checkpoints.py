@@ -1,0 +1,284 @@
+"""What a checkpoint promises: whole or not there, the newest few kept, and a sentence when it or the disk is bad."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
+
+from hmar_jax.commands.main import main
+from hmar_jax.errors import InputError
+from hmar_jax.training import loop
+from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.state import TrainState
+
+# TensorStore, done too late with a read or write that failed, finds Orbax's event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+CONFIG = tokenizer_config(seed=7)
+HERE = Path(__file__).parent
+
+
+def state(step, size=64):
+    weights = jax.random.normal(jax.random.key(step), (size,))
+    key = jax.random.key_data(jax.random.key(0))
+    return TrainState(jnp.int32(step), key, {"net": {"w": weights}}, {"net": {"w": -weights}}, {"mu": 2 * weights}, {})
+
+
+def data(step):
+    return {"examples": 8 * step}
+
+
+def fill(workdir, steps, keep=None):
+    checkpoints = Checkpoints(workdir, keep)
+    for step in steps:
+        checkpoints.save(step, state(step), data(step), CONFIG)
+    checkpoints.close()
+
+
+def test_a_checkpoint_gives_back_state_data_and_config(tmp_path):
+    fill(tmp_path, [3])
+    checkpoints = Checkpoints(tmp_path)
+    restored, position = checkpoints.restore(describe(state(0)))
+    assert isinstance(restored, TrainState)
+    assert_bit_equal(restored, state(3))
+    assert position == data(3)
+    assert checkpoints.config() == CONFIG
+    checkpoints.close()
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    fill(tmp_path, [1, 2, 3, 4, 5], keep=2)
+    assert steps_on_disk(tmp_path) == {"4", "5"}
+    assert Checkpoints(tmp_path).latest() == 5
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
+    fill(tmp_path, [3])
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "checkpoints").rglob("*")}
+    fill(tmp_path, [3])
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+def test_an_empty_work_directory_has_no_latest(tmp_path):
+    assert Checkpoints(tmp_path).latest() is None
+
+
+def python(script, *arguments):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + textwrap.dedent(script)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_save_is_asynchronous_and_one_killed_in_the_middle_is_never_chosen(tmp_path):
+    died = python(
+        """
+        import os, signal
+        from pathlib import Path
+        from test_checkpoints import CONFIG, Checkpoints, data, state
+        checkpoints = Checkpoints(Path(sys.argv[1]))
+        checkpoints.save(2, state(2), data(2), CONFIG)
+        checkpoints.wait()
+        checkpoints.save(4, state(4, 2**25), data(4), CONFIG)  # 400 MB: save returns long before they are written
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        tmp_path,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    (half,) = steps_on_disk(tmp_path) - {"2"}
+    assert half.startswith("4.")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 2
+    assert_bit_equal(checkpoints.restore(describe(state(0)))[0], state(2))
+    checkpoints.save(4, state(4), data(4), CONFIG)
+    checkpoints.close()
+    assert steps_on_disk(tmp_path) == {"2", "4"}
+
+
+def truncate(folder):
+    largest = max((file for file in (folder / "state").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def scribble(folder):
+    for file in (folder / "state").rglob("d/*"):
+        file.write_bytes(bytes(b ^ 0x5A for b in file.read_bytes()))
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "overwritten": scribble,
+    "without its manifest": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "without its metadata": lambda folder: (folder / "state" / "_METADATA").unlink(),
+    "without its state": lambda folder: shutil.rmtree(folder / "state"),
+    "without its data position": lambda folder: shutil.rmtree(folder / "data"),
+    "with a damaged data position": lambda folder: (folder / "data" / "metadata").write_text('{"examp'),
+}
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    fill(workdir, [2, 4])
+    return workdir
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_gone_back_to(two_saved, tmp_path, damage):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "4"
+    DAMAGE[damage](newest)
+    with pytest.raises(InputError, match="cannot be read .*remove that folder to resume from step 2") as caught:
+        Checkpoints(tmp_path).restore(describe(state(0)))
+    assert str(newest) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert steps_on_disk(tmp_path) == {"2", "4"}
+
+    shutil.rmtree(newest)  # as it says
+    assert_bit_equal(Checkpoints(tmp_path).restore(describe(state(0)))[0], state(2))
+
+
+def test_the_only_checkpoint_being_damaged_means_to_start_anew(tmp_path):
+    fill(tmp_path, [4])
+    truncate(tmp_path / "checkpoints" / "4")
+    with pytest.raises(InputError, match="remove that folder to start anew"):
+        Checkpoints(tmp_path).restore(describe(state(0)))
+
+
+def test_a_state_of_other_shapes_is_refused(tmp_path):
+    fill(tmp_path, [4])
+    with pytest.raises(InputError, match="checkpoints/4 cannot be read"):
+        Checkpoints(tmp_path).restore(describe(state(0, size=32)))
+
+
+def test_training_and_export_say_that_a_checkpoint_is_damaged(starts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tiny_training import next_scale_config\n"
+        "from hmar_jax.config import to_config_dict\n"
+        f"def get_config():\n    return to_config_dict(next_scale_config(Path({str(starts)!r}), steps=4))\n"
+    )
+    workdir = tmp_path / "run"
+    assert main(["train", f"--config={file}", f"--workdir={workdir}"]) == 0
+    model = (workdir / "model" / "model.safetensors").read_bytes()
+    truncate(workdir / "checkpoints" / "4")
+    capsys.readouterr()
+    for command in (
+        ["train", f"--config={file}", f"--workdir={workdir}", "--config.steps=6"],
+        ["export", "model", f"--workdir={workdir}", f"--output={tmp_path / 'out'}"],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith(f"hmar-jax {command[0]}: Checkpoint {workdir / 'checkpoints' / '4'} cannot be read")
+        assert said.endswith("remove that folder to resume from step 2.")
+    assert not (tmp_path / "out").exists()
+    assert steps_on_disk(workdir) == {"2", "4"}
+    assert (workdir / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_full_disk_stops_training_with_a_sentence_and_keeps_what_was_saved(starts, tmp_path, monkeypatch):
+    died = python(
+        """
+        import resource
+        from pathlib import Path
+        from tiny_training import idle_steps, next_scale_config
+        from hmar_jax.commands import main, train
+        from hmar_jax.training import loop
+        from hmar_jax.training.checkpoint import Checkpoints
+
+        save = Checkpoints.save
+        def save_on_a_full_disk(self, step, *rest):
+            if step == 4:
+                self.wait()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            save(self, step, *rest)
+
+        Checkpoints.save = save_on_a_full_disk
+        loop.make_train_step = idle_steps()
+        train.read_config = lambda *_: next_scale_config(Path(sys.argv[1]), steps=6)
+        sys.exit(main.main(["train", "--config=x", "--workdir=" + sys.argv[2]]))
+        """,
+        starts,
+        tmp_path,
+    )
+    assert died.returncode == 2, died.stderr
+    said = died.stderr.strip().splitlines()
+    assert said[-1].startswith(f"hmar-jax train: Could not save checkpoint {tmp_path / 'checkpoints' / '4'} (")
+    assert "File too large); make room on that disk and run the command again." in said[-1]
+    assert "Traceback" not in died.stderr
+    assert Checkpoints(tmp_path).latest() == 2
+    assert not (tmp_path / "model").exists()
+
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    loop.train(next_scale_config(starts, steps=6), tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert steps_on_disk(tmp_path) == {"4", "6"}
+
+
+def spoil(name, at):
+    return lambda step, metrics: metrics | {name: jnp.where(step == at, jnp.nan, metrics[name])}
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "expected"),
+    [
+        ("loss", 4, r"The loss is nan at step 4, examples 24 to 31 of the data; .*checkpoints/2\."),
+        ("gradient_norm", 4, r"The gradient is nan at step 4, examples 24 to 31 of the data; .*checkpoints/2\."),
+        ("loss", 1, r"The loss is nan at step 1, examples 0 to 7 of the data; none is saved yet\."),
+        ("loss", 5, r"The loss is nan at step 5, .*checkpoints/4\."),  # the last step
+    ],
+)
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(starts, tmp_path, monkeypatch, name, at, expected):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil(name, at)))
+    config = next_scale_config(starts)
+    with pytest.raises(InputError, match=expected):
+        loop.train(config, tmp_path)
+    assert Checkpoints(tmp_path).latest() == (None if at == 1 else at - 2 + at % 2)
+    assert not (tmp_path / "model").exists()
+
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())  # the fault is gone: the last good one serves
+    loop.train(config, tmp_path)
+    assert (tmp_path / "model").exists()
+
+
+def test_a_parameter_that_is_not_finite_stops_the_run(starts, tmp_path, monkeypatch):
+    config = next_scale_config(starts)
+    make = loop.make_objective
+
+    def poisoned(config):
+        objective = make(config)
+        init = objective.init
+
+        def init_with_nan(first):
+            parts = init(first)
+            word = parts.trained["transformer"]["word_bias"]
+            parts.trained["transformer"]["word_bias"] = word.at[0].set(jnp.nan)
+            return parts
+
+        objective.init = init_with_nan
+        return objective
+
+    monkeypatch.setattr(loop, "make_objective", poisoned)
+    with pytest.raises(InputError, match="The loss is nan at step 1"):
+        loop.train(config, tmp_path)
+    assert steps_on_disk(tmp_path) == set()
+
+
+def test_the_parameters_are_listed_at_the_start_and_a_resumed_run_says_so(starts, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    caplog.set_level(logging.INFO, "hmar_jax")
+    loop.train(next_scale_config(starts, steps=2), tmp_path)
+    assert "transformer/next_scale/head/linear/kernel" in caplog.text
+    assert "Resuming" not in caplog.text
+    caplog.clear()
+    loop.train(next_scale_config(starts, steps=3), tmp_path)
+    assert "Resuming from step 2" in caplog.text

@@ -1,0 +1,131 @@
+"""What a run reports: JSON lines, the bar, TensorBoard where it is installed, sample pictures."""
+
+import importlib.util
+import io
+import json
+import logging
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
+
+from hmar_jax.training import loop
+from hmar_jax.training.metrics import MetricsWriter, read_metrics
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+
+
+def test_a_line_has_losses_by_scale_speed_and_learning_rate(starts, tmp_path, idle):
+    loop.train(next_scale_config(starts, steps=7, log_every=3, batch_size=4), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 6, 7]
+    for line in lines:
+        assert len(line["scale_loss"]) == LADDER.num_scales
+        assert line["loss"] == pytest.approx(1 / line["step"], abs=1e-6)
+        assert line["learning_rate"] > 0
+    assert "step_seconds" not in lines[0]  # it compiled
+    for line in lines[1:]:
+        assert line["step_seconds"] > 0
+        assert line["images_per_second"] == pytest.approx(4 / line["step_seconds"], rel=1e-2)
+
+
+def test_a_step_that_was_written_again_counts_once_with_its_later_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 2, "loss": 2.0}, {"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}, {"step": 2, "loss": 9.0}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(line["step"], line["loss"]) for line in read_metrics(file)] == [(1, 1.0), (2, 9.0), (3, 3.0)]
+
+
+def write(workdir, steps=3):
+    writer = MetricsWriter(workdir, steps=steps, start=0, name="masked")
+    for step in range(1, steps + 1):
+        writer.advance()
+        writer.write(step, {"loss": np.float32(step / 2), "scale_loss": np.arange(2, dtype=np.float32)})
+    writer.close()
+
+
+def test_a_resumed_run_appends(tmp_path):
+    write(tmp_path)
+    write(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] * 2
+
+
+def test_the_bar_is_quiet_where_there_is_no_terminal_and_the_log_speaks(tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    write(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert "Step 2: loss 1" in caplog.text
+
+
+def test_the_bar_shows_on_a_terminal(tmp_path, monkeypatch, caplog):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    caplog.set_level(logging.INFO, "hmar_jax")
+    write(tmp_path)
+    shown = sys.stderr.getvalue()
+    assert "masked: 100%" in shown
+    assert "loss=1.5" in shown
+    assert "Step" not in caplog.text
+
+
+class Board:
+    """Stands in for `clu.metric_writers.SummaryWriter`."""
+
+    def __init__(self, logdir):
+        self.logdir, self.written, self.open = logdir, [], True
+        self.all.append(self)
+
+    def write_scalars(self, step, scalars):
+        self.written.append((step, scalars))
+
+    def close(self):
+        self.open = False
+
+
+@pytest.mark.parametrize(
+    ("installed", "used"),
+    [({"tensorflow", "tensorboard"}, True), ({"tensorflow"}, False), ({"tensorboard"}, False), (set(), False)],
+)
+def test_tensorboard_is_written_where_its_extra_is_installed(tmp_path, monkeypatch, installed, used):
+    find = importlib.util.find_spec
+
+    def found(name, *rest):
+        return (name in installed or None) if name in ("tensorflow", "tensorboard") else find(name, *rest)
+
+    Board.all = []
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    module = types.ModuleType("clu.metric_writers")
+    module.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", module)
+    write(tmp_path)
+    assert len(Board.all) == used
+    if used:
+        (board,) = Board.all
+        assert board.logdir == str(tmp_path / "tensorboard")
+        assert board.written[1] == (2, {"loss": 1.0, "scale_loss/01": 0.0, "scale_loss/02": 1.0})
+        assert not board.open
+
+
+def test_sample_grids_are_of_fixed_labels_and_seeds(starts, tmp_path, idle):
+    config = next_scale_config(starts, steps=4, sample_every=2, sample_labels=(0, 1, 2), log_every=2)
+    loop.train(config, tmp_path)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["00000002.png", "00000004.png"]
+    pictures = []
+    for file in files:
+        with Image.open(file) as picture:
+            pictures.append(np.asarray(picture))
+    enlarge = 96 // SIZE
+    assert pictures[0].shape == ((SIZE + 4) * enlarge, (8 * (SIZE + 2) + 2) * enlarge, 3)
+    np.testing.assert_array_equal(pictures[0], pictures[1])  # the model stood still, and so did labels and seed
+    assert len(np.unique(pictures[0].reshape(-1, 3), axis=0)) > 50

@@ -1,0 +1,194 @@
+"""The tokenizer's training: it learns, its terms reach whom they should, and what keeps its codebook alive is used."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from tiny_training import LADDER, LOSS, SIZE, TOKENIZER, assert_bit_equal, differing, tokenizer_config
+
+from hmar_jax import params as trees
+from hmar_jax.config import OptimizerConfig
+from hmar_jax.data import pipeline
+from hmar_jax.errors import InputError
+from hmar_jax.pretrained import from_pretrained
+from hmar_jax.tokenizer.perceptual import file_shapes
+from hmar_jax.training import loop, objectives
+from hmar_jax.training.loop import make_objective
+from hmar_jax.training.metrics import read_metrics
+
+KEY = jax.random.key(0)
+PLAIN = dataclasses.replace(LOSS, adversarial=0.0, scale_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    config = tokenizer_config()
+    stream = pipeline.batches(config.data, batch_size=8, image_size=SIZE, seed=config.seed)
+    examples = next(stream)
+    stream.close()
+    return examples
+
+
+@pytest.fixture(scope="module")
+def forward(batch):
+    """(weights, key, parts) → loss and metrics of one batch, compiled once for each weights."""
+    compiled = {}
+
+    def run(weights, key=KEY, parts=None, step=5):
+        if weights not in compiled:
+            objective = make_objective(tokenizer_config(tokenizer_loss=weights))
+            compiled[weights] = objective, objective.init([batch] * objective.start_batches), jax.jit(objective.loss)
+        objective, own, loss = compiled[weights]
+        parts = parts or own
+        value, (metrics, _) = loss(parts.trained, parts, batch, key, jnp.int32(step))
+        return value, metrics, own
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run of 30 steps on glyphs, and what it logged."""
+    workdir = tmp_path_factory.mktemp("learned")
+    rate = OptimizerConfig(base_lr=0.3, warmup=0.1, weight_decay=0.0, final_weight_decay=0.0)
+    logger, handler, records = logging.getLogger("hmar_jax"), logging.Handler(), []
+    handler.emit = lambda record: records.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        loop.train(tokenizer_config(steps=30, optimizer=rate, sample_every=20), workdir)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return workdir, read_metrics(workdir / "metrics.jsonl"), "\n".join(records)
+
+
+def test_the_loss_falls_on_glyphs(learned):
+    pixel = [line["pixel"] for line in learned[1]]
+    assert np.mean(pixel[-5:]) < 0.6 * np.mean(pixel[:3])
+
+
+def test_a_line_has_the_share_of_codes_in_use_for_every_scale(learned):
+    for line in learned[1]:
+        assert len(line["codes_in_use"]) == LADDER.num_scales
+        assert all(0 < share <= 1 for share in line["codes_in_use"])
+    assert np.mean([line["codes_in_use"][-1] for line in learned[1][-10:]]) > 0.5  # no collapse
+
+
+def test_reconstruction_pairs_appear_while_training(learned):
+    files = sorted((learned[0] / "samples").iterdir())
+    assert [file.name for file in files] == ["00000020.png", "00000030.png"]
+    with Image.open(files[-1]) as picture:
+        picture.load()
+        enlarge = 96 // SIZE
+        assert picture.size == ((8 * (SIZE + 2) + 2) * enlarge, (4 * (SIZE + 2) + 2) * enlarge)
+        pixels = np.asarray(picture, np.float32)[::enlarge, ::enlarge]
+    cell = [pixels[2 + row * 18 : 18 + row * 18, 2:18] for row in (0, 1)]
+    assert np.abs(cell[0] - cell[1]).mean() < np.abs(cell[0] - 255).mean()  # the row below is not blank
+
+
+def test_the_log_says_that_the_perceptual_term_is_off_and_lists_the_parameters(learned):
+    assert "perceptual term is off" in learned[2]
+    assert "tokenizer/quantizer/codebook" in learned[2]
+    assert "discriminator/first/kernel" in learned[2]
+    assert "perceptual" not in learned[1][0]
+
+
+def test_the_codebook_starts_from_the_latents(forward):
+    _, random, untrained = forward(dataclasses.replace(PLAIN, kmeans_batches=0))
+    objective = make_objective(tokenizer_config(tokenizer_loss=PLAIN))
+    assert objective.start_batches == 1
+    _, started, parts = forward(PLAIN)
+    assert differing(parts.trained, untrained.trained) == {"tokenizer.quantizer.codebook"}
+    assert started["vq"] < 0.5 * random["vq"]
+    codes = parts.trained["tokenizer"]["quantizer"]["codebook"]
+    assert len(np.unique(np.asarray(codes), axis=0)) == TOKENIZER.codebook_size
+
+
+def test_scale_dropout_leaves_scales_out_of_the_reconstruction(forward):
+    keys = jax.random.split(KEY, 2)
+    whole = [forward(PLAIN, key)[1] for key in keys]
+    cut = [forward(dataclasses.replace(PLAIN, scale_dropout=1.0), key)[1] for key in keys]
+    assert whole[0]["pixel"] == whole[1]["pixel"]
+    assert cut[0]["pixel"] != cut[1]["pixel"]
+    np.testing.assert_allclose(cut[0]["vq"], whole[0]["vq"], rtol=1e-6)  # all scales still learn their codes
+
+
+@pytest.fixture(scope="module")
+def gradients(batch):
+    """step → gradients of the whole loss, and of one without the discriminator's own term."""
+    config = tokenizer_config(tokenizer_loss=dataclasses.replace(LOSS, scale_dropout=0.0, adversarial_start=3))
+    objective = make_objective(config)
+    parts = objective.init([batch])
+
+    def of(step):
+        return jax.grad(lambda trained: objective.loss(trained, parts, batch, KEY, step)[0])(parts.trained)
+
+    whole = jax.jit(of)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives.losses, "hinge_discriminator_loss", lambda real, fake: jnp.float32(0))
+        without = jax.jit(lambda step: of(step)).lower(jnp.int32(0)).compile()
+    return lambda step: (whole(jnp.int32(step)), without(jnp.int32(step)))
+
+
+def test_the_discriminator_learns_from_its_own_term_only(gradients):
+    whole, without = gradients(3)
+    kernels = [leaf for leaf in jax.tree.leaves(whole["discriminator"]) if leaf.ndim == 4]
+    assert all(np.any(leaf) for leaf in kernels)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(without["discriminator"]))
+
+
+def test_the_tokenizer_learns_nothing_from_the_discriminators_term(gradients):
+    whole, without = gradients(3)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole["tokenizer"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale),
+        whole["tokenizer"],
+        without["tokenizer"],
+    )
+
+
+def test_the_adversarial_terms_wait_for_their_step(gradients):
+    before, after = gradients(2)[0], gradients(3)[0]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(before["discriminator"]))
+    kernel = [np.asarray(g["tokenizer"]["decoder"]["conv_out"]["kernel"]) for g in (before, after)]
+    assert np.abs(kernel[0] - kernel[1]).max() > 1e-3 * np.abs(kernel[0]).max()
+
+
+def test_perceptual_weights_from_a_file_turn_the_term_on(forward, batch, tmp_path_factory, caplog):
+    rng = np.random.default_rng(0)
+    entries = {
+        name: rng.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:]) or 1)
+        for name, shape in file_shapes().items()
+    }
+    entries |= {name: np.abs(value) for name, value in entries.items() if name.startswith("lin")}
+    file = tmp_path_factory.mktemp("vgg") / "vgg.safetensors"
+    safetensors.numpy.save_file({name: np.ascontiguousarray(v, np.float32) for name, v in entries.items()}, file)
+    caplog.set_level(logging.INFO, "hmar_jax")
+    weights = dataclasses.replace(PLAIN, perceptual=0.5, perceptual_weights=str(file))
+    loss, metrics, parts = forward(weights)
+    file.unlink()
+    assert "perceptual term is off" not in caplog.text
+    assert metrics["perceptual"] > 0
+    plain = forward(PLAIN)[0]
+    np.testing.assert_allclose(loss - plain, 0.5 * metrics["perceptual"], rtol=1e-3)
+    assert "perceptual" in parts.frozen
+    assert not [name for name in trees.flatten(parts.trained) if "perceptual" in name]
+
+
+def test_a_missing_file_of_perceptual_weights_is_a_sentence():
+    weights = dataclasses.replace(LOSS, perceptual_weights="/nowhere/vgg.safetensors")
+    with pytest.raises(InputError, match=r"'/nowhere/vgg.safetensors' cannot be read"):
+        make_objective(tokenizer_config(tokenizer_loss=weights))
+
+
+def test_a_tokenizer_goes_on_from_another(starts):
+    objective = make_objective(tokenizer_config(init_from=str(starts / "tokenizer")))
+    assert objective.start_batches == 0
+    assert_bit_equal(objective.init([]).trained["tokenizer"], from_pretrained(starts / "tokenizer").params["tokenizer"])

@@ -1,0 +1,211 @@
+"""One step of the two transformer stages: what it hides, counts, averages, freezes and in which precision."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_training import CLASSES, LADDER, TOKENIZER, TRANSFORMER, assert_bit_equal, next_scale_config, stage_config
+
+from hmar_jax import params as trees
+from hmar_jax.config import ObjectiveConfig, OptimizerConfig
+from hmar_jax.data.tokens import TokenSource
+from hmar_jax.errors import InputError
+from hmar_jax.training import objectives
+from hmar_jax.training.loop import make_objective
+from hmar_jax.training.objectives import scale_weights
+from hmar_jax.training.optimizer import make_optimizer
+from hmar_jax.training.state import TrainState, make_train_step
+
+STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
+KEY = jax.random.key(5)
+
+
+def batch(size, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, TOKENIZER.codebook_size, (size, LADDER.length))
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "label": jnp.asarray(rng.integers(0, 3, size), jnp.int32)}
+
+
+@pytest.fixture
+def seen(starts, monkeypatch):
+    """(stage, batch size, **config changes) → objective's loss, metrics and what it asked the transformer for.
+
+    The transformer is stood in for by fixed logits, so that all else can be computed here.
+    """
+
+    def run(stage, size, key=KEY, **changes):
+        asked = {}
+
+        def record(model, quantizer, labels, tokens, masked=None, key=None, *, leak_free=None):
+            logits = jax.random.normal(jax.random.key(1), (*tokens.shape, TOKENIZER.codebook_size))
+            asked.update(labels=np.asarray(labels), leak_free=leak_free, logits=logits)
+            asked["masked"] = None if stage == "next_scale" else np.asarray(masked)
+            return logits
+
+        monkeypatch.setattr(objectives.teacher_forcing, f"{stage}_logits", record)
+        objective = make_objective(stage_config(stage, starts, **changes))
+        parts = objective.init([])
+        examples = batch(size)
+        loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(0))
+        logprobs = np.asarray(jax.nn.log_softmax(asked["logits"]), np.float64)
+        entropy = -np.take_along_axis(logprobs, np.asarray(examples["tokens"])[..., None], axis=-1)[..., 0]
+        correct = logprobs.argmax(-1) == np.asarray(examples["tokens"])
+        return {"loss": loss, "metrics": metrics, "entropy": entropy, "correct": correct, "batch": examples} | asked
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["log_normal", "uniform", "equal"])
+def test_next_scale_loss_weighs_every_token(seen, kind):
+    s = seen("next_scale", 3, objective=ObjectiveConfig(scale_weights=kind))
+    expected = (s["entropy"] * scale_weights(LADDER, kind)).sum(axis=1).mean()
+    np.testing.assert_allclose(s["loss"], expected, rtol=1e-5)
+    for k, where in enumerate(LADDER.slices):
+        np.testing.assert_allclose(s["metrics"]["scale_loss"][k], s["entropy"][:, where].mean(), rtol=1e-5)
+        np.testing.assert_allclose(s["metrics"]["scale_accuracy"][k], s["correct"][:, where].mean(), rtol=1e-5)
+    np.testing.assert_allclose(s["metrics"]["accuracy"], s["correct"].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_masked_loss_counts_masked_positions_only(seen, per_sample):
+    s = seen("masked", 3, objective=ObjectiveConfig(per_sample_masks=per_sample))
+    masked = s["masked"]
+    assert 0 < masked.sum() < masked.size
+    np.testing.assert_allclose(s["loss"], s["entropy"][masked].mean(), rtol=1e-5)
+    np.testing.assert_allclose(s["metrics"]["accuracy"], s["correct"][masked].mean(), rtol=1e-5)
+    np.testing.assert_allclose(s["metrics"]["masked_share"], masked.mean(), rtol=1e-5)
+    assert s["metrics"]["scale_loss"][0] == 0
+    for k, where in list(enumerate(LADDER.slices))[1:]:
+        inside = masked[:, where]
+        expected = s["entropy"][:, where][inside].mean() if inside.any() else 0
+        np.testing.assert_allclose(s["metrics"]["scale_loss"][k], expected, rtol=1e-5)
+
+
+def test_a_batch_shares_its_mask_unless_masks_are_per_sample(seen):
+    assert len(np.unique(seen("masked", 6)["masked"], axis=0)) == 1
+    own = seen("masked", 6, objective=ObjectiveConfig(per_sample_masks=True))["masked"]
+    assert len(np.unique(own.sum(axis=1))) > 3
+    counts = np.stack([own[:, where].sum(axis=1) for where in LADDER.slices], axis=1)
+    assert not counts[:, 0].any()
+    assert (abs(counts[:, 1] / 4 - counts[:, 2] / 64) < 1 / 4).all()  # one ratio for all scales of a sample
+
+
+@pytest.mark.parametrize("leak_free", [False, True])
+def test_masked_inputs_are_leak_free_where_the_config_says_so(seen, starts, leak_free):
+    changes = {"objective": ObjectiveConfig(leak_free=leak_free)}
+    assert seen("masked", 2, **changes)["leak_free"] is leak_free
+    recorded = make_objective(stage_config("masked", starts, **changes)).model_config.transformer
+    assert (recorded.masked, recorded.leak_free) == (True, leak_free)
+
+
+@pytest.mark.parametrize("stage", ["next_scale", "masked"])
+def test_a_tenth_of_the_classes_is_dropped(seen, stage):
+    s = seen(stage, 3000)
+    given = np.asarray(s["batch"]["label"])
+    dropped = s["labels"] == len(CLASSES)
+    assert abs(dropped.mean() - 0.1) < 0.03  # 5 standard deviations
+    np.testing.assert_array_equal(s["labels"][~dropped], given[~dropped])
+    other = seen(stage, 3000, key=jax.random.key(6))
+    assert (other["labels"] != s["labels"]).any()
+
+
+def test_class_dropout_follows_the_config(seen):
+    assert (seen("next_scale", 50, transformer=STEADY)["labels"] != len(CLASSES)).all()
+    always = dataclasses.replace(STEADY, class_dropout=1.0)
+    assert (seen("next_scale", 50, transformer=always)["labels"] == len(CLASSES)).all()
+
+
+def test_the_mask_branch_starts_as_a_copy_of_the_next_scale_branch(starts):
+    parts = make_objective(stage_config("masked", starts)).init([])
+    assert set(parts.trained["transformer"]) == {"masked", "mask_embed"}
+    assert set(parts.trained) == {"transformer"}
+    assert_bit_equal(parts.trained["transformer"]["masked"], parts.frozen["transformer"]["next_scale"])
+    assert np.std(parts.trained["transformer"]["mask_embed"]) > 0
+
+
+def test_a_cache_of_another_number_of_classes_is_refused(starts):
+    wrong = dataclasses.replace(TRANSFORMER, num_classes=5)
+    with pytest.raises(InputError, match="has 3 classes, but transformer.num_classes is 5; set it to 3"):
+        make_objective(next_scale_config(starts, transformer=wrong))
+
+
+@pytest.fixture(scope="module")
+def descend(starts):
+    """(steps, **config changes) → states and metrics of plain gradient descent from the same start."""
+
+    @functools.cache
+    def run(steps, **changes):
+        config = next_scale_config(starts, transformer=STEADY, **changes)
+        objective = make_objective(config)
+        optimizer = optax.sgd(1.0)
+        states = [TrainState.create(config, objective.init([]), optimizer)]
+        frozen, metrics = objective.init([]).frozen, []
+        step = jax.jit(make_train_step(config, objective, optimizer))
+        for i in range(steps):
+            state, measured = step(states[-1], frozen, batch(8, seed=i))
+            states.append(state)
+            metrics.append(jax.device_get(measured))
+        return states, metrics
+
+    return run
+
+
+def moved(states):
+    return trees.flatten(jax.tree.map(lambda a, b: np.asarray(b - a), states[0].params, states[1].params))
+
+
+EMA = OptimizerConfig(ema=0.75)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(descend):
+    whole, parts = descend(2, optimizer=EMA), descend(1, accumulate=4)
+    expected = moved(whole[0])
+    assert max(abs(leaf).max() for leaf in expected.values()) > 1e-3
+    for name, leaf in moved(parts[0]).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=2e-7, err_msg=name)
+    for name in ("loss", "gradient_norm", "scale_loss", "scale_accuracy", "accuracy"):
+        np.testing.assert_allclose(parts[1][0][name], whole[1][0][name], rtol=1e-5, err_msg=name)
+
+
+def test_averages_follow_their_formula_from_the_first_parameters_on(descend):
+    states, _ = descend(2, optimizer=EMA)
+    assert_bit_equal(states[0].ema, states[0].params)
+    for before, after in zip(states, states[1:], strict=False):
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.ema, after.params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), after.ema, expected)
+    assert states[2].best is states[2].ema
+    assert descend(1, accumulate=4)[0][1].ema == {}
+
+
+def test_steps_are_counted_and_the_gradient_norm_is_that_of_all_gradients(descend):
+    states, metrics = descend(2, optimizer=EMA)
+    assert [int(state.step) for state in states] == [0, 1, 2]
+    norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in moved(states).values()))
+    np.testing.assert_allclose(metrics[0]["gradient_norm"], norm, rtol=1e-3)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(descend, starts):
+    config = next_scale_config(starts, transformer=STEADY, dtype="bfloat16", optimizer=EMA)
+    objective = make_objective(config)
+    parts = objective.init([])
+    optimizer = make_optimizer(config.optimizer, 5, 8, parts.trained)
+    state = TrainState.create(config, parts, optimizer)
+    step = jax.jit(make_train_step(config, objective, optimizer))
+    products = [line for line in str(step.trace(state, parts.frozen, batch(8)).jaxpr).splitlines() if "dot_gen" in line]
+    assert sum("bf16" in line for line in products) > len(products) / 2
+    after, metrics = step(state, parts.frozen, batch(8))
+    floats = [leaf.dtype for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype(jnp.float32)}
+    exact = descend(2, optimizer=EMA)[1][0]["loss"]
+    assert metrics["loss"] != exact
+    np.testing.assert_allclose(metrics["loss"], exact, rtol=0.02)
+
+
+def test_the_source_of_the_stages_is_the_cache_of_their_tokenizer(starts):
+    assert (
+        TokenSource(starts / "tokens").class_names == make_objective(next_scale_config(starts)).model_config.class_names
+    )
