@@ -13,17 +13,17 @@ def get_config() -> ml_collections.ConfigDict:
     return to_config_dict(
         TrainConfig(
             stage="masked",
-            steps=600,
+            steps=400,
             batch_size=16,
             init_from="runs/next_scale/model",
             data=DataConfig("tokens", path="runs/tokens"),
             optimizer=OptimizerConfig(base_lr=0.016, final_lr=0.01),
             dtype="float32",
-            remat="none",
+            remat="dots",
             log_every=20,
-            sample_every=600,
+            sample_every=400,
             sample_labels=tuple(range(16)),
             sample_schedule="small",
-            checkpoint_every=500,
+            checkpoint_every=400,
         )
     )

@@ -1,6 +1,6 @@
 """Stage 2 of 3 on glyphs: the transformer learns to predict each scale from the coarser ones.
 
-Before:   hmar-jax export tokens --config=configs/glyphs_tokenizer.py --model=runs/tokenizer/model --count=20000 \
+Before:   hmar-jax export tokens --config=configs/glyphs_tokenizer.py --model=runs/tokenizer/model --count=12000 \
               --output=runs/tokens
 Command:  hmar-jax train --config=configs/glyphs_next_scale.py --workdir=runs/next_scale
 """
@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     return to_config_dict(
         TrainConfig(
             stage="next_scale",
-            steps=2000,
+            steps=1800,
             batch_size=16,
             init_from="runs/tokenizer/model",
             transformer=TransformerConfig(depth=4, width=128, heads=4, num_classes=34, branch_depth=2, gate_init=1.0),
@@ -23,10 +23,10 @@ def get_config() -> ml_collections.ConfigDict:
             optimizer=OptimizerConfig(base_lr=0.024, final_lr=0.01),
             objective=ObjectiveConfig(scale_weights="equal"),
             dtype="float32",
-            remat="none",
-            log_every=20,
-            sample_every=500,
+            remat="dots",
+            log_every=50,
+            sample_every=900,
             sample_labels=tuple(range(16)),
-            checkpoint_every=500,
+            checkpoint_every=600,
         )
     )

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     return to_config_dict(
         TrainConfig(
             stage="tokenizer",
-            steps=1200,
+            steps=1000,
             batch_size=16,
             sides=(1, 2, 3, 4, 6),
             tokenizer=TokenizerConfig(
@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial=0.0),
             dtype="float32",
             remat="none",
-            log_every=20,
-            sample_every=300,
-            checkpoint_every=300,
+            log_every=50,
+            sample_every=500,
+            checkpoint_every=500,
         )
     )

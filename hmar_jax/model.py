@@ -58,15 +58,21 @@ def networks(config: ModelConfig, params: Any, dtype: str = "float32", remat: Re
     return nnx.merge(graphdef, state)
 
 
-def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh parameters, float32, as nested dicts; a function of the seed."""
+def init_params(config: ModelConfig, seed: int, only: str | None = None) -> dict[str, Any]:
+    """Fresh parameters, float32, as nested dicts; a function of the seed.
 
-    @jax.jit
+    Args:
+      only: `tokenizer` or `transformer`, to have that network's parameters alone.
+    """
+
     def create(key: jax.Array) -> dict[str, Any]:
         module = Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return params if only is None else params[only]
 
-    return create(jax.random.key(seed))
+    # It runs once; XLA:CPU would spend three times as long on optimising hundreds of random draws.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(create, compiler_options=quick)(jax.random.key(seed))
 
 
 class DrawRecord(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from hmar_jax.config import TrainConfig, from_config_dict
 
 STAGES = ("tokenizer", "next_scale", "masked")
-PICTURES = 16_000  # in the token cache
+PICTURES = 12_000  # in the token cache
 QUICK_STEPS = {"tokenizer": 60, "next_scale": 60, "masked": 20}
 QUICK_PICTURES = 1_000
 
@@ -50,7 +50,8 @@ def run(argv: Sequence[str]) -> None:
     for picture, what in draw(folder, model, configs).items():
         print(f"  {picture}  {what}")
     print(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
-    print(f"  hmar-jax sample --model={model} --labels=A,7 --schedule=small --seed=1 --output={folder / 'samples'}")
+    settings = "--labels=A,7 --schedule=small --cfg=2.5 --top-k=60"
+    print(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
 
 
 def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:
@@ -80,7 +81,7 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
     unseen.close()
     decoded = np.asarray(model.tokenizer.decode(model.tokenizer.encode(originals * 2 - 1))) / 2 + 0.5
     labels = list(range(classes)) * 2
-    out = model.sample(labels, "small", seed=0)
+    out = model.sample(labels, "small", cfg=2.5, top_k=60, seed=0)
     chosen = out.tokens[: min(8, classes)]
     grown = np.asarray(model.tokenizer.growth(chosen)) / 2 + 0.5
     curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]

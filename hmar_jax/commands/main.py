@@ -58,5 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show_unraisable(show: Callable[[Any], Any], report: Any) -> None:
     """Shows what a thread could not raise, but for TensorStore's farewell when a checkpoint cannot be read or saved."""
-    if str(report.exc_value) != "Event loop is closed":
+    if not any(phrase in str(report.exc_value) for phrase in ("Event loop is closed", "full TensorStore details")):
         show(report)

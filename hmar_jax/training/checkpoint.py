@@ -72,6 +72,11 @@ class Checkpoints:
             return self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise whatever the damage brings about
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            if "structures do not match" in str(error) or "stored shape" in str(error):
+                raise InputError(
+                    f"Checkpoint {self.folder / str(step)} was saved under a config with other parameters or another "
+                    "optimizer; go on with that config, or choose another --workdir."
+                ) from error
             others = [s for s in self._manager.all_steps() if s != step]
             after = f"resume from step {max(others)}" if others else "start anew"
             raise InputError(

@@ -64,7 +64,9 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     else:
         logger.info("Parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
 
-    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0)
+    # Without the layout of its result pinned, XLA chooses another, and compiles again for it.
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0, out_shardings=(layout, None))
     show = _sample_writer(config, objective, workdir)
     rate = learning_rate(config.optimizer, config.steps, config.batch_size)
     start = int(state.step)
@@ -201,8 +203,8 @@ class _FiniteCheck:
                 f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none is saved yet"
             )
             raise InputError(
-                f"The {name} is {float(value)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of the "
-                f"data; {good}. Lower optimizer.base_lr or look at those examples, and run again."
+                f"The {name} is {float(value)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of "
+                f"the data; {good}. Lower optimizer.base_lr or look at those examples, and run again."
             )
 
 
@@ -213,8 +215,8 @@ def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
     wrong = [label for label in config.sample_labels if not 0 <= label < model.num_classes]
     if wrong or not config.sample_labels:
         raise InputError(
-            f"sample_labels={config.sample_labels} is not a list of the classes 0 to {model.num_classes - 1}; set it to "
-            "some of those, or sample_every to 0."
+            f"sample_labels={config.sample_labels} is not a list of the classes 0 to {model.num_classes - 1}; set it "
+            "to some of those, or sample_every to 0."
         )
     schedule = Schedule.preset(config.sample_schedule, model.ladder, model.transformer.depth)
     if model.transformer.pattern == "block_causal" or (schedule.has_masked_steps and not model.transformer.masked):

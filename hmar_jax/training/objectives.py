@@ -89,7 +89,7 @@ class TokenizerObjective:
 
     def init(self, first: list[Batch]) -> Parts:
         seed, weights = self.config.seed, self.weights
-        params = self._start or init_params(self.model_config, seed)["tokenizer"]
+        params = self._start or init_params(self.model_config, seed, "tokenizer")
         if first:
             queries = jnp.concatenate([self._queries(params, batch["image"]) for batch in first])
             size = self.model_config.tokenizer.codebook_size
@@ -277,7 +277,7 @@ class NextScaleObjective(_TransformerObjective):
         return dataclasses.replace(start, transformer=transformer, class_names=class_names)
 
     def init(self, first: list[Batch]) -> Parts:
-        fresh = init_params(self.model_config, self.config.seed)["transformer"]
+        fresh = init_params(self.model_config, self.config.seed, "transformer")
         return Parts({"transformer": fresh}, {"tokenizer": self._start.params["tokenizer"]}, {})
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
@@ -306,7 +306,7 @@ class MaskedObjective(_TransformerObjective):
     def init(self, first: list[Batch]) -> Parts:
         params = dict(self._start.params)
         if "masked" not in params["transformer"]:  # the branch starts as a copy of the next-scale one
-            fresh = init_params(self.model_config, self.config.seed)["transformer"]
+            fresh = init_params(self.model_config, self.config.seed, "transformer")
             branch = jax.tree.map(jnp.array, params["transformer"]["next_scale"])
             params["transformer"] = params["transformer"] | {"masked": branch, "mask_embed": fresh["mask_embed"]}
         return Parts(*trees.partition(params, _is_mask_branch), {})

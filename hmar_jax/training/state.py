@@ -36,9 +36,11 @@ class TrainState:
     @classmethod
     def create(cls, config: TrainConfig, parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
         """The state at step 0."""
-        ema = jax.tree.map(jnp.array, parts.trained) if config.optimizer.ema else {}
+        # An initialiser's weak types would be gone after the first step, which would compile the second anew.
+        params, extra = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), (parts.trained, parts.extra))
+        ema = jax.tree.map(jnp.array, params) if config.optimizer.ema else {}
         key = jax.random.key_data(jax.random.key(config.seed))
-        return cls(jnp.zeros((), jnp.int32), key, parts.trained, ema, optimizer.init(parts.trained), parts.extra)
+        return cls(jnp.zeros((), jnp.int32), key, params, ema, optimizer.init(params), extra)
 
     @property
     def best(self) -> Tree:

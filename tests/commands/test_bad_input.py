@@ -60,7 +60,7 @@ SAMPLE = {
     "label below 0": (["--labels=-1"], "Label -1 is out of range"),
     "label of no class": (
         ["--labels=0,Q"],
-        "Label 'Q' is not a class of this model; expected a number or one of A, B, C",
+        "is not a class of this model; expected a number or one of A, B, C.",
     ),
     "a small two": (["--labels=0,²"], "Label '²' is not a class of this model"),
     "no label": (["--labels="], "Label '' is not a class of this model"),

@@ -1,5 +1,6 @@
 """From pictures to new pictures by commands alone: glyphs, and a folder of real photographs."""
 
+import dataclasses
 import json
 import logging
 
@@ -35,7 +36,7 @@ def walk(root, kind, write_config):
             for i in range(8):
                 Image.fromarray(photograph[20 * i : 20 * i + 200, 40 * i : 40 * i + 300]).save(folder / f"{i}.jpg")
         data, count = DataConfig("folder", path=str(root / "pictures"), flip=True), []
-    two = dict(transformer=tiny.TransformerConfig(depth=2, width=16, heads=2, num_classes=2, branch_depth=1))
+    two = {"transformer": dataclasses.replace(tiny.TRANSFORMER, num_classes=2)}
     configs = {
         "tokenizer": tiny.tokenizer_config(steps=3, data=data),
         "next_scale": tiny.next_scale_config(root, steps=3, init_from=str(root / "tokenizer/model"), **two),

@@ -10,8 +10,11 @@ from pallas_kernels.scale_attention import scale_attention
 
 IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]
-# Norm of the difference over norm of the truth: rounding of the output, and of float32 arithmetic before it.
-TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
+# Norm of the difference over norm of the truth. The reference rounds its output alone; others their operands too.
+TOLERANCE = {
+    "reference": {"float32": 5e-7, "bfloat16": 3e-3, "float16": 4e-4},
+    "xla": {"float32": 5e-7, "bfloat16": 6e-3, "float16": 8e-4},
+}
 
 
 def brute_force(q, k, v, sides, pattern, q_scale):
@@ -56,15 +59,15 @@ class TestEveryImplementation:
         qkv = make_qkv(ladder)
         scale = None if q_scale is None else jnp.asarray(q_scale)
         attended = scale_attention(*qkv, ladder, pattern=pattern, q_scale=scale, implementation=implementation)
-        assert error_of(attended, brute_force(*qkv, sides, pattern, q_scale)) < TOLERANCE["float32"]
+        assert error_of(attended, brute_force(*qkv, sides, pattern, q_scale)) < TOLERANCE[implementation]["float32"]
 
-    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("dtype", TOLERANCE["reference"])
     def test_any_float_dtype_in_gives_the_same_out(self, pattern, implementation, dtype):
         ladder = ScaleLadder((1, 2, 4))
         qkv = make_qkv(ladder, heads=3, size=12, dtype=dtype)
         attended = scale_attention(*qkv, ladder, pattern=pattern, implementation=implementation)
         assert attended.dtype == dtype
-        assert error_of(attended, brute_force(*qkv, ladder.sides, pattern, None)) < TOLERANCE[dtype]
+        assert error_of(attended, brute_force(*qkv, ladder.sides, pattern, None)) < TOLERANCE[implementation][dtype]
 
     def test_gradients_are_those_of_the_definition(self, pattern, implementation):
         ladder, rng, step = ScaleLadder((1, 2)), np.random.default_rng(1), 1e-4
@@ -135,7 +138,7 @@ def test_shapes_that_are_not_the_ladders_raise(shapes, message):
 
 def test_an_unknown_implementation_raises():
     qkv = make_qkv(ScaleLadder((1, 2)))
-    with pytest.raises(ValueError, match="Implementation 'cudnn' of scale_attention is unknown"):
+    with pytest.raises(ValueError, match="scale_attention has no implementation 'cudnn'"):
         scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal", implementation="cudnn")
 
 
@@ -148,4 +151,4 @@ def test_an_unknown_pattern_raises():
 def test_without_a_forced_implementation_this_device_gets_a_right_one():
     qkv = make_qkv(ScaleLadder((1, 2)))
     attended = scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal")
-    assert error_of(attended, brute_force(*qkv, (1, 2), "block_causal", None)) < TOLERANCE["float32"]
+    assert error_of(attended, brute_force(*qkv, (1, 2), "block_causal", None)) < TOLERANCE["xla"]["float32"]

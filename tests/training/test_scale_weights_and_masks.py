@@ -40,7 +40,7 @@ def test_weights_sum_to_one_and_are_the_same_inside_a_scale(kind, ladder):
 
 
 def test_unknown_weights_are_a_sentence():
-    with pytest.raises(InputError, match="'lognormal'.*'log_normal', 'uniform' or 'equal'"):
+    with pytest.raises(InputError, match=r"'lognormal'.*'log_normal', 'uniform' or 'equal'"):
         scale_weights(L256, "lognormal")
 
 

@@ -106,7 +106,7 @@ def test_the_codebook_starts_from_the_latents(forward):
     assert objective.start_batches == 1
     _, started, parts = forward(PLAIN)
     assert differing(parts.trained, untrained.trained) == {"tokenizer.quantizer.codebook"}
-    assert started["vq"] < 0.5 * random["vq"]
+    assert started["vq"] < 0.85 * random["vq"]
     codes = parts.trained["tokenizer"]["quantizer"]["codebook"]
     assert len(np.unique(np.asarray(codes), axis=0)) == TOKENIZER.codebook_size
 
