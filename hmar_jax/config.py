@@ -21,6 +21,13 @@ from hmar_jax.scales import Pattern, ScaleLadder
 Stage = Literal["tokenizer", "next_scale", "masked"]
 
 
+def _positive(config: Any, *names: str) -> None:
+    """Raises InputError unless the named fields are 1 or more."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; expected 1 or more.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """The multi-scale residual VQ-VAE (VAR §3.2, a VQGAN CNN); defaults are the released ch160 v4096 z32 one.
@@ -47,6 +54,8 @@ class TokenizerConfig:
     phis: int = 4
 
     def __post_init__(self) -> None:
+        counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
+        _positive(self, "channels", "norm_groups", *counts)
         if self.channels % self.norm_groups:
             raise InputError(
                 f"tokenizer.channels is {self.channels}, not a multiple of tokenizer.norm_groups={self.norm_groups}."
@@ -97,6 +106,7 @@ class TransformerConfig:
     gate_init: float = 1e-3
 
     def __post_init__(self) -> None:
+        _positive(self, "depth", "width", "heads", "num_classes", "mlp_ratio")
         if self.width % self.heads:
             raise InputError(f"transformer.width is {self.width}, not a multiple of transformer.heads={self.heads}.")
         if not 0 <= self.branch_depth <= self.depth:
@@ -307,6 +317,9 @@ class TrainConfig:
     sample_schedule: str = "next-scale"
 
     def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}.")
         if self.stage != "tokenizer" and not self.init_from:

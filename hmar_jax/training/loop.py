@@ -53,11 +53,9 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     size = objective.model_config.image_size
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, **host)
-    _prepare(workdir, config)
-    checkpoints = Checkpoints(workdir, config.keep)
+    checkpoints = _open_workdir(workdir, config)
     state, frozen, optimizer = _initial_state(config, objective, mesh)
     if checkpoints.latest() is not None:
-        _check_same_run(checkpoints.config(), config, workdir)
         state, position = checkpoints.restore(describe(state))
         data.set_state(position)
         logger.info("Resuming from step %d in %s.", int(state.step), workdir)
@@ -155,14 +153,18 @@ def _initial_state(config: TrainConfig, objective: Any, mesh: Any) -> tuple[Trai
     return state, frozen, optimizer
 
 
-def _prepare(workdir: Path, config: TrainConfig) -> None:
-    """Makes the work directory and records the config there."""
+def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
+    """Makes the work directory, or checks that the run in it can go on with this config, which it records there."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir, config.keep)
+        if checkpoints.latest() is not None:
+            _check_same_run(checkpoints.config(), config, workdir)
         text = json.dumps(to_plain(config), indent=2) + "\n"
         (workdir / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"Could not write to the work directory {workdir} ({error}); {remedy(error)}") from None
+    return checkpoints
 
 
 def _check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> None:
