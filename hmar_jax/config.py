@@ -7,6 +7,7 @@ A *model config* (`ModelConfig`) says what a model is and travels with its weigh
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 import types
 import typing
@@ -202,7 +203,7 @@ class OptimizerConfig:
       final_lr: ratio of the peak that the linear decay ends at.
       weight_decay, final_weight_decay: the ends of its cosine.
       clip: global norm the gradient is clipped to. 0 turns it off.
-      ema: decay of the averaged parameters; 0 keeps none.
+      ema: decay of the averaged parameters, less in the first steps; 0 keeps none.
     """
 
     base_lr: float = 1e-4
@@ -217,6 +218,23 @@ class OptimizerConfig:
     clip: float = 2.0
     ema: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in (
+            "base_lr",
+            "warmup",
+            "warmup_from",
+            "flat",
+            "final_lr",
+            "weight_decay",
+            "final_weight_decay",
+            "clip",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected 0 or more.")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected a share from 0 to below 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerLossConfig:
@@ -227,7 +245,7 @@ class TokenizerLossConfig:
       perceptual: weight of LPIPS, on only with `perceptual_weights`, a .safetensors file of VGG16 and LPIPS weights.
       adversarial: weight of the generator's term, before the adaptive factor; 0 builds no discriminator.
       adversarial_start: step at which it starts. discriminator_channels, discriminator_layers: PatchGAN size.
-      kmeans_batches: batches whose residuals start the codebook; 0 keeps the random one.
+      kmeans_batches: batches whose latents, pooled to every scale, start the codebook; 0 keeps the random one.
       dead_below: a code drawn less than this share of its fair share (1/V) is re-initialised; 0 never.
       usage_decay: decay per step of the drawn shares that decide it. revive_every: steps between re-initialisations.
       scale_dropout: share of samples whose finest scales (a random number of them) are left out of the reconstruction.
@@ -248,6 +266,14 @@ class TokenizerLossConfig:
     usage_decay: float = 0.99
     revive_every: int = 100
     scale_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive(self, "revive_every", "discriminator_channels", "discriminator_layers")
+        if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1 or self.kmeans_batches < 0:
+            raise InputError(
+                f"tokenizer_loss has scale_dropout={self.scale_dropout}, usage_decay={self.usage_decay} and "
+                f"kmeans_batches={self.kmeans_batches}; expected a share, a share below 1, and 0 or more."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +314,7 @@ class TrainConfig:
       sides: of the ladder; `tokenizer` stage only, later stages have their model's.
       tokenizer: `tokenizer` stage only. transformer: `next_scale` stage only.
       dtype: of compute; parameters are float32.
-      remat: what the backward pass recomputes: `none`, all but matrix products (`dots`), or `all`.
+      remat: what the transformer's backward pass recomputes: `none`, all but matrix products (`dots`), or `all`.
       log_every, sample_every, checkpoint_every: steps; 0 turns samples off. keep: checkpoints kept.
       sample_labels: classes of the sample grid. sample_schedule: its schedule.
     """
@@ -320,6 +346,13 @@ class TrainConfig:
         _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
+        if self.sample_every < 0:
+            raise InputError(f"sample_every is {self.sample_every}; expected steps, or 0 for no samples.")
+        if self.transformer.masked or self.transformer.leak_free:
+            raise InputError(
+                "transformer.masked and transformer.leak_free are the stage's to set; choose stage='masked' and "
+                "objective.leak_free."
+            )
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}.")
         if self.stage != "tokenizer" and not self.init_from:

@@ -187,9 +187,11 @@ class Model:
             self._check_mask_branch("A schedule with masked steps")
         if self.config.transformer.pattern == "block_causal":
             raise InputError("This is a VAR model (block_causal), which is not sampled here; sample an HMAR model.")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
         number = labels.shape[0]
         options = Options(self.config, self.dtype, schedule.plan, greedy, record)
-        images, tokens, draws = sample(options, self.params, _over_devices(labels), schedule.controls, seed)
+        images, tokens, draws = sample(options, self.params, _over_devices(labels), schedule.controls, np.uint32(seed))
         records = None
         if record:
             passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]

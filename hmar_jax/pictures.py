@@ -1,9 +1,8 @@
-"""arrays → PNG files: grids, reconstruction pairs, a sample growing scale by scale, loss curves."""
+"""arrays → PNG files: grids, reconstructions, loss curves."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import remedy
+from hmar_jax.files import write_whole
 
 _GAP = 2  # pixels between the pictures of a grid, before enlargement
 
@@ -20,6 +19,11 @@ _GAP = 2  # pixels between the pictures of a grid, before enlargement
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Float pictures in [0,1] (clipped) → uint8."""
     return np.asarray(np.clip(np.asarray(images, np.float32), 0, 1) * 255 + 0.5, np.uint8)
+
+
+def to_unit(images: Any) -> Any:
+    """Pictures as they are stored to what networks see: uint8 (NumPy or JAX) → float32 in [-1,1]."""
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def grid(images: np.ndarray, columns: int, enlarge: int = 1) -> Image.Image:
@@ -39,11 +43,14 @@ def grid(images: np.ndarray, columns: int, enlarge: int = 1) -> Image.Image:
     return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
 
 
-def pairs(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8, enlarge: int = 1) -> Image.Image:
-    """Originals above their reconstructions, `columns` pairs a row; both (N,S,S,3) float in [0,1]."""
+def reconstructions(tokenizer: Any, images: np.ndarray, columns: int = 8, enlarge: int = 1) -> Image.Image:
+    """Pictures (N,S,S,3) uint8 above what a `Model`'s tokenizer makes of them, `columns` pairs a row."""
+    decoded = to_uint8(np.asarray(tokenizer.decode(tokenizer.encode(to_unit(images)))) / 2 + 0.5)
     rows = []
-    for start in range(0, len(originals), columns):
-        rows += [originals[start : start + columns], reconstructions[start : start + columns]]
+    for start in range(0, len(images), columns):
+        for half in (images, decoded):
+            row = half[start : start + columns]
+            rows.append(np.pad(row, ((0, columns - len(row)), (0, 0), (0, 0), (0, 0)), constant_values=255))
     return grid(np.concatenate(rows), columns, enlarge)
 
 
@@ -76,20 +83,13 @@ def loss_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]], sides: Seque
             axes.set_ylabel("loss terms")
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7, ncols=2)
-    with tempfile.TemporaryFile() as stream:
-        figure.savefig(stream, format="png", dpi=110)
-        stream.seek(0)
-        return Image.open(stream).convert("RGB")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return Image.open(stream).convert("RGB")
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:
     """Writes a picture whole or not at all. Raises InputError where the disk refuses."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"Could not write {path} ({error}); {remedy(error)}") from None
-    return path
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return write_whole(path, stream.getvalue())

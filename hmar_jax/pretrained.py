@@ -7,11 +7,9 @@ Entries of the weights file are our dotted parameter names.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +25,7 @@ from flax import nnx
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
+from hmar_jax.files import remedy
 from hmar_jax.model import Model, structure
 
 FORMAT = 1
@@ -131,14 +130,6 @@ def tokenizer_fingerprint(model: Model) -> str:
     for name, leaf in sorted(trees.flatten(model.params["tokenizer"]).items()):
         digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def remedy(error: Exception) -> str:
-    """What to do about a failed write, as the end of a sentence."""
-    in_words = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes below Python
-    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "make room on that disk and run the command again." if full else "check the path and its permissions."
 
 
 def _swap_in(new: Path, path: Path) -> None:

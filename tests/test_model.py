@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_tokens
+from tiny_models import TINY, random_tokens
 
 import hmar_jax
 from hmar_jax import InputError, Schedule

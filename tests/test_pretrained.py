@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, lively_model, tiny
+from tiny_models import TINY, lively_model, tiny
 
 import hmar_jax.pretrained
 from hmar_jax import InputError, from_pretrained

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hmar_jax.config import TrainConfig, from_config_dict
+from hmar_jax.errors import InputError
 
 STAGES = ("tokenizer", "next_scale", "masked")
 PICTURES = 12_000  # in the token cache
+SAMPLING: dict[str, Any] = {"cfg": 2.5, "top_k": 60}
 QUICK_STEPS = {"tokenizer": 60, "next_scale": 60, "masked": 20}
 QUICK_PICTURES = 1_000
 
@@ -37,6 +41,9 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax.training.loop import train
 
     configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}
+    record = folder / "tokenizer" / "config.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["steps"] != configs["tokenizer"].steps:
+        raise InputError(f"{folder} holds a demo of another length; remove it, or choose another --output.")
     print(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
     tokenizer = train(configs["tokenizer"], folder / "tokenizer")
     print("2/4 next-scale: each scale from the coarser ones", flush=True)
@@ -50,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     for picture, what in draw(folder, model, configs).items():
         print(f"  {picture}  {what}")
     print(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
-    settings = "--labels=A,7 --schedule=small --cfg=2.5 --top-k=60"
+    settings = f"--labels=A,7 --schedule=small --cfg={SAMPLING['cfg']} --top-k={SAMPLING['top_k']}"
     print(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
 
 
@@ -77,16 +84,18 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
     model = from_pretrained(model_path)
     size, classes = model.config.image_size, model.config.num_classes
     unseen = pipeline.batches(configs["tokenizer"].data, batch_size=24, image_size=size, seed=1_000)
-    originals = next(unseen)["image"].astype(np.float32) / 255
+    originals = next(unseen)["image"]
     unseen.close()
-    decoded = np.asarray(model.tokenizer.decode(model.tokenizer.encode(originals * 2 - 1))) / 2 + 0.5
     labels = list(range(classes)) * 2
-    out = model.sample(labels, "small", cfg=2.5, top_k=60, seed=0)
+    out = model.sample(labels, "small", **SAMPLING)
     chosen = out.tokens[: min(8, classes)]
     grown = np.asarray(model.tokenizer.growth(chosen)) / 2 + 0.5
     curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]
     made = {
-        "reconstructions.png": (pictures.pairs(originals, decoded, 12, 3), "unseen glyphs above their reconstructions"),
+        "reconstructions.png": (
+            pictures.reconstructions(model.tokenizer, originals, 12, 3),
+            "unseen glyphs above their reconstructions",
+        ),
         "losses.png": (pictures.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
         "samples.png": (
             pictures.grid(out.images, 17, 3),

@@ -62,6 +62,7 @@ def export_tokens(
     seed: int = 0,
 ) -> int:
     """Writes a token cache of pictures; see `pipeline.examples` for the arguments. Returns the number of pictures."""
+    from hmar_jax import pictures
     from hmar_jax.data import pipeline
     from hmar_jax.data.tokens import write_token_cache
     from hmar_jax.pretrained import from_pretrained, tokenizer_fingerprint
@@ -69,14 +70,14 @@ def export_tokens(
     model = from_pretrained(model_path)
     size = model.config.image_size
     source = pipeline.open_source(data, size, seed)
-    pictures = pipeline.examples(data, size, crops=crops, batch_size=batch_size, seed=seed, count=count)
+    examples = pipeline.examples(data, size, crops=crops, batch_size=batch_size, seed=seed, count=count)
 
     def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with tqdm.tqdm(total=count or len(source), desc="tokens", unit="picture", disable=None) as bar:
-            for images, labels in pictures:
+            for images, labels in examples:
                 flat = images.reshape(-1, *images.shape[2:])
                 full = np.resize(flat, (crops * batch_size, *flat.shape[1:]))  # one shape, one compilation
-                tokens = np.asarray(model.tokenizer.encode(full.astype(np.float32) / 127.5 - 1))[: len(flat)]
+                tokens = np.asarray(model.tokenizer.encode(pictures.to_unit(full)))[: len(flat)]
                 yield tokens.reshape(crops, len(labels), -1), labels
                 bar.update(len(labels))
 

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hmar_jax").setLevel(logging.INFO)
+    for ours in ("hmar_jax", "pallas_kernels"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages of what it raises, and we say, anyway
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
     try:

@@ -50,7 +50,12 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         values(argv)
     except (AttributeError, KeyError) as error:
-        raise InputError(f"{_sentence(error)} Overrides name fields of the config in {file}.") from None
+        if "get_config" in str(error):
+            raise InputError(f"Config file {file} has no get_config(); see those in configs/.") from None
+        reason = _sentence(error).rstrip(".")
+        raise InputError(f"No such field in the config of {file}: {reason}; hmar_jax/config.py lists them.") from None
+    except SyntaxError as error:
+        raise InputError(f"Config file {file} is not Python ({error.msg}, line {error.lineno}).") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"A config value is not usable: {_sentence(error)}") from None
     config = holder.value
@@ -59,5 +64,5 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).strip().splitlines()[0].strip("'\"")
+    text = str(error.args[0] if error.args else error).strip().splitlines()[0]
     return text if text.endswith((".", "?")) else text + "."

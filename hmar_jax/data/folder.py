@@ -28,14 +28,23 @@ class FolderSource:
       path: a folder of class folders of pictures, or a folder of pictures.
 
     Raises:
-      InputError: no such folder, no pictures, or a class folder without any.
+      InputError: no such folder, no pictures, a class folder without any, or pictures both loose and in subfolders.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         root = Path(path)
         if not path or not root.is_dir():
             raise InputError(f"Folder {str(path)!r} does not exist; set data.path to a folder of pictures.")
-        folders = [root] if _pictures(root) else [Path(entry) for entry in _visible(root) if entry.is_dir()]
+        loose = _pictures(root)
+        folders = [Path(entry) for entry in _visible(root) if entry.is_dir()]
+        if loose:
+            classes = (folder for folder in folders if _pictures(folder))
+            if (folder := next(classes, None)) is not None:
+                raise InputError(
+                    f"Folder {str(root)!r} holds both loose pictures, such as {os.path.basename(loose[0])!r}, and "
+                    f"subfolders of pictures, such as {folder.name!r}; keep one or the other."
+                )
+            folders = [root]
         if not folders:
             raise InputError(
                 f"Folder {str(root)!r} holds no pictures; put {', '.join(ENDINGS)} files in it, or in one subfolder "

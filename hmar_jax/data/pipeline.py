@@ -100,12 +100,29 @@ def batches(
         )
     if not 0 <= process_index < process_count:
         raise InputError(f"process_index={process_index} is not one of {process_count} processes, counted from 0.")
-    examples = grain.MapDataset.source(open_source(config, image_size, seed)).seed(_checked(seed))
-    if config.source != "glyphs":  # those are in random order already, and too many
-        examples = examples.shuffle()
-    for_ever = examples.repeat(2**62 // len(examples))  # grain's own infinity overflows in batches of one
+    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed)), config, seed)
     parts = for_ever.random_map(_Visit(config, image_size)).batch(batch_size // process_count)
     return Batches(parts[process_index::process_count], batch_size, config)
+
+
+def example_indices(config: DataConfig, *, start: int, count: int, image_size: int, seed: int) -> list[int]:
+    """Which examples of the source `batches` delivers, for any batch size, at positions start … start+count-1.
+
+    Args:
+      config: what to read. start: a position in the endless stream, from 0. count: how many positions, from 0.
+      image_size, seed: as `batches` gets them.
+
+    Returns:
+      Indices for `open_source(config, image_size, seed)`, in the order of the stream.
+
+    Raises:
+      InputError: start, count or a setting is out of range, or the source is not usable.
+    """
+    if start < 0 or count < 0:
+        raise InputError(f"start={start}, count={count}: expected 0 or more of each.")
+    indices = grain.MapDataset.range(len(open_source(config, image_size, seed)))
+    for_ever = _for_ever(indices, config, seed)
+    return [int(for_ever[position]) for position in range(start, start + count)]
 
 
 def examples(
@@ -230,6 +247,14 @@ class _Reader(Iterator[Batch]):
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
     while iterators:
         iterators.pop().close()
+
+
+def _for_ever(examples: grain.MapDataset, config: DataConfig, seed: int) -> grain.MapDataset:
+    """The examples of a source, or their indices, in the order of training."""
+    seeded = examples.seed(_checked(seed))
+    # Glyphs are in random order already, and too many.
+    ordered = seeded if config.source == "glyphs" else seeded.shuffle()
+    return ordered.repeat(2**62 // len(ordered))  # grain's own infinity overflows in batches of one
 
 
 def _read(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:

@@ -144,13 +144,14 @@ class Schedule:
         rules = {
             "cfg": (-math.inf, math.inf, "a finite number"),
             "temperature": (1e-6, math.inf, "above 0"),
-            "top_k": (0, math.inf, "0 (off) or more"),
+            "top_k": (0, 2**31 - 1, "a whole number, 0 (off) or more"),
             "top_p": (1e-6, 1, "above 0 and at most 1 (off)"),
             "noise": (0, math.inf, "0 or more"),
         }
         for name, (low, high, rule) in rules.items():
             for value in (value for steps in getattr(self, name) for value in steps):
-                if not math.isfinite(value) or not low <= value <= high:
+                whole = name != "top_k" or value == round(value)
+                if not math.isfinite(value) or not low <= value <= high or not whole:
                     raise InputError(f"{name} is {value}; expected {rule}.")
 
     @classmethod

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from hmar_jax.config import TrainConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import remedy
+from hmar_jax.files import remedy
 from hmar_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,10 @@ class Checkpoints:
     def config(self) -> TrainConfig:
         """The train config of the newest checkpoint."""
         return from_plain(TrainConfig, self._read(ocp.args.Composite(config=ocp.args.JsonRestore()))["config"])
+
+    def position(self) -> dict[str, Any]:
+        """What `data` was at the newest checkpoint."""
+        return self._read(ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def close(self) -> None:
         """Waits, and releases the manager's threads."""

@@ -17,16 +17,19 @@ from typing import Any
 import clu.parameter_overview
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hmar_jax import pictures
-from hmar_jax.config import ModelConfig, TrainConfig, to_plain
+from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
+from hmar_jax.files import write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.params import Tree
-from hmar_jax.pretrained import read_config, remedy, save_model
+from hmar_jax.pretrained import read_config, save_model
 from hmar_jax.sampling.schedule import Schedule
+from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.metrics import MetricsWriter
@@ -54,8 +57,9 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, **host)
     checkpoints = _open_workdir(workdir, config)
-    state, frozen, optimizer = _initial_state(config, objective, mesh)
-    if checkpoints.latest() is not None:
+    resumes = checkpoints.latest() is not None
+    state, frozen, optimizer = _initial_state(config, objective, mesh, fresh=not resumes)
+    if resumes:
         state, position = checkpoints.restore(describe(state))
         data.set_state(position)
         logger.info("Resuming from step %d in %s.", int(state.step), workdir)
@@ -70,6 +74,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     start = int(state.step)
     writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
     check = _FiniteCheck(config, checkpoints)
+    origin = {"class_names": objective.model_config.class_names, "start": _start_of(config)}
     timer, timed_from = time.perf_counter(), start
     try:
         for step in range(start + 1, config.steps + 1):
@@ -79,6 +84,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
             writer.advance()
             last = step == config.steps
             if step % config.log_every == 0 or last or step == start + 1:
+                check.finish()
                 metrics = jax.device_get(metrics) | {"learning_rate": float(rate(step - 1))}
                 seconds = (time.perf_counter() - timer) / (step - timed_from)
                 if step > start + 1:  # the first step compiles
@@ -90,21 +96,22 @@ def train(config: TrainConfig, workdir: Path) -> Path:
                 timer, timed_from = time.perf_counter(), step
             if step % config.checkpoint_every == 0 or last:
                 check.finish()
-                checkpoints.save(step, state, data.get_state(), config)
+                checkpoints.save(step, state, data.get_state() | origin, config)
                 timer, timed_from = time.perf_counter(), step
         checkpoints.wait()
     finally:
         writer.close()
         data.close()
         checkpoints.close()
-    model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
-    return save_model(workdir / "model", model, describe_run(config, config.steps), replace=True)
+    return save_model(workdir / "model", *_trained(config, objective, state, frozen), replace=True)
 
 
-def make_objective(config: TrainConfig) -> Objective:
-    """The objective of a stage, with the class names of its data."""
+def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = None) -> Objective:
+    """The objective of a stage; its class names, where not given, are those of the data, which is opened for them."""
+    if class_names is not None:
+        return OBJECTIVES[config.stage](config, class_names)
     if config.data.source != "tokens":
-        size = config.sides[-1] * config.tokenizer.downsampling
+        size = ScaleLadder(config.sides).sides[-1] * config.tokenizer.downsampling
         return OBJECTIVES[config.stage](config, pipeline.open_source(config.data, size).class_names)
     cache = TokenSource(config.data.path)
     model, meta = read_config(Path(config.init_from))
@@ -116,11 +123,6 @@ def make_objective(config: TrainConfig) -> Objective:
     return OBJECTIVES[config.stage](config, cache.class_names)
 
 
-def describe_run(config: TrainConfig, steps: int) -> str:
-    """One line for a model's `config.json`."""
-    return f"trained by hmar-jax, stage {config.stage}, {steps} steps of {config.batch_size}, seed {config.seed}"
-
-
 def load_trained(workdir: Path) -> tuple[Model, str]:
     """The model at the newest checkpoint of a work directory, averaged where it has averages; and one line on it."""
     if not (workdir / "checkpoints").is_dir():
@@ -129,18 +131,31 @@ def load_trained(workdir: Path) -> tuple[Model, str]:
     if checkpoints.latest() is None:
         raise InputError(f"{workdir} has no whole checkpoint yet; train until the first is saved.")
     config = checkpoints.config()
-    objective = make_objective(config)
-    abstract, frozen, _ = _initial_state(config, objective, sharding.make_mesh(config.mesh))
-    state, _ = checkpoints.restore(describe(abstract))
+    _check_same_start(checkpoints, config, workdir)
+    objective = make_objective(config, tuple(checkpoints.position()["class_names"]))
+    like, frozen, _ = _initial_state(config, objective, sharding.make_mesh(MeshConfig()), fresh=False)
+    state, _ = checkpoints.restore(describe(like))
     checkpoints.close()
+    return _trained(config, objective, state, frozen)
+
+
+def _trained(config: TrainConfig, objective: Objective, state: TrainState, frozen: Tree) -> tuple[Model, str]:
+    """The model that a state holds, in host memory, and one line on it for its `config.json`."""
     model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
-    return model, describe_run(config, int(state.step))
+    run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
+    return model, f"trained by hmar-jax, {run}"
 
 
-def _initial_state(config: TrainConfig, objective: Any, mesh: Any) -> tuple[TrainState, Tree, Any]:
-    """The state at step 0 and the frozen parameters, on the mesh; and the optimizer."""
-    first = []
-    if objective.start_batches:
+def _initial_state(
+    config: TrainConfig, objective: Objective, mesh: Mesh, *, fresh: bool
+) -> tuple[TrainState, Tree, Any]:
+    """The state at step 0 and the frozen parameters, on the mesh; and the optimizer.
+
+    Args:
+      fresh: whether training starts there; else the state is only something to restore into, and needs no data.
+    """
+    first: list[Any] = []
+    if fresh and objective.start_batches:
         size = objective.model_config.image_size
         start = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed)
         first = [next(start) for _ in range(objective.start_batches)]
@@ -155,26 +170,43 @@ def _initial_state(config: TrainConfig, objective: Any, mesh: Any) -> tuple[Trai
 
 def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
     """Makes the work directory, or checks that the run in it can go on with this config, which it records there."""
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, config.keep)
-        if checkpoints.latest() is not None:
-            _check_same_run(checkpoints.config(), config, workdir)
-        text = json.dumps(to_plain(config), indent=2) + "\n"
-        (workdir / "config.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"Could not write to the work directory {workdir} ({error}); {remedy(error)}") from None
+    if checkpoints.latest() is not None:
+        _check_same_run(checkpoints.config(), config, workdir)
+        _check_same_start(checkpoints, config, workdir)
+    write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
     return checkpoints
 
 
 def _check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> None:
-    """Raises InputError where a setting that shapes the state is not what the work directory's run had."""
-    for name in ("stage", "sides", "tokenizer", "transformer", "optimizer.ema", "tokenizer_loss.adversarial"):
+    """Raises InputError where a setting that must last is not what the work directory's run had."""
+    for name in ("stage", "seed", "sides", "tokenizer", "transformer", "objective", "optimizer.ema"):
         old, new = (operator.attrgetter(name)(config) for config in (before, now))
         if old != new:
             raise InputError(
                 f"The run in {workdir} has {name}={old}, this config {new}; set it back, or choose another --workdir."
             )
+    if bool(before.tokenizer_loss.adversarial) != bool(now.tokenizer_loss.adversarial):
+        raise InputError(
+            f"The run in {workdir} was started with tokenizer_loss.adversarial={before.tokenizer_loss.adversarial}; a "
+            "discriminator can neither join nor leave, so set it back, or choose another --workdir."
+        )
+
+
+def _start_of(config: TrainConfig) -> str:
+    """The checksum of the model that a run starts from, empty where it starts from nothing."""
+    return read_config(Path(config.init_from))[1]["sha256"] if config.init_from else ""
+
+
+def _check_same_start(checkpoints: Checkpoints, config: TrainConfig, workdir: Path) -> None:
+    """Raises InputError where `init_from` is another model by now: frozen parameters are read from there again."""
+    if checkpoints.position()["start"] != _start_of(config):
+        raise InputError(
+            f"{config.init_from or 'A start from nothing'} is not what the run in {workdir} started from; set "
+            "init_from back to that model, or choose another --workdir."
+        )
 
 
 class _FiniteCheck:
@@ -228,20 +260,19 @@ def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
         )
 
 
-def _sample_writer(config: TrainConfig, objective: Any, workdir: Path) -> Callable[[int, Tree], None]:
+def _sample_writer(config: TrainConfig, objective: Objective, workdir: Path) -> Callable[[int, Tree], None]:
     """(step, model parameters) → `samples/<step>.png`: the same pictures, labels and seeds every time."""
     model_config = objective.model_config
     enlarge = max(1, 96 // model_config.image_size)
     if config.stage == "tokenizer" and config.sample_every:
         held = pipeline.batches(config.data, batch_size=16, image_size=model_config.image_size, seed=config.seed + 1)
-        originals = next(held)["image"].astype(np.float32) / 255
+        originals = next(held)["image"]
         held.close()
 
     def write(step: int, params: Tree) -> None:
         model = Model(model_config, params, config.dtype)
         if config.stage == "tokenizer":
-            tokens = model.tokenizer.encode(originals * 2 - 1)
-            picture = pictures.pairs(originals, np.asarray(model.tokenizer.decode(tokens)) / 2 + 0.5, enlarge=enlarge)
+            picture = pictures.reconstructions(model.tokenizer, originals, enlarge=enlarge)
         else:
             images = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
             picture = pictures.grid(images, 8, enlarge)

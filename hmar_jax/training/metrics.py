@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+
+from hmar_jax.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, *, steps: int, start: int, name: str):
         self._main = jax.process_index() == 0
         self._board = _tensorboard(workdir) if self._main else None
-        self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8") if self._main else None
+        self._path = workdir / "metrics.jsonl"
         self._bar = tqdm.tqdm(
             total=steps, initial=start, desc=name, unit="step", disable=None if self._main else True, dynamic_ncols=True
         )
@@ -35,11 +39,13 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Scalars or (K,) arrays at a step."""
-        if self._lines is None:
+        if not self._main:
             return
         plain = {name: np.asarray(value, np.float64).round(7).tolist() for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step} | plain) + "\n")
-        self._lines.flush()
+        with writing(self._path), self._path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a killed run left half a line
+            file.write(json.dumps({"step": step} | plain).encode() + b"\n")
         shown = {name: plain[name] for name in ("loss", "accuracy", "images_per_second") if name in plain}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         if self._bar.disable:
@@ -50,8 +56,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes files and bar."""
         self._bar.close()
-        if self._lines is not None:
-            self._lines.close()
         if self._board is not None:
             self._board.close()
 
@@ -75,8 +79,8 @@ def _tensorboard(workdir: Path) -> Any:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` in order of step; where a resumed run wrote a step again, the later line."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # half a line, left by a killed run
+            lines.append(json.loads(text))
     return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
-
-
-__all__ = ["MetricsWriter", "read_metrics"]

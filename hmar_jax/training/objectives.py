@@ -21,6 +21,7 @@ from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import Networks, init_params, networks
 from hmar_jax.params import Tree
+from hmar_jax.pictures import to_unit
 from hmar_jax.pretrained import from_pretrained
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
@@ -43,6 +44,7 @@ class Objective(Protocol):
     """One training stage. `model_config` is what `model_params` are the parameters of."""
 
     model_config: ModelConfig
+    start_batches: int
 
     def init(self, first: list[Batch]) -> Parts:
         """The state at step 0; `first` are `start_batches` batches of data."""
@@ -50,16 +52,11 @@ class Objective(Protocol):
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch)."""
 
-    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
-        """What follows a step without a gradient: → trained, extra, metrics."""
+    def after_update(self, trained: Tree, ema: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> Any:
+        """What follows a step without a gradient: → trained, ema, extra, metrics."""
 
     def model_params(self, trained: Tree, frozen: Tree) -> Tree:
         """The parameters of a whole model, as `Model` takes them."""
-
-
-def to_unit(images: jax.Array) -> jax.Array:
-    """Pictures as they are stored to what networks see: uint8 → float32 in [-1,1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------- stage `tokenizer`
@@ -158,19 +155,28 @@ class TokenizerObjective:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)(images)
 
-    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
+    def after_update(self, trained: Tree, ema: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> Any:
         tokens, queries = seen
         usage = codebook.update_usage(extra["usage"], tokens, self.weights.usage_decay)
-        due = (step + 1) % self.weights.revive_every == 0
-        threshold = jnp.where(due, self.weights.dead_below, 0.0)
-        codes = trained["tokenizer"]["quantizer"]["codebook"]
-        vectors = queries.reshape(-1, queries.shape[-1])
-        codes, usage, revived = codebook.revive_dead_codes(codes, usage, vectors, key, dead_below=threshold)
-        trained = trees.merge(trained, {"tokenizer": {"quantizer": {"codebook": codes}}})
-        return trained, {"usage": usage}, {"codes_revived": revived}
+        before = trained["tokenizer"]["quantizer"]["codebook"]
+        vectors, below = queries.reshape(-1, queries.shape[-1]), self.weights.dead_below
+        codes, usage, revived = jax.lax.cond(
+            (step + 1) % self.weights.revive_every == 0,
+            lambda: codebook.revive_dead_codes(before, usage, vectors, key, dead_below=below),
+            lambda: (before, usage, jnp.int32(0)),
+        )
+        if ema:  # a code that moved has no past to be averaged with
+            averaged = ema["tokenizer"]["quantizer"]["codebook"]
+            moved = jnp.any(codes != before, axis=-1, keepdims=True)
+            ema = _with_codebook(ema, jnp.where(moved, codes, averaged))
+        return _with_codebook(trained, codes), ema, {"usage": usage}, {"codes_revived": revived}
 
     def model_params(self, trained: Tree, frozen: Tree) -> Tree:
         return {"tokenizer": trained["tokenizer"]}
+
+
+def _with_codebook(params: Tree, codes: jax.Array) -> Tree:
+    return trees.merge(params, {"tokenizer": {"quantizer": {"codebook": codes}}})
 
 
 def _discriminator(weights: TokenizerLossConfig, dtype: str, seed: int) -> losses.Discriminator:
@@ -262,8 +268,8 @@ class _TransformerObjective:
             "accuracy": jnp.sum(correct * counted) / jnp.maximum(jnp.sum(counted), 1),
         }
 
-    def after_update(self, trained: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> tuple:
-        return trained, extra, {}
+    def after_update(self, trained: Tree, ema: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> Any:
+        return trained, ema, extra, {}
 
     def model_params(self, trained: Tree, frozen: Tree) -> Tree:
         return trees.merge(frozen, trained)
@@ -320,7 +326,9 @@ class MaskedObjective(_TransformerObjective):
             keys = jax.random.split(mask_key, tokens.shape[0])
             masked = jax.vmap(lambda key: random_masks(key, ladder))(keys)
         else:
-            masked = jnp.broadcast_to(random_masks(mask_key, ladder), tokens.shape)
+            # One mask for the whole batch, also where it is worked off in parts: `key` differs between them.
+            step_key = jax.random.fold_in(jax.random.key(self.config.seed + 1), step)
+            masked = jnp.broadcast_to(random_masks(step_key, ladder), tokens.shape)
         logits = teacher_forcing.masked_logits(
             nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, key, leak_free=objective.leak_free
         )

@@ -80,9 +80,11 @@ def make_train_step(
         grads, metrics, seen = run(state, frozen, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, extra, more = objective.after_update(params, state.extra, seen, after_key, state.step)
-        decay = config.optimizer.ema
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
+        ema = state.ema
+        if config.optimizer.ema:  # follows closely at first: after n steps it reaches back over about n/9 of them
+            decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        params, ema, extra, more = objective.after_update(params, ema, state.extra, seen, after_key, state.step)
         metrics |= more | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, state.key, params, ema, opt, extra), metrics
 

@@ -72,6 +72,6 @@ def masked_logits(
     """
     cond = model.condition(labels)
     pooled, current = teacher_inputs(quantizer, tokens, masked if leak_free else None)
-    visible = masked[:, model.ladder.lengths[0] :]
-    x = model.inputs(cond, range(model.ladder.num_scales), pooled, current, visible)
+    hidden = masked[:, model.ladder.lengths[0] :]
+    x = model.inputs(cond, range(model.ladder.num_scales), pooled, current, hidden)
     return model.masked_logits(x, cond, model.ladder, key)

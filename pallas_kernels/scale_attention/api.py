@@ -5,6 +5,8 @@ Axis letters: B batch, L tokens, H heads, D head size.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, Literal, Protocol
 
 import jax
@@ -12,6 +14,8 @@ import numpy as np
 
 from pallas_kernels.scale_attention.reference import reference_attention
 from pallas_kernels.scale_attention.xla import xla_attention
+
+logger = logging.getLogger(__name__)
 
 Implementation = Literal["reference", "xla"]
 
@@ -57,10 +61,18 @@ def scale_attention(
         raise ValueError(
             f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {ladder.length}, H, D) for {ladder}."
         )
-    match implementation:
-        case None | "xla":
+    chosen = implementation or "xla"
+    _announce(chosen)
+    match chosen:
+        case "xla":
             return xla_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
         case "reference":
             return reference_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
         case _:
             raise ValueError(f"scale_attention has no implementation {implementation!r}; use 'xla' or 'reference'.")
+
+
+@functools.cache
+def _announce(implementation: str) -> None:
+    """Says once which implementation runs."""
+    logger.info("scale_attention runs as %s.", implementation)

@@ -44,6 +44,24 @@ def test_pictures_without_subfolders_are_one_class(tmp_path):
     assert source[1]["label"] == 0
 
 
+def test_loose_pictures_beside_class_folders_are_refused_and_both_named(tmp_path):
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    for name in ("stray.png", "cat/a.png", "dog/b.png"):
+        save(tmp_path / "data" / name)
+    with pytest.raises(InputError, match=r"data' .*'stray\.png'.*'cat'; keep one or the other\.$"):
+        FolderSource(tmp_path / "data")
+    (tmp_path / "data/stray.png").rename(tmp_path / "data/.stray.png")
+    (tmp_path / "data/annotations").rmdir()
+    assert FolderSource(tmp_path / "data").class_names == ("cat", "dog")
+
+
+def test_loose_pictures_beside_folders_without_pictures_are_one_class(tmp_path):
+    for name in ("a.png", "b.png", ".trash/old.png", "notes/deeper/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes/a.txt").write_text("no picture")
+    assert len(FolderSource(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "JPG"])
 def test_every_format_reads_as_rgb(tmp_path, ending):
     save(tmp_path / f"a.{ending}")

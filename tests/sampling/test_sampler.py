@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny_models import TINY
 
 import hmar_jax.model
 from hmar_jax.pretrained import save_model

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, lively_params, random_tokens
 from flax import nnx
 from goldens.weights import make_image
+from tiny_models import TINY, lively_params, random_tokens
 
 from hmar_jax import resize
 from hmar_jax.config import TokenizerConfig

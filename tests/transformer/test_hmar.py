@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, lively_model, lively_params, random_tokens, tiny
 from flax import nnx
+from tiny_models import TINY, lively_model, lively_params, random_tokens, tiny
 
 from hmar_jax import params as trees
 from hmar_jax.config import TransformerConfig
