@@ -28,6 +28,7 @@ hypothesis.settings.load_profile("tests")
 
 GOLDENS = os.path.join(os.path.dirname(__file__), "goldens")
 
+
 @pytest.fixture(scope="session")
 def model():
     """HMAR with a mask branch, of the published kind (leaky masked inputs)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for ours in ("hmar_jax", "pallas_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages of what it raises, and we say, anyway
+    for theirs in ("absl", "asyncio"):  # Orbax logs pages of what it raises, and we say, anyway
+        logging.getLogger(theirs).setLevel(logging.CRITICAL)
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
     try:
         importlib.import_module(f"hmar_jax.commands.{args.command}").run(args.rest)
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hmar-jax {args.command}: interrupted", file=sys.stderr)
         return 130
     finally:
+        gc.collect()  # what Orbax left unheard is destroyed now, while its report is kept quiet
         sys.unraisablehook = shown
     return 0
 

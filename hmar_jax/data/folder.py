@@ -1,4 +1,5 @@
-"""pictures in folders → (image, label) examples. A class is a subfolder; pictures with no subfolder are one class.
+"""pictures in folders → (image, label) examples. A class is a subfolder; pictures with no subfolder are one class. A
+folder with both is refused, lest a stray picture hide the classes.
 
 Subfolders and pictures may be symbolic links. Names that start with a dot are skipped, and so are files that are no
 pictures by their ending. Pictures deeper than one level are not looked for.
@@ -38,11 +39,11 @@ class FolderSource:
         loose = _pictures(root)
         folders = [Path(entry) for entry in _visible(root) if entry.is_dir()]
         if loose:
-            classes = (folder for folder in folders if _pictures(folder))
-            if (folder := next(classes, None)) is not None:
+            filled = next((folder for folder in folders if _pictures(folder)), None)
+            if filled is not None:
                 raise InputError(
                     f"Folder {str(root)!r} holds both loose pictures, such as {os.path.basename(loose[0])!r}, and "
-                    f"subfolders of pictures, such as {folder.name!r}; keep one or the other."
+                    f"subfolders of pictures, such as {filled.name!r}; keep one or the other."
                 )
             folders = [root]
         if not folders:

@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from hmar_jax.config import DataConfig
 from hmar_jax.data.glyphs import Glyphs
-from hmar_jax.data.pipeline import batches, examples, open_source
+from hmar_jax.data.pipeline import batches, example_indices, examples, open_source
 from hmar_jax.data.tokens import write_token_cache
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
@@ -148,6 +150,46 @@ def test_every_epoch_shows_each_example_once_in_another_order(source, batch_size
     for epoch in epochs:
         assert sorted(epoch) == list(range(COUNT))
     assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("source", ["glyphs", "folder", "tokens"])
+@settings(max_examples=10)
+@given(
+    start=st.integers(0, 8),
+    steps=st.integers(1, 4),
+    batch_size=st.sampled_from([1, 4, 20]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_examples_named_are_those_delivered(source, start, steps, batch_size, seed, folder, cache):
+    config = {"glyphs": DataConfig(), "folder": dataclasses.replace(folder, crop="center"), "tokens": cache}[source]
+    batch = take(config, steps, start=start, batch_size=batch_size, seed=seed)
+    span = {"start": start * batch_size, "count": steps * batch_size}
+    indices = example_indices(config, **span, image_size=S, seed=seed)
+    assert all(type(i) is int for i in indices)
+    opened = open_source(config, S, seed)
+    assert batch["label"].tolist() == [opened[i]["label"] for i in indices]
+    match source:
+        case "glyphs":
+            assert indices == list(range(span["start"], span["start"] + span["count"]))
+            np.testing.assert_array_equal(batch["image"], [opened[i]["image"] for i in indices])
+        case "folder":
+            ((central,), _) = next(examples(config, S))
+            np.testing.assert_array_equal(batch["image"], central[indices])
+        case "tokens":
+            crops = [opened[i]["tokens"].tolist() for i in indices]
+            assert all(crop in three for crop, three in zip(batch["tokens"].tolist(), crops, strict=True))
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_examples_named_in_any_part_of_the_stream_are_those_of_the_whole(seed, folder):
+    def named(start, count):
+        return example_indices(folder, start=start, count=count, image_size=S, seed=seed)
+
+    whole = named(0, 5 * COUNT)
+    assert all(sorted(whole[at : at + COUNT]) == list(range(COUNT)) for at in range(0, 5 * COUNT, COUNT))
+    for start, count in ((0, 0), (3, 4), (COUNT - 1, 2), (17, 25), (5 * COUNT, 0)):
+        assert named(start, count) == whole[start : start + count]
 
 
 def test_labels_stay_with_their_examples(folder, cache):
@@ -327,3 +369,17 @@ def test_a_bad_batch_is_named(changes, message):
 def test_a_bad_pass_is_named_at_once(config, options, message):
     with pytest.raises(InputError, match=message):
         examples(config, S, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": -1}, "start=-1"),
+        ({"count": -1}, "count=-1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"image_size": 8}, "8 pixels"),
+    ],
+)
+def test_a_bad_part_of_the_stream_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        example_indices(DataConfig(), **({"start": 0, "count": 1, "image_size": S, "seed": 0} | changes))

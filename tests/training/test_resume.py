@@ -78,7 +78,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal(straight, tmp_path, stage, stop)
     assert not (tmp_path / "model").exists()
     resumed = run(config, tmp_path)
 
-    assert (resumed["step"], resumed["data"]) == (end["step"], end["data"]) == (5, {"examples": 40})
+    assert (resumed["step"], resumed["data"]) == (end["step"], end["data"])
+    assert (end["step"], end["data"]["examples"]) == (5, 40)
     assert_bit_equal(resumed["state"], end["state"])
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "model" / file).read_bytes() == (workdir / "model" / file).read_bytes()

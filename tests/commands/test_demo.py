@@ -1,0 +1,97 @@
+"""`hmar-jax demo --quick` in miniature: it ends with four pictures and, run again, redraws without retraining."""
+
+import contextlib
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import tiny_training as tiny
+from PIL import Image
+
+from hmar_jax.commands import demo
+from hmar_jax.commands.main import main
+from hmar_jax.data.tokens import TokenSource
+
+PICTURES = ("reconstructions.png", "losses.png", "samples.png", "growth.png")
+
+
+def smaller(stage_config):
+    """The demo's configs without what is slow to compile: two of five scales, and rematerialisation."""
+
+    def config(stage, *args, **options):
+        changes = {"remat": "none"} | ({"sides": (1, 2, 6)} if stage == "tokenizer" else {})
+        return dataclasses.replace(stage_config(stage, *args, **options), **changes)
+
+    return config
+
+
+def run(folder):
+    """Exit code of a demo of two steps a stage, and what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(demo, "stage_config", smaller(demo.stage_config))
+        patch.setattr(demo, "QUICK_STEPS", dict.fromkeys(demo.STAGES, 2))
+        patch.setattr(demo, "QUICK_PICTURES", 32)
+        code = main(["demo", "--quick", "--output", str(folder)])
+    return code, printed.getvalue()
+
+
+def trained(folder):
+    """Relative path → bytes, of the metrics, models, token cache and checkpoints."""
+    kept = ("metrics.jsonl", "model", "tokens", "checkpoints")
+    files = ((file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+    return {str(path): file.read_bytes() for path, file in files if any(name in path.parts for name in kept)}
+
+
+def announced(printed):
+    """The lines that name pictures."""
+    return [line for line in printed.splitlines() if ".png" in line]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The folder of a demo, its exit code and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "not made yet"
+    return folder, *run(folder)
+
+
+def test_the_demo_trains_all_three_stages(shown):
+    folder, code, _ = shown
+    assert code == 0
+    assert [tiny.steps_on_disk(folder / stage) for stage in demo.STAGES] == [{"2"}] * 3
+    assert len(TokenSource(folder / "tokens")) == 32
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_demo_draws_and_names_its_pictures(shown, name):
+    folder, _, printed = shown
+    assert sum(str(folder / name) in line for line in announced(printed)) == 1
+    with Image.open(folder / name) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 100
+    assert pixels.std() > 10
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_demo_run_again_redraws_and_retrains_nothing(shown):
+    folder, _, printed = shown
+    before = trained(folder)
+    assert {f"{stage}/metrics.jsonl" for stage in demo.STAGES} < before.keys()
+    (folder / "samples.png").unlink()
+    code, again = run(folder)
+    assert code == 0
+    after = trained(folder)
+    assert after.keys() == before.keys()
+    assert [name for name in before if after[name] != before[name]] == []
+    assert announced(again) == announced(printed)
+    assert (folder / "samples.png").exists()
+
+
+def test_a_longer_demo_does_not_go_on_from_a_quick_one(shown, capsys):
+    folder, _, _ = shown
+    before = trained(folder)
+    assert main(["demo", "--output", str(folder)]) == 2
+    assert "holds a demo of another length" in capsys.readouterr().err
+    assert trained(folder) == before
