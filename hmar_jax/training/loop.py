@@ -73,7 +73,7 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     rate = learning_rate(config.optimizer, config.steps, config.batch_size)
     start = int(state.step)
     writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
-    check = _FiniteCheck(config, checkpoints)
+    check = _FiniteCheck(config, size, checkpoints)
     origin = {"class_names": objective.model_config.class_names, "start": _start_of(config)}
     timer, timed_from = time.perf_counter(), start
     try:
@@ -215,8 +215,8 @@ class _FiniteCheck:
     The gradient counts because it is in the parameters, and in a checkpoint, before the next loss shows it.
     """
 
-    def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
-        self._config, self._checkpoints = config, checkpoints
+    def __init__(self, config: TrainConfig, image_size: int, checkpoints: Checkpoints):
+        self._config, self._image_size, self._checkpoints = config, image_size, checkpoints
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -238,8 +238,15 @@ class _FiniteCheck:
             )
             raise InputError(
                 f"The {name} is {float(value)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of "
-                f"the data; {good}. Lower optimizer.base_lr or look at those examples, and run again."
+                f"the data ({self._numbers((step - 1) * size, size)} of its source); {good}. Lower optimizer.base_lr "
+                "or look at those examples, and run again."
             )
+
+    def _numbers(self, start: int, count: int, shown: int = 8) -> str:
+        """The first few of a batch's examples by their numbers in the source, before shuffling."""
+        where = {"image_size": self._image_size, "seed": self._config.seed}
+        numbers = pipeline.example_indices(self._config.data, start=start, count=min(count, shown), **where)
+        return f"numbers {', '.join(map(str, numbers))}{' …' if count > shown else ''}"
 
 
 def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
