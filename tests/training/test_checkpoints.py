@@ -246,12 +246,12 @@ NUMBERS = r"\(numbers (\d+, ){7}\d+ of its source\)"
         (
             "loss",
             4,
-            r"The loss is nan at step 4, examples 24 to 31 of the data \(numbers (\d+, ){7}\d+ of its source\); .*checkpoints/2\.",
+            rf"The loss is nan at step 4, examples 24 to 31 of the data {NUMBERS}; .*checkpoints/2\.",
         ),
         (
             "gradient_norm",
             4,
-            r"The gradient is nan at step 4, examples 24 to 31 of the data \(numbers (\d+, ){7}\d+ of its source\); .*checkpoints/2\.",
+            rf"The gradient is nan at step 4, examples 24 to 31 of the data {NUMBERS}; .*checkpoints/2\.",
         ),
         (
             "loss",
