@@ -24,11 +24,11 @@ from hmar_jax.scales import Pattern, ScaleLadder
 Stage = Literal["tokenizer", "next_scale", "masked"]
 
 
-def _positive(config: Any, *names: str) -> None:
-    """Raises InputError unless the named fields are 1 or more."""
+def _positive(config: Any, group: str, *names: str) -> None:
+    """Raises InputError, naming field and group, unless the named fields are 1 or more."""
     for name in names:
         if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; expected 1 or more.")
+            raise InputError(f"{group}{name} is {getattr(config, name)}; expected 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
-        _positive(self, "channels", "norm_groups", *counts)
+        _positive(self, "tokenizer.", "channels", "norm_groups", *counts)
         if self.channels % self.norm_groups:
             raise InputError(
                 f"tokenizer.channels is {self.channels}, not a multiple of tokenizer.norm_groups={self.norm_groups}."
@@ -109,7 +109,12 @@ class TransformerConfig:
     gate_init: float = 1e-3
 
     def __post_init__(self) -> None:
-        _positive(self, "depth", "width", "heads", "num_classes", "mlp_ratio")
+        _positive(self, "transformer.", "depth", "width", "heads", "num_classes", "mlp_ratio")
+        if not 0 <= self.class_dropout < 1 or not 0 <= self.drop_path < 1:
+            raise InputError(
+                f"transformer.class_dropout is {self.class_dropout}, transformer.drop_path {self.drop_path}; expected "
+                "shares from 0 to below 1."
+            )
         if self.width % self.heads:
             raise InputError(f"transformer.width is {self.width}, not a multiple of transformer.heads={self.heads}.")
         if not 0 <= self.branch_depth <= self.depth:
@@ -233,6 +238,8 @@ class OptimizerConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected 0 or more.")
+        if self.warmup > 1 or self.flat > 1:
+            raise InputError(f"optimizer.warmup={self.warmup}, optimizer.flat={self.flat}; expected shares, at most 1.")
         for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected a share from 0 to below 1.")
@@ -270,7 +277,7 @@ class TokenizerLossConfig:
     scale_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self, "revive_every", "discriminator_channels", "discriminator_layers")
+        _positive(self, "tokenizer_loss.", "revive_every", "discriminator_channels", "discriminator_layers")
         if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1 or self.kmeans_batches < 0:
             raise InputError(
                 f"tokenizer_loss has scale_dropout={self.scale_dropout}, usage_decay={self.usage_decay} and "
@@ -345,7 +352,7 @@ class TrainConfig:
     sample_schedule: str = "next-scale"
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        _positive(self, "", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
         if self.sample_every < 0:

@@ -143,6 +143,80 @@ def test_values_that_do_not_fit_together_are_named(make, names):
         assert name in str(error.value)
 
 
+def positive(name, value=0):
+    return rf"(\w+\.)?{name} is {value}; expected 1 or more\."
+
+
+STAGE = {"stage": "tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        *[
+            (lambda n=name, v=value: OptimizerConfig(**{n: v}), rf"optimizer\.{name} is {value}; expected 0 or more\.")
+            for name, value in [
+                ("base_lr", -1e-4), ("warmup", -0.5), ("warmup_from", -0.5), ("flat", -0.5), ("final_lr", -0.5),
+                ("weight_decay", -0.5), ("final_weight_decay", -0.5), ("clip", -2.0), ("base_lr", math.inf),
+                ("clip", math.nan),
+            ]
+        ],
+        *[
+            (lambda n=name, v=value: OptimizerConfig(**{n: v}), rf"optimizer\.{name} is {value}; expected a share .*\.")
+            for name, value in [("b1", 1.0), ("b2", -0.5), ("b2", math.nan), ("ema", 1.0), ("ema", -0.5)]
+        ],
+        *[
+            (lambda n=name: TokenizerLossConfig(**{n: 0}), positive(name))
+            for name in ("revive_every", "discriminator_channels", "discriminator_layers")
+        ],
+        *[
+            (lambda n=name, v=value: TokenizerLossConfig(**{n: v}), rf"tokenizer_loss has .*{name}={value}.*\.")
+            for name, value in [
+                ("scale_dropout", 1.5), ("scale_dropout", -0.1), ("usage_decay", 1.0), ("usage_decay", -0.1),
+                ("kmeans_batches", -1),
+            ]
+        ],
+        *[
+            (lambda n=name: TrainConfig(**STAGE, **{n: 0}), positive(name))
+            for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        ],
+        (lambda: TrainConfig(**STAGE, steps=-3), positive("steps", -3)),
+        (lambda: TrainConfig(**STAGE, seed=-1), r"seed is -1; expected 0 to 2147483647\."),
+        (lambda: TrainConfig(**STAGE, seed=2**31), r"seed is 2147483648; expected 0 to 2147483647\."),
+        (lambda: TrainConfig(**STAGE, sample_every=-1), r"sample_every is -1; expected steps, or 0 for no samples\."),
+        (lambda: TrainConfig(**STAGE, transformer=TransformerConfig.preset("d16")), r"transformer\.masked and .*\."),
+        (
+            lambda: TrainConfig(**STAGE, transformer=TransformerConfig.preset("d16", masked=False, leak_free=True)),
+            r"transformer\.masked and transformer\.leak_free .* objective\.leak_free\.",
+        ),
+        *[
+            (lambda n=name: TransformerConfig(**({"depth": 8, "width": 8, "heads": 2} | {n: 0})), positive(name))
+            for name in ("depth", "width", "heads", "num_classes", "mlp_ratio")
+        ],
+        *[
+            (lambda n=name: TokenizerConfig(**{n: 0}), positive(name))
+            for name in (
+                "channels", "norm_groups", "encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size",
+                "phis",
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_a_value_out_of_its_range_is_named_with_the_range(make, sentence):
+    with pytest.raises(InputError) as error:
+        make()
+    assert_matches(error, sentence)
+
+
+def test_the_ends_of_the_ranges_are_inside():
+    zeros = ("base_lr", "warmup", "warmup_from", "flat", "final_lr", "weight_decay", "final_weight_decay", "clip")
+    OptimizerConfig(**dict.fromkeys((*zeros, "b1", "b2", "ema"), 0.0))
+    TokenizerLossConfig(scale_dropout=1.0, usage_decay=0.0, kmeans_batches=0, revive_every=1)
+    TrainConfig(**STAGE, steps=1, batch_size=1, sample_every=0, log_every=1, checkpoint_every=1, keep=1, seed=2**31 - 1)
+    TransformerConfig(1, 1, 1, num_classes=1, mlp_ratio=1, branch_depth=1)
+    TokenizerConfig(1, (1,), 1, 1, 1, 1, 1, 1, 1)
+
+
 def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 

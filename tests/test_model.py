@@ -97,6 +97,8 @@ def test_the_null_class_has_logits_but_no_samples(model):
         (lambda m: m.sample([0], Schedule.from_counts([[1], [4]])), r"is for the sides 1,2, .*built for 1,2,3;"),
         (lambda m: m.sample([0], "fast"), r"Schedule 'fast' is unknown"),
         (lambda m: m.sample([0], top_p=2), r"top_p is 2\.0; expected above 0 and at most 1"),
+        (lambda m: m.sample([0], seed=-1), r"seed is -1; expected 0 to 4294967295\."),
+        (lambda m: m.sample([0], seed=2**32), r"seed is 4294967296; expected 0 to 4294967295\."),
         (lambda m: m.tokenizer.encode(IMAGES[:, :5]), r"Images are \(2, 5, 6, 3\); this model takes \(B, 6, 6, 3\)"),
         (lambda m: m.tokenizer.encode(IMAGES[0]), r"Images are \(6, 6, 3\)"),
         (lambda m: m.tokenizer.decode(TOKENS[:, :5]), r"Tokens are int32 \(2, 5\); .* integers \(B, 14\)\."),
@@ -113,6 +115,14 @@ def test_a_wrong_argument_gets_one_sentence(model, call, message):
     with pytest.raises(InputError, match=message) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_a_seed_may_have_all_of_32_bits(model):
+    seeds = (3_000_000_000, 3_000_000_000 - 2**31, 2**32 - 1)
+    tokens = {seed: model.sample([0, 1], "next-scale", top_k=0, top_p=1.0, seed=seed).tokens for seed in seeds}
+    assert len({drawn.tobytes() for drawn in tokens.values()}) == 3
+    again = model.sample([0, 1], "next-scale", top_k=0, top_p=1.0, seed=seeds[0]).tokens
+    np.testing.assert_array_equal(again, tokens[seeds[0]])
 
 
 def test_masked_doors_need_a_mask_branch(stage1_model):

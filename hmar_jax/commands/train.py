@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     if not Path(file.split(":")[0]).is_file():
         raise InputError(f"Config file {file} does not exist; those that come with the project are in configs/.")
+    sys.modules.pop("config_config", None)  # where ml_collections loads a file: one without get_config sees the last
     argv = ["train", f"--config={file}", *overrides]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -56,13 +58,18 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InputError(f"No such field in the config of {file}: {reason}; hmar_jax/config.py lists them.") from None
     except SyntaxError as error:
         raise InputError(f"Config file {file} is not Python ({error.msg}, line {error.lineno}).") from None
+    except ImportError as error:
+        raise InputError(f"Config file {file} cannot be loaded: {_sentence(error)}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"A config value is not usable: {_sentence(error)}") from None
     config = holder.value
-    assert isinstance(config, ml_collections.ConfigDict)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"get_config() of {file} returns {type(config).__name__}; expected an ml_collections.ConfigDict."
+        )
     return from_config_dict(TrainConfig, config)
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).strip().splitlines()[0]
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip().splitlines()[0]
     return text if text.endswith((".", "?")) else text + "."

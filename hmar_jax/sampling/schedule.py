@@ -150,7 +150,7 @@ class Schedule:
         }
         for name, (low, high, rule) in rules.items():
             for value in (value for steps in getattr(self, name) for value in steps):
-                whole = name != "top_k" or value == round(value)
+                whole = name != "top_k" or float(value).is_integer()
                 if not math.isfinite(value) or not low <= value <= high or not whole:
                     raise InputError(f"{name} is {value}; expected {rule}.")
 

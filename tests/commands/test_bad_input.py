@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -156,6 +158,8 @@ OVERRIDES = {
     "a batch in unequal parts": ("tokenizer", "accumulate=3", "batch_size=8 is not a multiple of accumulate=3"),
     "widths and groups": ("tokenizer", "tokenizer.channels=10", "tokenizer.channels is 10, not a multiple of"),
     "a ladder that falls": ("tokenizer", "sides=(1,20,8)", "Sides (1, 20, 8) are not an increasing list"),
+    "a ladder of nothing": ("tokenizer", "sides=()", "Sides () are not an increasing list of positive integers"),
+    "no steps": ("tokenizer", "steps=0", "steps is 0; expected 1 or more"),
     "more devices than there are": ("tokenizer", "mesh.data=3", "does not make the 1 devices here"),
     "a picture folder that is none": ("tokenizer", "data.source=folder", "Folder '' does not exist; set data.path"),
     "a stage without its start": ("next_scale", "init_from=", "'next_scale' needs init_from"),
@@ -186,6 +190,33 @@ def test_training_refuses(files, tmp_path, refused, case):
 def test_a_missing_config_file_is_named(tmp_path, refused):
     said = refused("train", "--config=/nowhere/c.py", "--workdir", tmp_path / "run")
     assert said.startswith("Config file /nowhere/c.py does not exist")
+
+
+NO_CONFIGS = {
+    "a text": ("README.md", "# A title\n\nTrain a model first.\n", r" is not Python \(invalid syntax, line 3\)\."),
+    "no get_config": ("c.py", "config = {}\n", r" has no get_config\(\); see those in configs/\."),
+}
+
+
+@pytest.mark.parametrize("case", NO_CONFIGS)
+def test_a_file_that_is_no_config_is_named(tmp_path, refused, monkeypatch, case):
+    # As in a process of its own: ml_collections runs every config file in one module, where old names stay.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    name, content, expected = NO_CONFIGS[case]
+    file = tmp_path / name
+    file.write_text(content)
+    said = refused("train", f"--config={file}", "--workdir", tmp_path / "run")
+    assert re.fullmatch(f"Config file {re.escape(str(file))}{expected}", said), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["speed", "optimizer.speed", "data.speed"])
+def test_a_field_that_does_not_exist_is_named_with_the_file(files, tmp_path, refused, field):
+    file = files["tokenizer"]
+    said = refused("train", f"--config={file}", "--workdir", tmp_path / "run", f"--config.{field}=3")
+    assert said.startswith(f"No such field in the config of {file}: ")
+    assert "speed" in said.removeprefix(f"No such field in the config of {file}: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_masked_training_needs_a_next_scale_model(files, starts, tmp_path, refused):

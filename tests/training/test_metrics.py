@@ -1,17 +1,22 @@
 """What a run reports: JSON lines, the bar, TensorBoard where it is installed, sample pictures."""
 
+import errno
 import importlib.util
 import io
 import json
 import logging
 import sys
 import types
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 
+from hmar_jax import pictures
+from hmar_jax.errors import InputError
 from hmar_jax.training import loop
 from hmar_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -55,6 +60,54 @@ def test_a_resumed_run_appends(tmp_path):
     write(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, 48])  # bytes of the last line that are missing; 1 is its newline
+def test_half_a_line_of_a_killed_run_is_left_behind_and_nothing_else(tmp_path, cut):
+    write(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    assert len(whole.splitlines()[-1]) == 50
+    file.write_bytes(whole[:-cut])
+    kept = [1, 2, 3] if cut == 1 else [1, 2]
+    assert [line["step"] for line in read_metrics(file)] == kept
+    writer = MetricsWriter(tmp_path, steps=5, start=3, name="masked")
+    writer.write(4, {"loss": np.float32(0.5)})
+    writer.write(5, {"loss": np.float32(0.25)})
+    writer.close()
+    lines = read_metrics(file)
+    assert [line["step"] for line in lines] == [*kept, 4, 5]
+    assert lines[-2:] == [{"step": 4, "loss": 0.5}, {"step": 5, "loss": 0.25}]
+    assert file.read_bytes().startswith(whole[:-cut] + b"\n")
+
+
+def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
+    file, opened = tmp_path / "metrics.jsonl", Path.open
+
+    def full(self, *mode, **options):
+        if self == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(InputError) as error:
+        write(tmp_path)
+    assert str(error.value) == (
+        f"Could not write {file} ([Errno {errno.ENOSPC}] No space left on device); make room on that disk and run the "
+        "command again."
+    )
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_a_step_that_is_not_finite_has_no_line(starts, tmp_path, monkeypatch, name):
+    def spoil(step, metrics):
+        return metrics | {name: jnp.where(step == 3, jnp.nan, metrics[name])}
+
+    monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil))
+    with pytest.raises(InputError, match="is nan at step 3"):
+        loop.train(next_scale_config(starts, checkpoint_every=5), tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_the_bar_is_quiet_where_there_is_no_terminal_and_the_log_speaks(tmp_path, capsys, caplog):
@@ -129,3 +182,34 @@ def test_sample_grids_are_of_fixed_labels_and_seeds(starts, tmp_path, idle):
     assert pictures[0].shape == ((SIZE + 4) * enlarge, (8 * (SIZE + 2) + 2) * enlarge, 3)
     np.testing.assert_array_equal(pictures[0], pictures[1])  # the model stood still, and so did labels and seed
     assert len(np.unique(pictures[0].reshape(-1, 3), axis=0)) > 50
+
+
+class Inverter:
+    """Stands in for a tokenizer; what it makes of a picture is its negative."""
+
+    def encode(self, images):
+        assert -1 <= images.min() < images.max() <= 1
+        return images
+
+    def decode(self, tokens):
+        return -tokens
+
+
+@pytest.mark.parametrize(("number", "rows"), [(3, 1), (4, 1), (6, 2), (9, 3)])
+def test_every_original_stands_right_above_its_own_reconstruction(number, rows):
+    columns, side, enlarge = 4, 5, 2
+    images = np.random.default_rng(number).integers(0, 256, (number, side, side, 3), np.uint8)
+    shown = np.asarray(pictures.reconstructions(Inverter(), images, columns, enlarge))[::enlarge, ::enlarge]
+    pitch = side + 2
+    assert shown.shape == (2 * rows * pitch + 2, columns * pitch + 2, 3)
+
+    def cell(row, column):
+        return shown[2 + row * pitch :, 2 + column * pitch :][:side, :side]
+
+    for i in range(rows * columns):
+        above, below = (cell(i // columns * 2 + half, i % columns) for half in (0, 1))
+        if i < number:
+            np.testing.assert_array_equal(above, images[i])
+            np.testing.assert_allclose(below, 255.0 - images[i], atol=1)
+        else:  # blank, above and below
+            assert above.min() == below.min() == 255

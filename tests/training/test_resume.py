@@ -1,14 +1,22 @@
 """What resuming promises: a run that was stopped, whenever and however, ends bit for bit like one that was not."""
 
+import dataclasses
 import functools
 import itertools
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny_training import assert_bit_equal, stage_config
+from PIL import Image
+from tiny_training import SIZE, assert_bit_equal, idle_steps, stage_config
 
-from hmar_jax.config import OptimizerConfig
+from hmar_jax.commands.main import main
+from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig
+from hmar_jax.errors import InputError
+from hmar_jax.pretrained import from_pretrained, save_model
+from hmar_jax.tokenizer import codebook
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
@@ -113,3 +121,90 @@ def test_running_a_finished_run_again_changes_nothing(straight):
     before = {file: (workdir / file).read_bytes() for file in ("model/model.safetensors", "metrics.jsonl")}
     run(config, workdir)
     assert {file: (workdir / file).read_bytes() for file in before} == before
+
+
+# --- what a work directory's run insists on
+
+
+@pytest.fixture
+def begun(starts, tmp_path, monkeypatch):
+    """Config and work directory of a masked run of two idle steps, started from a copy of its model."""
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    shutil.copytree(starts / "next_scale", tmp_path / "start")
+    config = stage_config("masked", starts, init_from=str(tmp_path / "start"), steps=2)
+    loop.train(config, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+def another_model(config):
+    model = from_pretrained(config.init_from)
+    model.params["transformer"]["pos"] = model.params["transformer"]["pos"] + 1
+    save_model(Path(config.init_from), model, "another", replace=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": 1}, "The run in .* has seed=0, this config 1; set it back, or choose another --workdir."),
+        (
+            {"objective": ObjectiveConfig(leak_free=True)},
+            "has objective=.*leak_free=False.*, this config .*leak_free=True",
+        ),
+        ({}, "start is not what the run in .* started from; set init_from back to that model, or choose another"),
+    ],
+    ids=["seed", "leak_free", "another model in init_from"],
+)
+def test_a_run_that_cannot_go_on_is_refused_and_its_record_stays(begun, changes, expected):
+    config, workdir = begun
+    before = (workdir / "config.json").read_bytes()
+    if not changes:
+        another_model(config)
+    with pytest.raises(InputError, match=expected) as error:
+        loop.train(dataclasses.replace(config, steps=3, **changes), workdir)
+    assert "\n" not in str(error.value)
+    assert (workdir / "config.json").read_bytes() == before
+    assert Checkpoints(workdir).latest() == 2
+
+
+def test_a_run_goes_on_with_more_steps_from_a_moved_start_and_records_them(begun):
+    config, workdir = begun
+    moved = Path(config.init_from).rename(workdir.parent / "moved")
+    loop.train(dataclasses.replace(config, steps=3, init_from=str(moved)), workdir)
+    assert '"steps": 3' in (workdir / "config.json").read_text()
+    assert Checkpoints(workdir).latest() == 3
+
+
+@pytest.mark.parametrize(("old", "new"), [(0.1, 0.2), (0.2, 0.1), (0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_the_adversarial_weight_may_change_but_the_discriminator_not_join_or_leave(starts, old, new):
+    config = stage_config("tokenizer", starts)
+    before, now = (
+        dataclasses.replace(config, tokenizer_loss=dataclasses.replace(config.tokenizer_loss, adversarial=weight))
+        for weight in (old, new)
+    )
+    if bool(old) == bool(new):
+        loop._check_same_run(before, now, Path("run"))
+    else:
+        with pytest.raises(InputError, match=rf"run was started with tokenizer_loss\.adversarial={old}; a discrim"):
+            loop._check_same_run(before, now, Path("run"))
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "next_scale"])
+def test_a_model_is_exported_when_its_training_data_is_gone(starts, tmp_path, monkeypatch, stage):
+    data = tmp_path / "data"
+    if stage == "tokenizer":
+        data.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)).save(data / f"{i}.png")
+        source = DataConfig("folder", path=str(data))
+    else:
+        shutil.copytree(starts / "tokens", data)
+        source = DataConfig("tokens", path=str(data))
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    loop.train(stage_config(stage, starts, steps=1, data=source), tmp_path / "run")
+    shutil.rmtree(data)
+    monkeypatch.setattr(codebook, "kmeans", lambda *_: pytest.fail("k-means was run"))
+    assert main(["export", "model", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]) == 0
+    exported, trained = (from_pretrained(folder) for folder in (tmp_path / "out", tmp_path / "run" / "model"))
+    assert exported.config == trained.config
+    assert_bit_equal(exported.params, trained.params)

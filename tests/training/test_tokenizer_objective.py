@@ -192,3 +192,57 @@ def test_a_tokenizer_goes_on_from_another(starts):
     objective = make_objective(tokenizer_config(init_from=str(starts / "tokenizer")))
     assert objective.start_batches == 0
     assert_bit_equal(objective.init([]).trained["tokenizer"], from_pretrained(starts / "tokenizer").params["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def updated():
+    """step → codebooks, averages and metrics around `after_update` of a batch that draws codes 0 to 7 alone."""
+    weights = dataclasses.replace(LOSS, revive_every=3, dead_below=0.5, usage_decay=0.5)
+    objective = make_objective(tokenizer_config(tokenizer_loss=weights))
+    rng = np.random.default_rng(0)
+    codes, averages = rng.standard_normal((2, TOKENIZER.codebook_size, TOKENIZER.latent_channels)).astype(np.float32)
+    tokens = jnp.asarray(np.arange(2 * LADDER.length).reshape(2, -1) % 8)
+    queries = jnp.asarray(rng.standard_normal((*tokens.shape, TOKENIZER.latent_channels)), jnp.float32)
+    usage = np.full(TOKENIZER.codebook_size, 1 / 16, np.float32)
+    usage[12:] = 0  # and what was drawn rarely before: dead after this batch, while 8 to 11 are only halved
+
+    def tree(codebook):
+        return {"tokenizer": {"quantizer": {"codebook": jnp.asarray(codebook)}, "other": jnp.arange(3.0)}}
+
+    def run(step, average=True):
+        ema = tree(averages) if average else {}
+        seen = tokens, queries
+        after = objective.after_update(tree(codes), ema, {"usage": jnp.asarray(usage)}, seen, KEY, jnp.int32(step))
+        return {"codes": codes, "averages": averages, "usage": usage, "queries": queries, "ema_before": ema}, after
+
+    return run
+
+
+def codebook_of(params):
+    return np.asarray(params["tokenizer"]["quantizer"]["codebook"])
+
+
+@pytest.mark.parametrize("average", [True, False], ids=["averaged", "not averaged"])
+def test_a_revived_code_has_its_new_value_in_the_averages_and_the_others_keep_theirs(updated, average):
+    before, (trained, ema, extra, metrics) = updated(2, average)  # the third step
+    new = codebook_of(trained)
+    assert metrics["codes_revived"] == 4
+    np.testing.assert_array_equal(new[:12], before["codes"][:12])
+    queries = {query.tobytes() for query in np.asarray(before["queries"]).reshape(-1, 4)}
+    assert all(code.tobytes() in queries for code in new[12:])
+    np.testing.assert_allclose(extra["usage"][12:], 1 / 16)
+    if average:
+        np.testing.assert_array_equal(codebook_of(ema)[12:], new[12:])
+        np.testing.assert_array_equal(codebook_of(ema)[:12], before["averages"][:12])
+        assert differing(ema, before["ema_before"]) == {"tokenizer.quantizer.codebook"}
+    else:
+        assert ema == {}
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_nothing_is_revived_between_multiples_of_revive_every(updated, step):
+    before, (trained, ema, extra, metrics) = updated(step)
+    assert metrics["codes_revived"] == 0
+    np.testing.assert_array_equal(codebook_of(trained), before["codes"])
+    np.testing.assert_array_equal(codebook_of(ema), before["averages"])
+    np.testing.assert_allclose(extra["usage"], before["usage"] / 2 + np.repeat([1 / 16, 0], 8), rtol=0.1)  # goes on

@@ -14,6 +14,8 @@ from tiny_training import CLASSES, LADDER, TOKENIZER, TRANSFORMER, assert_bit_eq
 from hmar_jax import params as trees
 from hmar_jax.config import ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
+from hmar_jax.model import Model
+from hmar_jax.pretrained import from_pretrained, save_model
 from hmar_jax.training import objectives
 from hmar_jax.training.loop import make_objective
 from hmar_jax.training.objectives import scale_weights
@@ -32,12 +34,12 @@ def batch(size, seed=0):
 
 @pytest.fixture
 def seen(starts, monkeypatch):
-    """(stage, batch size, **config changes) → objective's loss, metrics and what it asked the transformer for.
+    """(stage, batch size, key, step, **config changes) → objective's loss, metrics, what it asked the transformer for.
 
     The transformer is stood in for by fixed logits, so that all else can be computed here.
     """
 
-    def run(stage, size, key=KEY, **changes):
+    def run(stage, size, key=KEY, step=0, **changes):
         asked = {}
 
         def record(model, quantizer, labels, tokens, masked=None, key=None, *, leak_free=None):
@@ -50,7 +52,7 @@ def seen(starts, monkeypatch):
         objective = make_objective(stage_config(stage, starts, **changes))
         parts = objective.init([])
         examples = batch(size)
-        loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(0))
+        loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(step))
         logprobs = np.asarray(jax.nn.log_softmax(asked["logits"]), np.float64)
         entropy = -np.take_along_axis(logprobs, np.asarray(examples["tokens"])[..., None], axis=-1)[..., 0]
         correct = logprobs.argmax(-1) == np.asarray(examples["tokens"])
@@ -92,6 +94,14 @@ def test_a_batch_shares_its_mask_unless_masks_are_per_sample(seen):
     counts = np.stack([own[:, where].sum(axis=1) for where in LADDER.slices], axis=1)
     assert not counts[:, 0].any()
     assert (abs(counts[:, 1] / 4 - counts[:, 2] / 64) < 1 / 4).all()  # one ratio for all scales of a sample
+
+
+def test_every_step_has_a_mask_of_its_own_that_all_parts_of_its_batch_share(seen):
+    steps = [seen("masked", 2, step=step)["masked"] for step in range(4)]
+    assert len({mask.tobytes() for mask in steps}) == 4
+    parts = [seen("masked", 2, key=jax.random.key(key), step=1)["masked"] for key in (1, 2)]
+    for mask in parts:
+        np.testing.assert_array_equal(mask, steps[1])
 
 
 @pytest.mark.parametrize("leak_free", [False, True])
@@ -169,6 +179,33 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(descend):
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=2e-7, err_msg=name)
     for name in ("loss", "gradient_norm", "scale_loss", "scale_accuracy", "accuracy"):
         np.testing.assert_allclose(parts[1][0][name], whole[1][0][name], rtol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def steady_start(starts, tmp_path_factory):
+    """The next-scale model of `starts` as stage 2 starts from it, but that training drops nothing."""
+    start = from_pretrained(starts / "next_scale")
+    config = dataclasses.replace(start.config, transformer=STEADY)
+    return save_model(tmp_path_factory.mktemp("steady") / "model", Model(config, start.params), "made for a test")
+
+
+def test_masked_training_in_parts_gives_the_gradient_of_the_whole_batch(starts, steady_start):
+    def descended(accumulate):
+        config = stage_config("masked", starts, init_from=str(steady_start), accumulate=accumulate)
+        objective, optimizer = make_objective(config), optax.sgd(1.0)
+        parts = objective.init([])
+        before = TrainState.create(config, parts, optimizer)
+        before = dataclasses.replace(before, step=jnp.int32(3))
+        after, metrics = jax.jit(make_train_step(config, objective, optimizer))(before, parts.frozen, batch(8))
+        return moved([before, after]), jax.device_get(metrics)
+
+    (expected, whole), (steps, parts) = descended(1), descended(2)
+    assert 0 < whole["masked_share"] < 1
+    assert max(abs(leaf).max() for leaf in expected.values()) > 1e-3
+    for name, leaf in steps.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=2e-7, err_msg=name)
+    for name in ("loss", "gradient_norm", "masked_share", "scale_loss", "accuracy"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
 
 
 def test_averages_follow_their_formula_from_the_first_parameters_on(descend):

@@ -13,7 +13,7 @@ from hmar_jax import params as trees
 from hmar_jax.config import TransformerConfig
 from hmar_jax.model import Networks, networks
 from hmar_jax.transformer import teacher_forcing
-from hmar_jax.transformer.blocks import drop_path
+from hmar_jax.transformer.blocks import drop_path, weight_init
 from hmar_jax.transformer.hmar import HMAR
 
 LADDER = TINY.ladder
@@ -352,6 +352,14 @@ def test_initial_weights_have_the_published_spread(fresh, name, factor):
     expected = factor * (1 / (3 * 64)) ** 0.5
     assert leaf.std() == pytest.approx(expected, rel=4 / np.sqrt(2 * leaf.size))  # four standard errors
     assert abs(leaf.mean()) < 4 * expected / np.sqrt(leaf.size)
+
+
+def test_initial_weights_have_no_outliers():
+    """A truncated normal in float32 has some at 20 deviations and more: one in millions of draws."""
+    deviation = (1 / (3 * 128)) ** 0.5
+    draws = np.asarray(weight_init(128)(jax.random.key(0), (2**23,))) / deviation
+    assert 4.5 < np.abs(draws).max() < 7
+    assert draws.std() == pytest.approx(1, rel=5 / np.sqrt(2 * draws.size))  # five standard errors
 
 
 def test_initial_gates_are_nearly_closed(fresh):
