@@ -110,10 +110,10 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "transformer.", "depth", "width", "heads", "num_classes", "mlp_ratio")
-        if not 0 <= self.class_dropout < 1 or not 0 <= self.drop_path < 1:
+        if not 0 <= self.class_dropout <= 1 or not 0 <= self.drop_path < 1:
             raise InputError(
                 f"transformer.class_dropout is {self.class_dropout}, transformer.drop_path {self.drop_path}; expected "
-                "shares from 0 to below 1."
+                "a share, and a share below 1."
             )
         if self.width % self.heads:
             raise InputError(f"transformer.width is {self.width}, not a multiple of transformer.heads={self.heads}.")
