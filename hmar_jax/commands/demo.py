@@ -19,8 +19,8 @@ from hmar_jax.errors import InputError
 STAGES = ("tokenizer", "next_scale", "masked")
 PICTURES = 12_000  # in the token cache
 SAMPLING: dict[str, Any] = {"cfg": 2.5, "top_k": 60}
-QUICK_STEPS = {"tokenizer": 60, "next_scale": 60, "masked": 20}
-QUICK_PICTURES = 1_000
+QUICK_STEPS = {"tokenizer": 30, "next_scale": 30, "masked": 10}
+QUICK_PICTURES = 500
 
 
 def run(argv: Sequence[str]) -> None:
