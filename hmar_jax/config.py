@@ -142,11 +142,15 @@ class TransformerConfig:
         if not depth:
             raise InputError(f"No transformer is named {name!r}; choose one of {', '.join(_TRANSFORMERS)}.")
         fields: dict[str, Any] = {
-            "depth": depth, "width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24, "shared_adaln": shared,
-            "masked": not var, "branch_depth": 0 if var else 8, "pattern": "block_causal" if var else "block_diagonal",
-            "gate_init": 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5,
+            "depth": depth, "width": 64 * depth, "heads": depth, "shared_adaln": shared, "masked": not var,
+            "branch_depth": 0 if var else 8, "pattern": "block_causal" if var else "block_diagonal",
         }  # fmt: skip
-        return cls(**(fields | overrides))
+        return cls(**(fields | cls.published_training(depth) | overrides))
+
+    @staticmethod
+    def published_training(depth: int) -> dict[str, Any]:
+        """The fields that matter in training alone, as published for a depth."""
+        return {"drop_path": 0.1 * depth / 24, "gate_init": 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5}
 
 
 _TRANSFORMERS = {f"d{depth}": (depth, False, False) for depth in (16, 20, 24, 30)} | {

@@ -1,162 +1,347 @@
-"""official PyTorch state dicts → our parameters, entry by entry.
+"""official PyTorch files ⇄ model directory, array by array: memory holds one array, whatever the file's size.
 
-Every official entry has one place here: a path among our parameters (dots between names), a layer index where blocks
-are stacked, and a change of layout. Nothing is computed; a round trip is bit-equal.
+`official.py` knows the names and shapes; this module finds them in a file, and moves what they name.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from hmar_jax.config import TransformerConfig
+from hmar_jax import official, tensors
+from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
+from hmar_jax.files import writing
+from hmar_jax.official import Kind
+from hmar_jax.params import check_shapes
+from hmar_jax.pretrained import open_model, shapes_of, write_model
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tensors import Tensor
 
-
-class Place(NamedTuple):
-    """Where an official entry goes: our path, the layer among stacked blocks if any, and the change of layout."""
-
-    path: str
-    layer: int | None
-    layout: Callable[[np.ndarray], np.ndarray]
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1)
-
-
-def _squeeze(x: np.ndarray) -> np.ndarray:
-    return x.reshape(x.shape[-2:])
-
-
-def _linear(x: np.ndarray) -> np.ndarray:
-    return x.T
-
-
-def _conv(x: np.ndarray) -> np.ndarray:
-    return x.transpose(2, 3, 1, 0)
-
-
-_BUFFERS = re.compile(r"lvl_1L|attn_bias_for_masking|.*\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
-
-_TOKENIZER_NAMES = [
-    (r"\.(down|up)\.", ".levels."),
-    (r"\.block\.", ".blocks."),
-    (r"\.attn\.", ".attentions."),
-    (r"\.(down|up)sample\.conv\.", ".resample."),
-    (r"\.mid\.block_", ".middle.block"),
-    (r"\.mid\.attn_1", ".middle.attention"),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".proj."),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),
-]
-
-
-def tokenizer_place(name: str) -> Place | None:
-    """Where an entry of a `vae_*.pth` goes; None for a buffer to ignore."""
-    if _BUFFERS.fullmatch(name):
-        return None
-    if name == "quantize.embedding.weight":
-        return Place("quantizer.codebook", None, _same)
-    for pattern, ours in _TOKENIZER_NAMES:
-        name = re.sub(pattern, ours, name)
-    stem, kind = name.rsplit(".", 1)
-    if kind == "weight":
-        norm = re.search(r"norm\w*$", stem) is not None
-        return Place(f"{stem}.scale" if norm else f"{stem}.kernel", None, _same if norm else _conv)
-    return Place(name, None, _same)
-
-
-_TRANSFORMER_NAMES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "pos_start": ("pos_start", _squeeze),
-    "pos_1LC": ("pos", _squeeze),
-    "word_embed.weight": ("word.kernel", _linear),
-    "word_embed.bias": ("word_bias", _same),
-    "word_embed_bias": ("word_bias", _flat),
-    "mask_embed.weight": ("mask_embed", _flat),
-    "class_emb.weight": ("class_embed.embedding", _same),
-    "lvl_embed.weight": ("level", _same),
-    "shared_ada_lin.1.weight": ("adaln.kernel", _linear),
-    "shared_ada_lin.1.bias": ("adaln.bias", _same),
+_LICENCES = {
+    "hmar": "Weights converted from official HMAR files keep their non-commercial licence.",
+    "var": "Weights converted from official VAR files keep the licence of those files.",
+    "vae": "The tokenizer was converted from an official file and keeps the licence of that file.",
 }
-_BLOCK_NAMES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "attn.scale_mul_1H11": ("attention.log_scale", _flat),
-    "attn.q_bias": ("attention.q_bias", _same),
-    "attn.v_bias": ("attention.v_bias", _same),
-    "attn.mat_qkv.weight": ("attention.qkv.kernel", _linear),
-    "attn.proj.weight": ("attention.proj.kernel", _linear),
-    "attn.proj.bias": ("attention.proj.bias", _same),
-    "ffn.fc1.weight": ("fc1.kernel", _linear),
-    "ffn.fc1.bias": ("fc1.bias", _same),
-    "ffn.fc2.weight": ("fc2.kernel", _linear),
-    "ffn.fc2.bias": ("fc2.bias", _same),
-    "ada_lin.1.weight": ("adaln.kernel", _linear),
-    "ada_lin.1.bias": ("adaln.bias", _same),
-    "ada_gss": ("adaln_offset", _squeeze),
-}
-_HEAD_NAMES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "head_nm.ada_lin.1.weight": ("head.adaln.kernel", _linear),
-    "head_nm.ada_lin.1.bias": ("head.adaln.bias", _same),
-    "head.weight": ("head.linear.kernel", _linear),
-    "head.bias": ("head.linear.bias", _same),
-}
-_BRANCHES = {"": "next_scale", "ns_": "next_scale", "mask_": "masked"}
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_NEXT_SCALE, _MASKED = "transformer.next_scale.", "transformer.masked."
 
 
-def transformer_place(name: str, config: TransformerConfig) -> Place | None:
-    """Where an entry of a VAR, stage-1, stage-2 or released HMAR state dict goes; None for a buffer to ignore.
+def convert(
+    kind: Kind,
+    source: Path,
+    ladder: ScaleLadder,
+    output: Path,
+    *,
+    tokenizer: str | Path | None = None,
+    next_scale: str | Path | None = None,
+    key: str | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """Writes the model directory of an official file.
 
-    A stage-2 state dict has one set of `blocks.i` and one head, which become the next-scale branch.
+    Args:
+      source: a `.safetensors` or PyTorch file, of a state dict or of a training checkpoint that nests one.
+      ladder: the sides that the model is for, which no file tells.
+      tokenizer: model directory (or hub id) whose tokenizer joins the transformer; for all kinds but `vae`.
+      next_scale: for `hmar-stage2`, the model converted from its stage 1, which gives the next-scale branch; without
+        it both branches get the file's blocks.
+      key: where in a checkpoint the state dict is, with dots, if there are several.
+      dtype: `float32`, or `bfloat16` for a file of half the size; the quantizer, biases, norms and scales, next to
+        nothing of the whole, are float32 all the same.
+
+    Raises:
+      InputError: the file is not of this kind or not whole, by the names of its entries; it doesn't fit the ladder or
+        the tokenizer; or the disk refused.
     """
-    if _BUFFERS.fullmatch(name):
-        return None
-    if name in _TRANSFORMER_NAMES:
-        path, layout = _TRANSFORMER_NAMES[name]
-        return Place(path, None, layout)
-    if match := re.fullmatch(r"(base_|ns_|mask_|)blocks\.(\d+)\.(.+)", name):
-        group, index, inner = match[1], int(match[2]), match[3]
-        if inner in _BLOCK_NAMES:
-            path, layout = _BLOCK_NAMES[inner]
-            if group == "base_" or (group == "" and index < config.trunk_depth):
-                return Place(f"trunk.blocks.{path}", index, layout)
-            if group == "":
-                index -= config.trunk_depth
-            return Place(f"{_BRANCHES[group]}.stack.blocks.{path}", index, layout)
-    if (match := re.fullmatch(r"(ns_|mask_|)(head.+)", name)) and match[2] in _HEAD_NAMES:
-        path, layout = _HEAD_NAMES[match[2]]
-        return Place(f"{_BRANCHES[match[1]]}.{path}", None, layout)
-    raise InputError(f"State dict entry {name!r} belongs to no known layout; is it a VAR or HMAR transformer?")
+    if output.exists():
+        raise InputError(f"{output} exists already; remove it, or choose another output directory.")
+    if (tokenizer is None) != (kind == "vae"):
+        raise InputError(f"Kind {kind} goes {'without' if tokenizer else 'with'} --tokenizer, a model directory.")
+    if next_scale is not None and kind != "hmar-stage2":
+        raise InputError(f"--next-scale is the stage-1 model of an hmar-stage2 file; leave it out for {kind}.")
+    state = open_state_dict(source, kind, key)
+    official.check_kind(kind, state.shapes.keys(), state.where)
+    base = None if tokenizer is None else _open_part(tokenizer, "tokenizer")
+    stage1 = None if next_scale is None else _open_part(next_scale, "transformer")
+    config = _config(state, kind, ladder, base, stage1)
+    parameters = _from_official(state, config, kind)
+    if kind == "hmar-stage2":
+        parameters |= _next_scale_branch(parameters, stage1, state.where)
+    if base is not None:
+        parameters |= base.parameters
+    inherited = [licence for part in (base, stage1) if part is not None for licence in part.licences]
+    return write_model(
+        output,
+        config,
+        {name: tensor._replace(dtype=_stored_dtype(name, tensor, dtype)) for name, tensor in parameters.items()},
+        source=f"converted by hmar-jax from {source.name} ({kind})",
+        licences=list(dict.fromkeys([_LICENCES[kind.split("-")[0]], *inherited])),
+        layout=kind,
+    )
 
 
-def place_entries(state: Mapping[str, np.ndarray], place: Callable[[str], Place | None]) -> dict[str, np.ndarray]:
-    """Our flat parameters from an official state dict; stacked layers are filled one by one."""
-    flat: dict[str, Any] = {}
-    for name, value in state.items():
-        if (to := place(name)) is None:
-            continue
-        value = to.layout(value)
-        if to.layer is None:
-            flat[to.path] = value
+def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> Kind:
+    """Writes the official state dict of a model directory: the inverse of `convert`, bit for bit in float32.
+
+    Args:
+      model: model directory, or hub id. output: a `.safetensors` file or, where PyTorch is installed, a `.pth` file.
+      kind: `vae` for the tokenizer; by default the transformer's, in the layout that it was converted from.
+
+    Returns:
+      The kind that was written.
+
+    Raises:
+      InputError: the model has no such part, or is nothing that the official code could run.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists already; remove it, or choose another output file.")
+    if output.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise InputError(f"Output {output} is no .safetensors or .pth file; give it one of these endings.")
+    opened = open_model(model)
+    kind = kind or opened.meta["layout"] or official.kind_of(opened.config)
+    _check_exportable(opened.config, kind, str(model))
+    state = {
+        place.name: Tensor(place.shape, np.dtype(np.float32), functools.partial(_official, opened.file, place))
+        for place in official.places(opened.config, kind)
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if output.suffix == ".safetensors":
+                tensors.write(partial, state, output.name)
+            else:
+                torch = _torch(output)
+                arrays = {name: torch.from_numpy(next(iter(tensor.parts()))) for name, tensor in state.items()}
+                torch.save(arrays, partial)
+            os.replace(partial, output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return kind
+
+
+# ------------------------------------------------------------------------------------------- official → ours
+
+
+class _Part(NamedTuple):
+    """One network of a model directory, to be read when written."""
+
+    where: str
+    config: ModelConfig
+    licences: list[str]
+    parameters: dict[str, Tensor]
+
+
+def _open_part(model: str | Path, network: str) -> _Part:
+    """The tokenizer or the transformer of a model directory, layer by layer where it is stacked."""
+    opened = open_model(model)
+
+    def parts(name: str, layers: int | None) -> Iterator[np.ndarray]:
+        if layers is None:
+            yield opened.file.read(name)
         else:
-            flat.setdefault(to.path, {})[to.layer] = value
+            yield from (opened.file.read(name, layer) for layer in range(layers))
+
+    parameters = {
+        name: Tensor(shape, np.dtype(np.float32), functools.partial(parts, name, shape[0] if _stacked(name) else None))
+        for name, shape in opened.file.shapes.items()
+        if name.startswith(f"{network}.")
+    }
+    return _Part(str(model), opened.config, opened.meta["licences"], parameters)
+
+
+def _config(
+    state: StateDict, kind: Kind, ladder: ScaleLadder, tokenizer: _Part | None, stage1: _Part | None
+) -> ModelConfig:
+    """What the file's shapes and the models beside it say together; InputError where they contradict each other."""
+    if tokenizer is None:
+        return ModelConfig(ladder, official.infer_tokenizer(state.shapes, state.where))
+    found, sizes = official.infer_transformer(state.shapes, kind, ladder, state.where), tokenizer.config.tokenizer
+    if (found.codebook_size, found.latent_channels) != (sizes.codebook_size, sizes.latent_channels):
+        raise InputError(
+            f"{state.where} is for {found.codebook_size} codes of {found.latent_channels} channels, but "
+            f"{tokenizer.where} has {sizes.codebook_size} of {sizes.latent_channels}; give the tokenizer that the "
+            "transformer was trained with."
+        )
+    transformer = found.config
+    if stage1 is not None:
+        start = stage1.config.transformer
+        if start is None:
+            raise InputError(f"{stage1.where} is a tokenizer alone; --next-scale is a model converted from stage 1.")
+        transformer = dataclasses.replace(transformer, branch_depth=start.branch_depth)
+        if dataclasses.replace(transformer, masked=start.masked) != start or stage1.config.ladder != ladder:
+            raise InputError(
+                f"{stage1.where} is not the stage 1 of {state.where}: sizes or sides differ; give the one it started "
+                "from."
+            )
+    return ModelConfig(ladder, sizes, transformer)
+
+
+def _from_official(state: StateDict, config: ModelConfig, kind: Kind) -> dict[str, Tensor]:
+    """Our parameters, to be read from their official arrays when written; checked to be all there, and no others."""
+    places = official.places(config, kind)
+    remedy = f"expected all entries of one {kind} and no others."
+    check_shapes(state.shapes, {place.name: place.shape for place in places}, state.where, remedy)
+    by_path: dict[str, list[official.Place]] = {}
+    for place in places:
+        by_path.setdefault(place.path, []).append(place)
+
+    def parts(of_path: list[official.Place]) -> Iterator[np.ndarray]:
+        return (place.layout.ours(state.get(place.name)) for place in of_path)
+
+    shapes = shapes_of(config)
     return {
-        path: np.stack([value[i] for i in range(len(value))]) if isinstance(value, dict) else value
-        for path, value in flat.items()
+        path: Tensor(shapes[path], np.dtype(np.float32), functools.partial(parts, of_path))
+        for path, of_path in by_path.items()
     }
 
 
-def tokenizer_from_official(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All parameters of a tokenizer, flat."""
-    return place_entries(state, tokenizer_place)
+def _next_scale_branch(parameters: Mapping[str, Tensor], stage1: _Part | None, where: str) -> dict[str, Tensor]:
+    """What a stage-2 file lacks: its stage 1's branch or, without that, the mask branch again."""
+    if stage1 is None:
+        return {
+            _NEXT_SCALE + name.removeprefix(_MASKED): tensor
+            for name, tensor in parameters.items()
+            if name.startswith(_MASKED)
+        }
+    for name, tensor in stage1.parameters.items():
+        if name in parameters and not name.startswith((_MASKED, "transformer.mask_embed")):
+            pairs = zip(tensor.parts(), parameters[name].parts(), strict=True)
+            if not all(np.array_equal(before, after) for before, after in pairs):
+                raise InputError(
+                    f"{name} differs between {stage1.where} and {where}; stage 2 leaves it as it was, so give the "
+                    "stage-1 model that it started from, converted in float32."
+                )
+    return {name: tensor for name, tensor in stage1.parameters.items() if name.startswith(_NEXT_SCALE)}
 
 
-def transformer_from_official(state: Mapping[str, np.ndarray], config: TransformerConfig) -> dict[str, np.ndarray]:
-    """All parameters of a transformer, flat."""
-    return place_entries(state, lambda name: transformer_place(name, config))
+def _stacked(name: str) -> bool:
+    return name.startswith("transformer.") and ".blocks." in name
+
+
+def _stored_dtype(name: str, tensor: Tensor, dtype: str) -> np.dtype:
+    """float32, but for matrices and convolutions of a bfloat16 file; the quantizer's argmins would flip in that."""
+    vector = len(tensor.shape) - _stacked(name) < 2
+    if dtype == "float32" or vector or name.startswith("tokenizer.quantizer."):
+        return np.dtype(np.float32)
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------- ours → official
+
+
+def _official(file: tensors.File, place: official.Place) -> Iterator[np.ndarray]:
+    """The one array of a place, float32."""
+    yield np.ascontiguousarray(place.layout.official(file.read(place.path, place.layer)), np.float32)
+
+
+def _check_exportable(config: ModelConfig, kind: Kind, where: str) -> None:
+    """Raises InputError where the official code has no such network."""
+    own = official.kind_of(config)
+    has = {"vae", own, "hmar-stage2" if own == "hmar" else own}
+    if kind not in has:
+        raise InputError(f"{where} holds {' and '.join(sorted(has))}, not {kind}; choose one of those as --kind.")
+    if kind == "vae" and config.tokenizer.norm_groups != official.NORM_GROUPS:
+        raise InputError(
+            f"The tokenizer of {where} has {config.tokenizer.norm_groups} groups in its norms; the official code has "
+            f"{official.NORM_GROUPS}, and would give other pictures."
+        )
+    if kind != "vae" and config.transformer and config.transformer.leak_free:
+        raise InputError(f"{where} is leak-free, which the official code is not: it would give other pictures.")
+
+
+# ------------------------------------------------------------------------------------------- state dicts in files
+
+
+class StateDict(NamedTuple):
+    """The parameters in an official file: shapes by name, and a function that reads one. `where` is for errors."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    get: Callable[[str], np.ndarray]
+
+
+def open_state_dict(source: Path, kind: Kind, key: str | None = None) -> StateDict:
+    """Finds the state dict of a kind in a file, at the top or nested under a key; see `convert`."""
+    if source.suffix == ".safetensors":
+        file = tensors.File(source)
+        return _choose(source, file.shapes, file.read, kind, key)
+    if source.suffix in _TORCH_SUFFIXES:
+        arrays = _load_torch(source)
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        return _choose(source, shapes, lambda name: arrays[name].detach().float().numpy(), kind, key)
+    raise InputError(f"{source} is no .safetensors or .pth file; give one with such an ending.")
+
+
+def _choose(
+    source: Path, shapes: official.Shapes, get: Callable[[str], np.ndarray], kind: Kind, key: str | None
+) -> StateDict:
+    """The one state dict of a kind among all entries of a file, its buffers left out."""
+    mark = official.signature(kind)
+    prefixes = [name.removesuffix(mark) for name in shapes if f".{name}".endswith(f".{mark}")]
+    if key is not None:
+        prefixes = [prefix for prefix in prefixes if prefix == (f"{key}." if key else "")]
+    if not prefixes:
+        official.check_kind(kind, shapes.keys(), str(source))
+        place = f"under {key!r}" if key else "at the top" if key is not None else "at the top or under a key"
+        some = ", ".join(sorted(shapes)[:3])
+        raise InputError(f"{source} lacks {mark} {place}, so it holds no whole {kind}; its entries begin {some}.")
+    if len(prefixes) > 1:
+        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(prefixes))
+        raise InputError(f"{source} holds {len(prefixes)} state dicts of this kind; choose with --key one of {keys}.")
+    prefix = prefixes[0]
+    own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    where = f"{source} under {prefix.rstrip('.')!r}" if prefix else str(source)
+    return StateDict(where, official.without_buffers(own), lambda name: get(prefix + name))
+
+
+def _torch(file: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{file} is a PyTorch file, which takes PyTorch: `pip install torch`, or use a .safetensors file."
+        ) from None
+    return torch
+
+
+def _load_torch(source: Path) -> dict[str, Any]:
+    """All tensors of a PyTorch file by their path in it, with dots; mapped into memory, not read, where it allows."""
+    torch = _torch(source)
+    try:
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:  # files from before PyTorch 1.6 can't be mapped
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{source} does not exist; give a .safetensors or .pth file.") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{source} is damaged, or holds Python objects beside tensors, which could run any code when loaded; save "
+            "its state dict alone, with torch.save or as .safetensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split(". ")[0].strip() or type(error).__name__
+        raise InputError(f"{source} is no whole PyTorch file ({reason}); copy or save it again.") from None
+    found: dict[str, Any] = {}
+
+    def collect(value: Any, path: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                collect(inner, f"{path}.{name}" if path else str(name))
+
+    collect(content, "")
+    return found

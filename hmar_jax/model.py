@@ -125,7 +125,8 @@ class Model:
     """A tokenizer with or without a transformer, ready to use.
 
     Attributes:
-      config: what it is. params: nested dicts of float32 arrays, `tokenizer` and perhaps `transformer`.
+      config: what it is.
+      params: nested dicts of float32 arrays (or bfloat16, if stored so), `tokenizer` and perhaps `transformer`.
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
     """
 
@@ -185,8 +186,6 @@ class Model:
         schedule.check_ladder(self.config.ladder)
         if schedule.has_masked_steps:
             self._check_mask_branch("A schedule with masked steps")
-        if self.config.transformer.pattern == "block_causal":
-            raise InputError("This is a VAR model (block_causal), which is not sampled here; sample an HMAR model.")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
         number = labels.shape[0]
@@ -260,8 +259,13 @@ def sample(
     nets = networks(config, params, options.dtype)
     key = jax.random.key(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(labels.shape[0]))
+    null_label = config.transformer.num_classes
+    if config.transformer.pattern == "block_causal":
+        predict = sampler.cached_predictor(nets.transformer, labels, null_label, options.plan)
+    else:
+        predict = sampler.predictor(nets.transformer, labels, null_label)
     tokens, latents, draws = sampler.sample_tokens(
-        sampler.predictor(nets.transformer, labels, config.transformer.num_classes),
+        predict,
         nets.tokenizer.quantizer,
         options.plan,
         controls,

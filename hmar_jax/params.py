@@ -7,7 +7,10 @@ from typing import Any
 
 from flax import traverse_util
 
+from hmar_jax.errors import InputError
+
 Tree = dict[Any, Any]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -33,3 +36,19 @@ def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
 def merge(*trees: Tree) -> Tree:
     """One tree with the leaves of all; later ones win."""
     return unflatten({name: leaf for tree in trees for name, leaf in flatten(tree).items()})
+
+
+def check_shapes(found: Shapes, expected: Shapes, where: str, remedy: str) -> None:
+    """Raises InputError, naming entries, unless `found` has exactly the names and shapes expected.
+
+    Args:
+      where: what has them, to begin the sentence. remedy: its end.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    for what, names in (("lacks", missing), ("has the unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{where} {what} {', '.join(names[:3])}{more}; {remedy}")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise InputError(f"{where} has {name} of shape {tuple(found[name])}, not {tuple(shape)}; {remedy}")

@@ -1,58 +1,90 @@
-"""model directory ⇄ Model. A directory holds `config.json` and `model.safetensors`; no pickles.
+"""model directory ⇄ Model. A directory holds `config.json`, `model.safetensors` and a model card; no pickles.
 
 `config.json` has the format's version, the `ModelConfig`, `source`, one line on where the weights come from, the
-SHA-256 of the weights file and that of the tokenizer's weights alone, by which a token cache is known to be its own.
-Entries of the weights file are our dotted parameter names.
+licences they are bound to, the official layout they came in, if any, the SHA-256 of the weights file and that of the
+tokenizer's weights alone, by which a token cache is known to be its own. Entries of the weights file are our dotted
+parameter names.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
+from hmar_jax import hub, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy
 from hmar_jax.model import Model, structure
+from hmar_jax.tensors import Tensor
 
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
-def from_pretrained(path: str | Path, dtype: str = "float32") -> Model:
+def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Model:
     """Loads a model directory.
 
     Args:
-      path: of the directory. dtype: compute dtype, `float32` or `bfloat16`; parameters stay as stored.
+      path: of the directory, or a Hugging Face hub id such as `someone/hmar-d16`, which is downloaded once and cached.
+      dtype: compute dtype, `float32` or `bfloat16`; parameters stay as stored.
+      revision: branch, tag or commit of the hub repository.
 
     Raises:
       InputError: no model there, damaged weights, or entries that don't fit the config, by name.
     """
-    path = Path(path)
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
-    config, meta = read_config(path)
-    weights = path / WEIGHTS
+    opened = open_model(path, revision)
+    flat = {name: jnp.asarray(opened.file.read(name)) for name in opened.file.shapes}
+    return Model(opened.config, trees.unflatten(flat), dtype)
+
+
+class Opened(NamedTuple):
+    """A model directory, checked: its config, all of its `config.json`, and the weights to be read one by one."""
+
+    config: ModelConfig
+    meta: dict[str, Any]
+    file: tensors.File
+
+
+def open_model(path: str | Path, revision: str | None = None) -> Opened:
+    """Opens a model directory or hub id; arguments and errors are those of `from_pretrained`."""
+    local = locate(path, revision)
+    config, meta = read_config(local)
+    weights = local / WEIGHTS
     if not weights.is_file():
-        raise InputError(f"{path} has no {WEIGHTS}; it is not a whole model directory, so export the model again.")
-    if _sha256(weights) != meta["sha256"]:
-        raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; copy or export it again.")
-    flat = safetensors.numpy.load_file(weights)
-    check_entries(config, flat, str(weights))
-    return Model(config, jax.tree.map(jnp.asarray, trees.unflatten(flat)), dtype)
+        raise InputError(f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again.")
+    with weights.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != meta["sha256"]:
+            cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
+            again = "copy or export it again" if local == Path(path) else cached
+            raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
+    file = tensors.File(weights)
+    check_entries(config, file.shapes, str(weights))
+    return Opened(config, meta, file)
+
+
+def locate(path: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a model: the path itself, or where the download of a hub id lies."""
+    local, text = Path(path), str(path)
+    if local.exists() or not hub.is_hub_id(text):
+        if revision is not None:
+            raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave revision out.")
+        return local
+    return hub.download(text, revision, (CONFIG, WEIGHTS))
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -61,37 +93,61 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         meta = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise InputError(f"{path / CONFIG} has format {meta['format']}; this version reads {FORMAT}.")
-        if absent := {"source", "sha256", "tokenizer_sha256"} - meta.keys():
+        if absent := {"source", "sha256", "tokenizer_sha256", "licences", "layout"} - meta.keys():
             raise KeyError(*sorted(absent))
         return from_plain(ModelConfig, meta["model"]), meta
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` writes one."
+            f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` and `convert` write one."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path / CONFIG} is damaged ({error}); copy or export the model again.") from None
 
 
-def check_entries(config: ModelConfig, flat: dict[str, np.ndarray], where: str) -> None:
-    """Raises InputError, naming entries, unless `flat` has exactly the parameters of `config`."""
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, by its dotted name."""
     _, abstract = structure(config)
-    expected = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
-    missing, unexpected = sorted(expected.keys() - flat.keys()), sorted(flat.keys() - expected.keys())
-    misshapen = [n for n in expected if n in flat and tuple(flat[n].shape) != expected[n]]
-    for what, names in (("lacks", missing), ("has the unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{where} {what} {', '.join(names[:3])}{more}; weights and config are not of one model.")
-    if misshapen:
-        name = misshapen[0]
-        raise InputError(f"{where} has {name} of shape {tuple(flat[name].shape)}; its config wants {expected[name]}.")
+    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
 
 
-def save_model(path: str | Path, model: Model, source: str, *, replace: bool = False) -> Path:
-    """Writes a model directory, whole or not at all.
+def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:
+    """Raises InputError, naming entries, unless `found` has exactly the parameters of `config`."""
+    trees.check_shapes(found, shapes_of(config), where, "weights and config are not of one model.")
+
+
+def save_model(
+    path: str | Path, model: Model, source: str, *, licences: Sequence[str] = (), replace: bool = False
+) -> Path:
+    """Writes a model directory, whole or not at all; see `write_model`."""
+
+    def parts(leaf: Any) -> list[np.ndarray]:
+        return [np.asarray(leaf)]
+
+    flat = {
+        name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
+        for name, leaf in trees.flatten(model.params).items()
+    }
+    return write_model(path, model.config, flat, source=source, licences=licences, replace=replace)
+
+
+def write_model(
+    path: str | Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    *,
+    source: str,
+    licences: Sequence[str] = (),
+    layout: str = "",
+    replace: bool = False,
+) -> Path:
+    """Writes a model directory, whole or not at all, holding one part of one parameter in memory at a time.
 
     Args:
-      path: to write to; must not exist, unless `replace`. source: one line on where the weights come from.
+      path: to write to; must not exist, unless `replace`.
+      parameters: all of them, by dotted name.
+      source: one line on where the weights come from.
+      licences: sentences on those they are bound to; empty where they are the user's own.
+      layout: the official one that the transformer, or a tokenizer alone, was converted from.
 
     Raises:
       InputError: the path exists, or the disk refused.
@@ -99,24 +155,27 @@ def save_model(path: str | Path, model: Model, source: str, *, replace: bool = F
     path = Path(path)
     if path.exists() and not replace:
         raise InputError(f"{path} exists already; remove it, or choose another output directory.")
-    flat = {name: np.asarray(leaf) for name, leaf in trees.flatten(model.params).items()}
-    check_entries(model.config, flat, "The model")
+    check_entries(config, {name: tensor.shape for name, tensor in parameters.items()}, "The model")
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         partial.chmod(0o755)
-        safetensors.numpy.save_file(flat, partial / WEIGHTS)
+        digests = tensors.write(partial / WEIGHTS, parameters, label=path.name)
+        card = model_card.write(path.name, config, parameters, source=source, licences=licences)
+        (partial / CARD).write_text(card, encoding="utf-8")
         meta = {
             "format": FORMAT,
-            "model": to_plain(model.config),
+            "model": to_plain(config),
             "source": source,
-            "sha256": _sha256(partial / WEIGHTS),
-            "tokenizer_sha256": tokenizer_fingerprint(model),
+            "licences": list(licences),
+            "layout": layout,
+            "sha256": digests.file,
+            "tokenizer_sha256": _fingerprint(digests.tensors),
         }
         (partial / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _swap_in(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"Could not write the model to {path} ({error}); {remedy(error)}") from None
     finally:
         if partial is not None:
@@ -126,10 +185,14 @@ def save_model(path: str | Path, model: Model, source: str, *, replace: bool = F
 
 def tokenizer_fingerprint(model: Model) -> str:
     """SHA-256 of the tokenizer's parameters, whatever file they are in."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(trees.flatten(model.params["tokenizer"]).items()):
-        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    flat = trees.flatten({"tokenizer": model.params["tokenizer"]})
+    return _fingerprint({name: tensors.digest(np.asarray(leaf)) for name, leaf in flat.items()})
+
+
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    """Of the tokenizer, from the SHA-256 of each parameter's bytes."""
+    of_tokenizer = sorted(item for item in digests.items() if item[0].startswith("tokenizer."))
+    return hashlib.sha256(json.dumps(of_tokenizer).encode()).hexdigest()
 
 
 def _swap_in(new: Path, path: Path) -> None:
@@ -148,8 +211,3 @@ def _swap_in(new: Path, path: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -97,6 +97,10 @@ class ScaleLadder:
                 raise InputError(f"Attention pattern {pattern!r} is unknown; use 'block_diagonal' or 'block_causal'.")
         return np.stack([start, end], axis=1)
 
+    def until(self, scale: int) -> ScaleLadder:
+        """The ladder up to and with one scale (from 0): what a pass that sees the coarser scales attends over."""
+        return ScaleLadder(self.sides[: scale + 1])
+
     def only(self, scale: int) -> ScaleLadder:
         """The ladder of one scale (from 0) by itself: what a sampling pass attends over."""
         return ScaleLadder((self.sides[scale],))

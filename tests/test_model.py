@@ -132,13 +132,6 @@ def test_masked_doors_need_a_mask_branch(stage1_model):
         stage1_model.sample(LABELS, Schedule.from_counts([[1], [1, 3], [9]]))
 
 
-def test_a_var_model_is_not_sampled_here(stage1_model):
-    transformer = dataclasses.replace(stage1_model.config.transformer, pattern="block_causal")
-    var = Model(dataclasses.replace(TINY, transformer=transformer), stage1_model.params)
-    with pytest.raises(InputError, match="VAR model"):
-        var.sample(LABELS)
-
-
 @pytest.mark.parametrize("name", hmar_jax.__all__)
 def test_public_names_are_importable(name):
     assert getattr(hmar_jax, name) is not None
@@ -149,7 +142,7 @@ def test_public_names_are_importable(name):
 
 @pytest.mark.parametrize("kind", ["nsp", "mask"])
 def test_official_generation(golden, golden_model, kind):
-    model = golden_model(golden["hmar_manifest"], masked=True)
+    model = golden_model("hmar")
     counts = [[1], [4], [9], [16]] if kind == "nsp" else json.loads(str(golden["schedule"]))
     out = model.sample(golden["labels"], Schedule.from_counts(counts), cfg=1.7, greedy=True, record=True)
     assert [draw.tokens.shape[1] for draw in out.draws] == golden[f"gen_{kind}_calls"].tolist()
@@ -157,3 +150,9 @@ def test_official_generation(golden, golden_model, kind):
     np.testing.assert_array_equal(draws, golden[f"gen_{kind}_tokens"])
     pictures = out.images.transpose(0, 3, 1, 2)
     np.testing.assert_allclose(pictures, golden[f"gen_{kind}_img"], rtol=0, atol=3e-5)
+
+
+def test_official_var_generation(golden_var, golden_model):
+    out = golden_model("var").sample(golden_var["labels"], "var", cfg=1.5, greedy=True)
+    np.testing.assert_array_equal(out.tokens, golden_var["var_tokens"])
+    np.testing.assert_allclose(out.images.transpose(0, 3, 1, 2), golden_var["var_img"], rtol=0, atol=3e-5)

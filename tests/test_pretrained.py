@@ -1,21 +1,28 @@
 """Model directories: back bit for bit, whole or not at all, one sentence for every kind of damage."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_models import TINY, lively_model, tiny
 
-import hmar_jax.pretrained
+import hmar_jax.model_card
+import hmar_jax.tensors
 from hmar_jax import InputError, from_pretrained
 from hmar_jax import params as trees
 from hmar_jax.model import Model
-from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint
+from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint, write_model
+from hmar_jax.tensors import Tensor
+
+FILES = ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def rewrite(saved, change_weights=None, change_config=None):
         flat = safetensors.numpy.load_file(weights)
         change_weights(flat)
         safetensors.numpy.save_file(flat, weights)
-        meta["sha256"] = hmar_jax.pretrained._sha256(weights)
+        meta["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     if change_config:
         change_config(meta)
     config.write_text(json.dumps(meta))
@@ -39,6 +46,13 @@ def rewrite(saved, change_weights=None, change_config=None):
 
 def listing(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def in_half_precision(model):
+    """The model with its matrices in bfloat16, the rest in float32."""
+    flat = trees.flatten(model.params)
+    halved = {name: leaf.astype(jnp.bfloat16) if name.endswith("kernel") else leaf for name, leaf in flat.items()}
+    return Model(model.config, trees.unflatten(halved))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +64,9 @@ def listing(folder):
         lambda model, stage1: Model(
             TINY.__class__(TINY.ladder, TINY.tokenizer), {"tokenizer": model.params["tokenizer"]}
         ),
+        lambda model, stage1: in_half_precision(model),
     ],
-    ids=["hmar", "stage 1", "var shared adaln", "tokenizer alone"],
+    ids=["hmar", "stage 1", "var shared adaln", "tokenizer alone", "hmar of two types"],
 )
 def test_a_saved_model_comes_back_bit_for_bit(model, stage1_model, tmp_path, make):
     original = make(model, stage1_model)
@@ -62,14 +77,33 @@ def test_a_saved_model_comes_back_bit_for_bit(model, stage1_model, tmp_path, mak
     for name, leaf in before.items():
         assert leaf.dtype == after[name].dtype
         np.testing.assert_array_equal(leaf, after[name])
-    assert listing(tmp_path) == ["deep", "deep/model", "deep/model/config.json", "deep/model/model.safetensors"]
+    assert listing(tmp_path / "deep") == ["model", *(f"model/{name}" for name in FILES)]
 
 
 def test_the_config_file_says_where_the_weights_come_from(saved, model):
     config, meta = read_config(saved)
     assert config == model.config
-    assert meta["source"] == "made by a test"
+    assert (meta["source"], meta["licences"], meta["layout"]) == ("made by a test", [], "")
+    assert meta["sha256"] == hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
     assert meta["tokenizer_sha256"] == tokenizer_fingerprint(model)
+
+
+def test_the_config_file_says_what_binds_the_weights(model, tmp_path):
+    flat = {
+        name: Tensor(leaf.shape, np.dtype(leaf.dtype), lambda leaf=leaf: [np.asarray(leaf)])
+        for name, leaf in trees.flatten(model.params).items()
+    }
+    licences = ["Not for sale.", "Nor for „Füchse“."]
+    path = write_model(tmp_path / "model", TINY, flat, source="elsewhere", licences=licences, layout="hmar")
+    meta = read_config(path)[1]
+    assert (meta["source"], meta["licences"], meta["layout"]) == ("elsewhere", licences, "hmar")
+    saved = save_model(tmp_path / "again", from_pretrained(path), "elsewhere", licences=licences)
+    assert read_config(saved)[1] == meta | {"layout": ""}
+
+
+def test_a_directory_without_its_card_is_a_model(saved):
+    (saved / "README.md").unlink()
+    assert from_pretrained(saved).config == TINY
 
 
 def test_the_tokenizers_fingerprint_is_of_its_values_alone(model, stage1_model):
@@ -84,10 +118,10 @@ def test_the_compute_type_is_chosen_when_loading(saved):
 
 
 def test_an_existing_output_is_refused_and_untouched(saved, model):
-    before = (saved / "config.json").read_bytes()
+    before = {name: (saved / name).read_bytes() for name in listing(saved)}
     with pytest.raises(InputError, match=r"model exists already; remove it, or choose another"):
         save_model(saved, model, "again")
-    assert (saved / "config.json").read_bytes() == before
+    assert {name: (saved / name).read_bytes() for name in listing(saved)} == before
 
 
 def test_replace_swaps_the_whole_directory(saved):
@@ -95,7 +129,8 @@ def test_replace_swaps_the_whole_directory(saved):
     save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
     assert read_config(saved)[1]["source"] == "second"
     from_pretrained(saved)
-    assert listing(saved.parent) == ["model", "model/config.json", "model/model.safetensors"]
+    assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
+    assert "second" in (saved / "README.md").read_text()
 
 
 # --- damage
@@ -151,7 +186,7 @@ def write_config(text):
             r"lacks tokenizer\.quantizer\.codebook, transformer\.level, transformer\.mask_embed and 1 more",
         ),
         (add("transformer.extra"), r"has the unexpected transformer\.extra; weights"),
-        (misshape("transformer.pos", (3, 2)), r"has transformer\.pos of shape \(3, 2\); its config wants \(14, 32\)"),
+        (misshape("transformer.pos", (3, 2)), r"has transformer\.pos of shape \(3, 2\), not \(14, 32\); weights and"),
         (write_config(b"{"), r"config\.json is damaged \("),
         (write_config(b"\xff\xfe\x00"), r"config\.json is damaged \("),
         (write_config(b"[1]"), r"config\.json is damaged \("),
@@ -162,6 +197,10 @@ def write_config(text):
         (forget("model"), r"config\.json is damaged \('model'\)"),
         (forget("format"), r"config\.json is damaged \('format'\)"),
         (forget("sha256"), r"config\.json is damaged \('sha256'\)"),
+        (forget("source"), r"config\.json is damaged \('source'\)"),
+        (forget("licences"), r"config\.json is damaged \('licences'\)"),
+        (forget("layout"), r"config\.json is damaged \('layout'\)"),
+        (forget("tokenizer_sha256"), r"config\.json is damaged \('tokenizer_sha256'\)"),
     ],
 )
 def test_damage_gets_one_sentence_that_names_it(saved, damage, message):
@@ -188,36 +227,54 @@ def test_a_model_whose_parameters_do_not_fit_is_not_saved(model, tmp_path):
 # --- interrupted and refused writes
 
 
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
+class Interrupted(BaseException):
+    """Stands for Ctrl-C."""
 
 
-def full_disk_below(*_, **__):
-    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+# What a save goes through, in order: each may be refused or interrupted.
+WEIGHTS = (hmar_jax.tensors, "write")
+AN_ARRAY = (hmar_jax.tensors, "_bytes")  # when others are in the file already
+CARD = (hmar_jax.model_card, "write")
+TEXTS = (Path, "write_text")
+RENAME = (os, "rename")
 
 
-@pytest.mark.parametrize("fail", [full_disk, full_disk_below])
-def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, fail):
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+def fail_at(monkeypatch, at, error):
+    """The nth call of a function fails; by default the first."""
+    original, calls, last = getattr(*at), [], 5 if at == AN_ARRAY else 1
+
+    def fail(*args, **options):
+        calls.append(args)
+        if len(calls) == last:
+            raise error
+        return original(*args, **options)
+
+    monkeypatch.setattr(*at, fail)
+    return calls, last
+
+
+@pytest.mark.parametrize("at", [WEIGHTS, AN_ARRAY, TEXTS, RENAME], ids=lambda at: at[1])
+def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, at):
+    fail_at(monkeypatch, at, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(InputError, match=r"Could not write the model to .*No space left.*make room on that disk"):
         save_model(tmp_path / "model", model, "x")
     assert listing(tmp_path) == []
 
 
-class Interrupted(BaseException):
-    """Stands for Ctrl-C."""
-
-
-@pytest.mark.parametrize("at", [(os, "rename"), (safetensors.numpy, "save_file"), (hmar_jax.pretrained, "_sha256")])
+@pytest.mark.parametrize("at", [WEIGHTS, AN_ARRAY, CARD, TEXTS, RENAME], ids=lambda at: f"{at[0].__name__}.{at[1]}")
 @pytest.mark.parametrize("error", [OSError("no"), Interrupted()], ids=["refused", "interrupted"])
-def test_an_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch, at, error):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(*at, fail)
+@pytest.mark.parametrize("replace", [False, True], ids=["anew", "over another"])
+def test_an_interrupted_save_leaves_what_was_there(model, tmp_path, monkeypatch, at, error, replace):
+    if replace:
+        save_model(tmp_path / "model", model, "first")
+    before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path) if (tmp_path / name).is_file()}
+    calls, last = fail_at(monkeypatch, at, error)
     with pytest.raises(InputError if isinstance(error, OSError) else Interrupted):
-        save_model(tmp_path / "model", model, "x")
-    assert listing(tmp_path) == []
+        save_model(tmp_path / "model", model, "x", replace=replace)
+    assert len(calls) >= last
+    monkeypatch.undo()
+    assert listing(tmp_path) == (["model", *sorted(before)] if replace else [])
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):

@@ -1,10 +1,11 @@
-"""`hmar-jax export`: a work directory → model directory; pictures + tokenizer → token cache."""
+"""`hmar-jax export`: work directory → model directory; pictures + tokenizer → token cache; model → PyTorch file."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tqdm
@@ -13,27 +14,45 @@ from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig
 from hmar_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from hmar_jax.official import Kind
+
 
 def run(argv: Sequence[str]) -> None:
-    """Writes what `export model` or `export tokens` names."""
-    parser = argparse.ArgumentParser(prog="hmar-jax export", description="Write a model directory or a token cache.")
+    """Writes what `export model`, `export tokens` or `export torch` names."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax export", description="Write a model directory, a token cache or an official PyTorch checkpoint."
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     model = kinds.add_parser("model", help="the newest checkpoint of a training run as a model directory")
     model.add_argument("--workdir", required=True, type=Path, help="of the training run")
     model.add_argument("--output", required=True, type=Path, help="model directory to write; must not exist")
     tokens = kinds.add_parser("tokens", help="pictures as tokens, for the two transformer stages to train from")
-    tokens.add_argument("--model", required=True, type=Path, help="model directory with the tokenizer")
+    tokens.add_argument("--model", required=True, help="model directory or hub id, with the tokenizer")
     tokens.add_argument("--config", required=True, help="config file whose `data` names the pictures")
     tokens.add_argument("--crops", type=int, default=1, help="versions of each picture (default: %(default)s)")
     tokens.add_argument("--count", type=int, help="pictures to take; all by default, needed for glyphs")
     tokens.add_argument("--batch-size", type=int, default=64)
     tokens.add_argument("--seed", type=int, default=0, help="of crops and flips")
     tokens.add_argument("--output", required=True, type=Path, help="cache directory to write; must not exist")
+    torch = kinds.add_parser("torch", help="a model directory in the layout of the official PyTorch code")
+    torch.add_argument("--model", required=True, help="model directory or hub id")
+    torch.add_argument(
+        "--kind",
+        dest="layout",
+        choices=["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"],
+        help="vae for the tokenizer; by default the transformer as it was converted, or as what it is",
+    )
+    torch.add_argument(
+        "--output", required=True, type=Path, help=".safetensors, or .pth where PyTorch is there; must not exist"
+    )
     args, overrides = parser.parse_known_args(argv)
-    if unknown := [o for o in overrides if args.kind == "model" or not o.startswith("--config.")]:
+    if unknown := [o for o in overrides if args.kind != "tokens" or not o.startswith("--config.")]:
         parser.error(f"unrecognized argument: {unknown[0]}")
     if args.kind == "model":
         _export_model(args.workdir, args.output)
+    elif args.kind == "torch":
+        _export_torch(args.model, args.output, args.layout)
     else:
         data = read_config(args.config, overrides).data
         size = {"crops": args.crops, "count": args.count, "batch_size": args.batch_size, "seed": args.seed}
@@ -47,12 +66,20 @@ def _export_model(workdir: Path, output: Path) -> None:
 
     if output.exists():
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
-    model, source = load_trained(workdir)
-    print(f"The model is in {save_model(output, model, source)}")
+    model, source, licences = load_trained(workdir)
+    print(f"The model is in {save_model(output, model, source, licences=licences)}")
+
+
+def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
+    from hmar_jax.convert import export_torch
+
+    written = export_torch(model, output, layout)
+    rest = "" if written == "vae" else "; --kind=vae writes its tokenizer"
+    print(f"The {written} state dict is in {output}, without the buffers that the official code derives{rest}")
 
 
 def export_tokens(
-    model_path: Path,
+    model_path: str | Path,
     data: DataConfig,
     output: Path,
     *,

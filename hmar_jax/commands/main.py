@@ -16,7 +16,8 @@ from hmar_jax.errors import InputError
 
 COMMANDS = {
     "train": "train one stage from a config",
-    "export": "write a model directory or a token cache",
+    "convert": "turn an official PyTorch checkpoint into a model directory",
+    "export": "write a model directory, a token cache or an official PyTorch checkpoint",
     "sample": "sample pictures from a model directory",
     "demo": "train all three stages on glyphs, from nothing to pictures",
 }

@@ -13,7 +13,8 @@ from hmar_jax.sampling.schedule import Schedule
 def run(argv: Sequence[str]) -> None:
     """Samples one picture a label, and a grid of all."""
     parser = argparse.ArgumentParser(prog="hmar-jax sample", description="Sample one picture for each label.")
-    parser.add_argument("--model", required=True, type=Path, help="model directory")
+    parser.add_argument("--model", required=True, help="model directory, or id on the Hugging Face hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--labels", required=True, help="classes, by number or name: 3,7 or A,b")
     parser.add_argument(
         "--schedule", default="next-scale", help="name of a preset, or a .json file (default: %(default)s)"
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax import pictures
     from hmar_jax.pretrained import from_pretrained
 
-    model = from_pretrained(args.model, args.dtype)
+    model = from_pretrained(args.model, args.dtype, args.revision)
     labels = parse_labels(args.labels, model.config.class_names)
     scalars = {name: getattr(args, name) for name in ("cfg", "temperature", "top_k", "top_p", "noise")}
     schedule = read_schedule(args.schedule)

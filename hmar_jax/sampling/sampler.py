@@ -118,3 +118,26 @@ def predictor(model: HMAR, labels: jax.Array, null_label: int) -> Predict:
         return filters.guide(cond_logits, null_logits, cfg)
 
     return predict
+
+
+def cached_predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Predict:
+    """As `predictor`, for VAR: a scale's tokens see the coarser ones, whose keys and values are kept between passes.
+
+    Scales are to be asked for in order, once each. Where any pass is guided all run the null half, which has its own
+    keys and values.
+    """
+    guided = any(any(steps) for steps in plan.guided)
+    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)]) if guided else labels
+    cond, cache = model.condition(both), model.empty_cache(both.shape[0])
+
+    def predict(scale: int, inputs: ScaleInputs, cfg: jax.Array | None) -> jax.Array:
+        nonlocal cache
+        pooled = jnp.concatenate([inputs.pooled] * 2) if guided else inputs.pooled
+        x = model.inputs(cond, range(scale, scale + 1), pooled if scale else pooled[:, :0])
+        logits, cache = model.extend(x, cond, model.ladder.until(scale), cache)
+        if not guided:
+            return logits
+        cond_logits, null_logits = jnp.split(logits, 2)
+        return cond_logits if cfg is None else filters.guide(cond_logits, null_logits, cfg)
+
+    return predict

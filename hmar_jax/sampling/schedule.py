@@ -35,7 +35,9 @@ _OFFICIAL_COUNTS: dict[str, tuple[tuple[int, ...], ...]] = {
 }  # fmt: skip
 # Masked steps on the small scales, as the official ones have them, for any ladder that starts 1, 2, 3.
 _SMALL_HEAD = {1: (1,), 2: (1, 3), 3: (1, 1, 2, 5), 4: (3, 5, 8)}
-PRESETS = (*_OFFICIAL_COUNTS, "small", "next-scale")
+PRESETS = (*_OFFICIAL_COUNTS, "small", "next-scale", "var")
+# VAR's published sampling settings, the same for all depths.
+_VAR = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 
 
 class Pass(NamedTuple):
@@ -159,19 +161,21 @@ class Schedule:
         """A named schedule for a ladder, with the published guidance of the given transformer depth.
 
         `official-256`, `official-512`, `official-1024` are published, each for its ladder. `small` has their masked
-        steps on whichever of the sides 2, 3 and 4 a ladder has, `next-scale` has no masked step: both for any ladder.
+        steps on whichever of the sides 2, 3 and 4 a ladder has; `next-scale` and `var` have no masked step, the latter
+        the guidance published for VAR: these three are for any ladder.
         """
         if name in _OFFICIAL_COUNTS:
             counts: Sequence[Sequence[int]] = _OFFICIAL_COUNTS[name]
         elif name == "small":
             counts = [_SMALL_HEAD.get(side, (side * side,)) for side in ladder.sides]
             counts[0] = (ladder.lengths[0],)
-        elif name == "next-scale":
+        elif name in ("next-scale", "var"):
             counts = [(length,) for length in ladder.lengths]
         else:
             raise InputError(f"Schedule {name!r} is unknown; choose {', '.join(PRESETS)}, or give a Schedule.")
         cfg, top_k = _OFFICIAL_GUIDANCE.get(depth, _OFFICIAL_GUIDANCE[16])
-        schedule = cls.from_counts(counts, cfg=cfg, top_k=top_k)
+        scalars: dict[str, Any] = _VAR if name == "var" else {"cfg": cfg, "top_k": top_k}
+        schedule = cls.from_counts(counts, **scalars)
         schedule.check_ladder(ladder, name)
         return schedule
 

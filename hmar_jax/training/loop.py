@@ -103,7 +103,8 @@ def train(config: TrainConfig, workdir: Path) -> Path:
         writer.close()
         data.close()
         checkpoints.close()
-    return save_model(workdir / "model", *_trained(config, objective, state, frozen), replace=True)
+    model, source, licences = _trained(config, objective, state, frozen)
+    return save_model(workdir / "model", model, source, licences=licences, replace=True)
 
 
 def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = None) -> Objective:
@@ -123,8 +124,10 @@ def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = No
     return OBJECTIVES[config.stage](config, cache.class_names)
 
 
-def load_trained(workdir: Path) -> tuple[Model, str]:
-    """The model at the newest checkpoint of a work directory, averaged where it has averages; and one line on it."""
+def load_trained(workdir: Path) -> tuple[Model, str, list[str]]:
+    """The model at the newest checkpoint of a work directory, averaged where it has averages; its source and licences,
+    as `save_model` takes them.
+    """
     if not (workdir / "checkpoints").is_dir():
         raise InputError(f"{workdir} has no checkpoints; give the --workdir of a training run.")
     checkpoints = Checkpoints(workdir)
@@ -139,11 +142,15 @@ def load_trained(workdir: Path) -> tuple[Model, str]:
     return _trained(config, objective, state, frozen)
 
 
-def _trained(config: TrainConfig, objective: Objective, state: TrainState, frozen: Tree) -> tuple[Model, str]:
-    """The model that a state holds, in host memory, and one line on it for its `config.json`."""
+def _trained(
+    config: TrainConfig, objective: Objective, state: TrainState, frozen: Tree
+) -> tuple[Model, str, list[str]]:
+    """The model that a state holds, in host memory, its source and its licences."""
     model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
     run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
-    return model, f"trained by hmar-jax, {run}"
+    # What a model starts from binds what it becomes.
+    licences = read_config(Path(config.init_from))[1]["licences"] if config.init_from else []
+    return model, f"trained by hmar-jax, {run}", licences
 
 
 def _initial_state(
@@ -260,10 +267,10 @@ def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
             "to some of those, or sample_every to 0."
         )
     schedule = Schedule.preset(config.sample_schedule, model.ladder, model.transformer.depth)
-    if model.transformer.pattern == "block_causal" or (schedule.has_masked_steps and not model.transformer.masked):
+    if schedule.has_masked_steps and not model.transformer.masked:
         raise InputError(
-            f"sample_schedule={config.sample_schedule!r} does not suit stage {config.stage!r} with "
-            f"{model.transformer.pattern} attention; set it to 'next-scale', or sample_every to 0."
+            f"sample_schedule={config.sample_schedule!r} has masked steps, which stage {config.stage!r} does not have; "
+            "set it to 'next-scale', or sample_every to 0."
         )
 
 

@@ -36,8 +36,10 @@ class TrainState:
     @classmethod
     def create(cls, config: TrainConfig, parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
         """The state at step 0."""
-        # An initialiser's weak types would be gone after the first step, which would compile the second anew.
-        params, extra = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), (parts.trained, parts.extra))
+        # An initialiser's weak types would be gone after the first step, which would compile the second anew; a model
+        # stored in bfloat16 trains in float32.
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), parts.trained)
+        extra = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), parts.extra)
         ema = jax.tree.map(jnp.array, params) if config.optimizer.ema else {}
         key = jax.random.key_data(jax.random.key(config.seed))
         return cls(jnp.zeros((), jnp.int32), key, params, ema, optimizer.init(params), extra)

@@ -5,8 +5,9 @@ Axis letters: B batch, L tokens, C width, H heads, D head size, V codebook.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,15 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
+class KeysValues(NamedTuple):
+    """What attention remembers of tokens, before any normalisation: (B,N,H,D) each in one block, and with a leading
+    depth axis in a stack.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
 class Attention(nnx.Module):
     """Multi-head scale attention; q and k are L2-normalised and q scaled by a learned factor per head."""
 
@@ -56,13 +66,17 @@ class Attention(nnx.Module):
         proj_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
         self.proj = nnx.Linear(width, width, kernel_init=proj_init, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, ladder: ScaleLadder) -> jax.Array:
+    def __call__(self, x: jax.Array, ladder: ScaleLadder, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
+        """(B,N,C) → (B,N,C), and the keys and values of these tokens; `past` are those of all tokens before them."""
         bias = jnp.concatenate([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = self.qkv(x) + bias.astype(self.dtype)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
-        attended = scale_attention(q, k, v, ladder, pattern=self.pattern, q_scale=scale)
-        return self.proj(attended.reshape(x.shape))
+        seen = own = KeysValues(k, v)
+        if past is not None:
+            seen = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True)))
+        attended = scale_attention(q, seen.k, seen.v, ladder, pattern=self.pattern, q_scale=scale)
+        return self.proj(attended.reshape(x.shape)), own
 
 
 class Block(nnx.Module):
@@ -84,29 +98,40 @@ class Block(nnx.Module):
             self.adaln_offset = nnx.Param(weight_init(width)(rngs.params(), (6, width)) * rows)
         else:
             init = weight_init(width)(rngs.params(), (width, 6, width)) * rows
-            self.adaln = nnx.Linear(width, 6 * width, rngs=rngs)
+            self.adaln = nnx.Linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
             self.adaln.kernel[...] = init.reshape(width, 6 * width)
 
     def __call__(
-        self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, drop: tuple[jax.Array, jax.Array] | None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        modulation: jax.Array,
+        ladder: ScaleLadder,
+        *,
+        drop: tuple[jax.Array, jax.Array] | None = None,
+        past: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
         """One block.
 
         Args:
-          x: (B,L,C). ladder: the scales that L is joined from.
+          x: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
           modulation: SiLU(cond) (B,C), or with a shared AdaLN its projection (B,6C), float32.
           drop: rate and key of drop-path; None when not training.
+          past: this block's keys and values of all tokens before x.
+
+        Returns:
+          As x; and the keys and values of its tokens.
         """
         if hasattr(self, "adaln"):
             six = self.adaln(modulation).reshape(x.shape[0], 6, 1, -1)
         else:
             six = (modulation.reshape(x.shape[0], 6, -1) + self.adaln_offset[...])[:, :, None]
         g1, g2, s1, s2, b1, b2 = jnp.moveaxis(six, 1, 0)
-        h = self.attention(layer_norm(x, s1, b1).astype(self.dtype), ladder) * g1.astype(self.dtype)
+        h, own = self.attention(layer_norm(x, s1, b1).astype(self.dtype), ladder, past)
+        h = h * g1.astype(self.dtype)
         x = x + (h if drop is None else drop_path(h, drop[0], jax.random.fold_in(drop[1], 0)))
         h = self.fc1(layer_norm(x, s2, b2).astype(self.dtype))
         h = self.fc2(nnx.gelu(h, approximate=True)) * g2.astype(self.dtype)
-        return x + (h if drop is None else drop_path(h, drop[0], jax.random.fold_in(drop[1], 1)))
+        return x + (h if drop is None else drop_path(h, drop[0], jax.random.fold_in(drop[1], 1))), own
 
 
 class Stack(nnx.Module):
@@ -144,11 +169,40 @@ class Stack(nnx.Module):
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             params, drop = layer
-            return nnx.merge(graphdef, params)(x, modulation, ladder, drop), None
+            return nnx.merge(graphdef, params)(x, modulation, ladder, drop=drop)[0], None
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(step, x, (stacked, drops))[0]
+
+    def extend(
+        self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, cache: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """As `__call__` for the last tokens of `ladder` alone, those before being in the cache.
+
+        Args:
+          x: (B,N,C). cache: (depth,B,·,H,D) each, with room for all tokens to come.
+
+        Returns:
+          (B,N,C), and the cache with these tokens in it.
+        """
+        if not self.depth:
+            return x, cache
+        graphdef, stacked = nnx.split(self.blocks)
+        known = ladder.length - x.shape[1]
+
+        def step(carry: tuple[jax.Array, KeysValues], layer: tuple) -> tuple[tuple[jax.Array, KeysValues], None]:
+            x, cache = carry
+            params, i = layer
+            here = (i, 0, 0, 0, 0)
+            past = [jax.lax.dynamic_slice(c, here, (1, x.shape[0], known, *c.shape[3:]))[0] for c in cache]
+            x, own = nnx.merge(graphdef, params)(x, modulation, ladder, past=KeysValues(*past))
+            # Carried, not stacked by the scan, the cache is written where it is.
+            after = (i, 0, known, 0, 0)
+            pairs = zip(cache, own, strict=True)
+            return (x, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], after) for c, o in pairs))), None
+
+        return jax.lax.scan(step, (x, cache), (stacked, jnp.arange(self.depth)))[0]
 
 
 class Head(nnx.Module):
@@ -156,8 +210,9 @@ class Head(nnx.Module):
 
     def __init__(self, config: TransformerConfig, codebook_size: int, *, rngs: nnx.Rngs):
         width = config.width
-        self.adaln = nnx.Linear(width, 2 * width, kernel_init=weight_init(width, 0.5), rngs=rngs)
-        self.linear = nnx.Linear(width, codebook_size, kernel_init=weight_init(width, 0.02), rngs=rngs)
+        linear = functools.partial(nnx.Linear, dtype=jnp.float32, rngs=rngs)
+        self.adaln = linear(width, 2 * width, kernel_init=weight_init(width, 0.5))
+        self.linear = linear(width, codebook_size, kernel_init=weight_init(width, 0.02))
 
     def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
         scale, shift = jnp.split(self.adaln(nnx.silu(cond))[:, None], 2, axis=-1)

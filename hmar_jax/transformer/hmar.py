@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.transformer.blocks import Head, Remat, Stack, weight_init
+from hmar_jax.transformer.blocks import Head, KeysValues, Remat, Stack, weight_init
 
 
 class Branch(nnx.Module):
@@ -50,14 +50,15 @@ class HMAR(nnx.Module):
     ):
         width, init = config.width, weight_init(config.width)
         self.ladder, self.dtype = ladder, dtype
-        self.class_embed = nnx.Embed(config.num_classes + 1, width, embedding_init=init, rngs=rngs)
+        self.heads, self.head_size = config.heads, width // config.heads
+        self.class_embed = nnx.Embed(config.num_classes + 1, width, embedding_init=init, dtype=jnp.float32, rngs=rngs)
         self.pos_start = nnx.Param(init(rngs.params(), (ladder.lengths[0], width)))
         self.pos = nnx.Param(init(rngs.params(), (ladder.length, width)))
         self.level = nnx.Param(init(rngs.params(), (ladder.num_scales, width)))
         self.word = nnx.Linear(latent_channels, width, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
         self.word_bias = nnx.Param(jnp.zeros((width,)))
         if config.shared_adaln:
-            self.adaln = nnx.Linear(width, 6 * width, kernel_init=init, rngs=rngs)
+            self.adaln = nnx.Linear(width, 6 * width, kernel_init=init, dtype=jnp.float32, rngs=rngs)
         self.trunk = Stack(config, config.trunk_depth, 0, dtype=dtype, remat=remat, rngs=rngs)
         self.next_scale = Branch(config, codebook_size, dtype=dtype, remat=remat, rngs=rngs)
         if config.masked:
@@ -88,7 +89,7 @@ class HMAR(nnx.Module):
         """
         offsets = self.ladder.offsets
         where = slice(offsets[scales.start], offsets[scales.stop])
-        place = self.pos[...][where] + self.level[...][self.ladder.scale_ids[where]]
+        place = self.pos[...][where] + self.level[...][self.ladder.scale_ids[where]].astype(jnp.float32)
         parts = []
         if scales.start == 0:
             parts.append(cond[:, None] + self.pos_start[...])
@@ -114,12 +115,36 @@ class HMAR(nnx.Module):
         """As `next_scale_logits`, from the mask branch."""
         return self._logits(self.masked, x, cond, ladder, key)
 
+    def empty_cache(self, batch: int) -> list[KeysValues]:
+        """Room for the keys and values of all L tokens, in the blocks of the trunk and of the next-scale branch."""
+        shape = (batch, self.ladder.length, self.heads, self.head_size)
+        stacks = (self.trunk, self.next_scale.stack)
+        return [KeysValues(*(jnp.zeros((stack.depth, *shape), self.dtype) for _ in range(2))) for stack in stacks]
+
+    def extend(
+        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, cache: list[KeysValues]
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Next-scale logits of the last tokens of `ladder`, where attention sees all of its tokens: VAR's sampling.
+
+        Args:
+          x: (B,N,C), `inputs` of those tokens. cond: (B,C). cache: holds the tokens before them.
+
+        Returns:
+          (B,N,V) float32, and the cache with these tokens in it.
+        """
+        modulation = self._modulation(cond)
+        x, of_trunk = self.trunk.extend(x, modulation, ladder, cache[0])
+        x, of_branch = self.next_scale.stack.extend(x, modulation, ladder, cache[1])
+        return self.next_scale.head(x, cond), [of_trunk, of_branch]
+
+    def _modulation(self, cond: jax.Array) -> jax.Array:
+        activated = nnx.silu(cond)
+        return self.adaln(activated) if hasattr(self, "adaln") else activated
+
     def _logits(
         self, branch: Branch, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None
     ) -> jax.Array:
-        modulation = nnx.silu(cond)
-        if hasattr(self, "adaln"):
-            modulation = self.adaln(modulation)
+        modulation = self._modulation(cond)
         trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
         x = self.trunk(x, modulation, ladder, trunk_key)
         x = branch.stack(x, modulation, ladder, branch_key)

@@ -44,7 +44,8 @@ def scale_attention(
     """Attention among the tokens of one scale (`block_diagonal`) or of all scales so far (`block_causal`).
 
     Args:
-      q, k, v: (B,L,H,D), bfloat16, float16 or float32.
+      q, k, v: (B,L,H,D), bfloat16, float16 or float32. q may hold the last tokens alone, as when sampling with the keys
+        and values of coarser scales kept.
       ladder: the scales that the L tokens are joined from; static.
       pattern: which keys a query sees.
       q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
@@ -52,22 +53,26 @@ def scale_attention(
       implementation: `reference` (dense, float32) or `xla` (scale by scale); None takes `xla`.
 
     Returns:
-      (B,L,H,D) in the dtype of q.
+      As q, in shape and dtype.
 
     Raises:
       ValueError: L is not the ladder's, or the forced implementation is unknown.
     """
-    if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[1] != ladder.length:
+    length = ladder.length
+    whole = q.ndim == 4 and (q.shape[0], length, *q.shape[2:]) == k.shape == v.shape
+    if not whole or not 0 < q.shape[1] <= length:
         raise ValueError(
-            f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {ladder.length}, H, D) for {ladder}."
+            f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {length}, H, D) for {ladder}, q perhaps "
+            "with the last tokens alone."
         )
+    ranges = ladder.key_ranges(pattern)[length - q.shape[1] :]
     chosen = implementation or "xla"
     _announce(chosen)
     match chosen:
         case "xla":
-            return xla_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
+            return xla_attention(q, k, v, ranges, q_scale)
         case "reference":
-            return reference_attention(q, k, v, ladder.key_ranges(pattern), q_scale)
+            return reference_attention(q, k, v, ranges, q_scale)
         case _:
             raise ValueError(f"scale_attention has no implementation {implementation!r}; use 'xla' or 'reference'.")
 

@@ -16,18 +16,18 @@ def reference_attention(
     """Every query i attends to the keys in [key_ranges[i,0], key_ranges[i,1]).
 
     Args:
-      q, k, v: (B,L,H,D), any float dtype.
-      key_ranges: (L,2) int.
+      q: (B,N,H,D), k, v: (B,L,H,D), any float dtype.
+      key_ranges: (N,2) int.
       q_scale: optional (H,). With it q and k are L2-normalised along D (eps 1e-12), q is multiplied by it and the
         softmax scale is 1; without it the softmax scale is D^-0.5.
 
     Returns:
-      (B,L,H,D) in the dtype of q.
+      (B,N,H,D) in the dtype of q.
     """
     dtype = q.dtype
     q, k = scale_queries_and_keys(q, k, q_scale)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
-    keys = np.arange(key_ranges.shape[0])
+    keys = np.arange(k.shape[1])
     visible = (keys >= key_ranges[:, :1]) & (keys < key_ranges[:, 1:])
     if not visible.all():
         logits = jnp.where(visible, logits, -jnp.inf)

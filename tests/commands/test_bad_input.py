@@ -170,8 +170,7 @@ OVERRIDES = {
     "sample labels of no class": ("next_scale", "sample_labels=(0,7)", "sample_labels=(0, 7) is not a list of the"),
     "no sample labels": ("next_scale", "sample_labels=()", "sample_labels=() is not a list of the classes 0 to 2"),
     "a sample schedule that is none": ("next_scale", "sample_schedule=quick", "Schedule 'quick' is unknown"),
-    "samples by a branch to come": ("next_scale", "sample_schedule=small", "'small' does not suit stage 'next_scale'"),
-    "samples of a VAR": ("next_scale", "transformer.pattern=block_causal", "block_causal attention; set it to"),
+    "samples by a branch to come": ("next_scale", "sample_schedule=small", "'small' has masked steps, which stage"),
     "classes of another number": ("next_scale", "transformer.num_classes=4", "The token cache has 3 classes"),
 }
 

@@ -61,6 +61,19 @@ class TestEveryImplementation:
         attended = scale_attention(*qkv, ladder, pattern=pattern, q_scale=scale, implementation=implementation)
         assert error_of(attended, brute_force(*qkv, sides, pattern, q_scale)) < TOLERANCE[implementation]["float32"]
 
+    @pytest.mark.parametrize("q_scale", [None, (4.0, 0.5)], ids=["plain", "qk_norm"])
+    def test_the_last_queries_alone_get_what_they_get_among_all(self, pattern, implementation, q_scale):
+        ladder = ScaleLadder((1, 2, 3))
+        q, k, v = make_qkv(ladder)
+        options = {"pattern": pattern, "implementation": implementation}
+        if q_scale is not None:
+            options["q_scale"] = jnp.asarray(q_scale)
+        whole = scale_attention(q, k, v, ladder, **options)
+        for last in (9, 10, 1):  # the finest scale; with a part of the one before; a part of it
+            np.testing.assert_allclose(
+                scale_attention(q[:, -last:], k, v, ladder, **options), whole[:, -last:], rtol=0, atol=5e-6
+            )
+
     @pytest.mark.parametrize("dtype", TOLERANCE["reference"])
     def test_any_float_dtype_in_gives_the_same_out(self, pattern, implementation, dtype):
         ladder = ScaleLadder((1, 2, 4))
@@ -129,6 +142,9 @@ def test_block_diagonal_on_a_ladder_is_each_scale_alone(implementation, q_scale)
         ([(1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 4)], r"\(1, 5, 2, 4\).*expected thrice"),
         ([(1, 5, 2, 8), (2, 5, 2, 8), (1, 5, 2, 8)], r"\(2, 5, 2, 8\).*expected thrice"),
         ([(5, 2, 8)] * 3, r"\(5, 2, 8\).*expected thrice"),
+        ([(1, 6, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)], r"\(1, 6, 2, 8\).*expected thrice"),
+        ([(1, 0, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)], r"\(1, 0, 2, 8\).*expected thrice"),
+        ([(1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)], r"\(1, 4, 2, 8\).*q perhaps with the last tokens alone"),
     ],
 )
 def test_shapes_that_are_not_the_ladders_raise(shapes, message):

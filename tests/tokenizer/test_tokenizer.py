@@ -33,8 +33,8 @@ def test_each_scale_uses_the_published_phi(scales, phis):
 
 
 @pytest.fixture(scope="module")
-def golden_tokenizer(golden, golden_model):
-    return golden_model(golden["nsp_manifest"])
+def golden_tokenizer(golden_model):
+    return golden_model("vae")
 
 
 def test_official_tokens(golden, golden_tokenizer):

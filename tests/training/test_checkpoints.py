@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
 
@@ -30,7 +31,7 @@ HERE = Path(__file__).parent
 
 
 def state(step, size=64):
-    weights = jax.random.normal(jax.random.key(step), (size,))
+    weights = jnp.asarray(np.random.default_rng(step).normal(size=size), jnp.float32)  # the same in any process
     key = jax.random.key_data(jax.random.key(0))
     return TrainState(jnp.int32(step), key, {"net": {"w": weights}}, {"net": {"w": -weights}}, {"mu": 2 * weights}, {})
 

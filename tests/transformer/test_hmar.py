@@ -42,7 +42,7 @@ def other_tokens(where):
 
 
 def test_official_inputs(golden, golden_model):
-    reference = golden_model(golden["nsp_manifest"])
+    reference = golden_model("hmar-stage1")
     module = networks(reference.config, reference.params).tokenizer.quantizer
     inputs = jax.jit(lambda tokens: teacher_forcing.teacher_inputs(module, tokens))(golden["tokens"])
     assert relative(inputs.pooled, golden["ns_input"]) < TOLERANCE["official float32"]
@@ -50,14 +50,14 @@ def test_official_inputs(golden, golden_model):
 
 
 def test_official_next_scale_logits(golden, golden_model):
-    reference = golden_model(golden["nsp_manifest"])
+    reference = golden_model("hmar-stage1")
     logits = reference.next_scale_logits(golden["labels"], golden["tokens"])
     assert logits.dtype == jnp.float32
     assert relative(logits, golden["nsp_logits"]) < TOLERANCE["official float32"]
 
 
 def test_official_masked_logits(golden, golden_model):
-    reference = golden_model(golden["mp_manifest"], masked=True)
+    reference = golden_model("hmar-stage2")
     masked = np.zeros(golden["tokens"].shape, bool)
     masked[:, golden["mask_positions"]] = True
     logits = reference.masked_logits(golden["labels"], golden["tokens"], masked)
@@ -65,17 +65,12 @@ def test_official_masked_logits(golden, golden_model):
 
 
 def test_official_var_logits(golden_var, golden_model):
-    reference = golden_model(golden_var["var_manifest"], pattern="block_causal")
+    reference = golden_model("var")
     logits = reference.next_scale_logits(golden_var["labels"], golden_var["tokens"])
     assert relative(logits, golden_var["var_logits"]) < TOLERANCE["official float32"]
 
 
 # --- what a scale may know
-
-
-@pytest.fixture(scope="module")
-def var_model(stage1_model):
-    return type(stage1_model)(tiny(masked=False, pattern="block_causal"), stage1_model.params)
 
 
 @pytest.mark.parametrize("changed", SCALES)
