@@ -66,6 +66,8 @@ def convert(
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
     if (tokenizer is None) != (kind == "vae"):
         raise InputError(f"Kind {kind} goes {'without' if tokenizer else 'with'} --tokenizer, a model directory.")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
     if next_scale is not None and kind != "hmar-stage2":
         raise InputError(f"--next-scale is the stage-1 model of an hmar-stage2 file; leave it out for {kind}.")
     state = open_state_dict(source, kind, key)
@@ -122,7 +124,10 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
             else:
                 torch = _torch(output)
                 arrays = {name: torch.from_numpy(next(iter(tensor.parts()))) for name, tensor in state.items()}
-                torch.save(arrays, partial)
+                try:
+                    torch.save(arrays, partial)
+                except RuntimeError as error:  # what PyTorch makes of a full disk
+                    raise OSError(str(error).split("\n")[0]) from None
             os.replace(partial, output)
         finally:
             partial.unlink(missing_ok=True)
@@ -257,6 +262,8 @@ def _check_exportable(config: ModelConfig, kind: Kind, where: str) -> None:
         )
     if kind != "vae" and config.transformer and config.transformer.leak_free:
         raise InputError(f"{where} is leak-free, which the official code is not: it would give other pictures.")
+    if kind == "hmar" and config.transformer and not config.transformer.branch_depth:
+        raise InputError(f"{where} has no block of its own in either branch; the official layout has one at least.")
 
 
 # ------------------------------------------------------------------------------------------- state dicts in files
@@ -286,22 +293,33 @@ def _choose(
     source: Path, shapes: official.Shapes, get: Callable[[str], np.ndarray], kind: Kind, key: str | None
 ) -> StateDict:
     """The one state dict of a kind among all entries of a file, its buffers left out."""
-    mark = official.signature(kind)
-    prefixes = [name.removesuffix(mark) for name in shapes if f".{name}".endswith(f".{mark}")]
-    if key is not None:
-        prefixes = [prefix for prefix in prefixes if prefix == (f"{key}." if key else "")]
-    if not prefixes:
-        official.check_kind(kind, shapes.keys(), str(source))
+    mark = official.TOKENIZER_MARK if kind == "vae" else official.TRANSFORMER_MARK
+    prefixes = _prefixes(shapes, mark)
+    chosen = [prefix for prefix in prefixes if key is None or prefix == (f"{key}." if key else "")]
+    if not chosen:
+        if key is None:
+            for prefix in _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK):
+                official.check_kind(kind, _under(prefix, shapes).keys(), str(source))
         place = f"under {key!r}" if key else "at the top" if key is not None else "at the top or under a key"
-        some = ", ".join(sorted(shapes)[:3])
-        raise InputError(f"{source} lacks {mark} {place}, so it holds no whole {kind}; its entries begin {some}.")
-    if len(prefixes) > 1:
-        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(prefixes))
-        raise InputError(f"{source} holds {len(prefixes)} state dicts of this kind; choose with --key one of {keys}.")
-    prefix = prefixes[0]
-    own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        some = f"its entries begin {', '.join(sorted(shapes)[:3])}" if shapes else "it has no entries at all"
+        raise InputError(f"{source} lacks {mark} {place}, so it holds no whole {kind}; {some}.")
+    if len(chosen) > 1:
+        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(chosen))
+        raise InputError(f"{source} holds {len(chosen)} state dicts of this kind; choose with --key one of {keys}.")
+    prefix = chosen[0]
+    deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    own = _under(prefix, {name: shape for name, shape in shapes.items() if not name.startswith(deeper)})
     where = f"{source} under {prefix.rstrip('.')!r}" if prefix else str(source)
     return StateDict(where, official.without_buffers(own), lambda name: get(prefix + name))
+
+
+def _prefixes(shapes: official.Shapes, mark: str) -> list[str]:
+    """What stands before an entry's name, with its last dot, wherever the entry is."""
+    return [name.removesuffix(mark) for name in shapes if f".{name}".endswith(f".{mark}")]
+
+
+def _under(prefix: str, shapes: official.Shapes) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _torch(file: Path) -> Any:
@@ -331,8 +349,8 @@ def _load_torch(source: Path) -> dict[str, Any]:
             f"{source} is damaged, or holds Python objects beside tensors, which could run any code when loaded; save "
             "its state dict alone, with torch.save or as .safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split(". ")[0].strip() or type(error).__name__
+    except Exception as error:  # damage makes the unpickler raise anything
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise InputError(f"{source} is no whole PyTorch file ({reason}); copy or save it again.") from None
     found: dict[str, Any] = {}
 

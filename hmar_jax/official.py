@@ -6,8 +6,9 @@ official array (a layer of a stack: one each), whose name follows from ours.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -181,9 +182,8 @@ def without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not _BUFFERS.fullmatch(name)}
 
 
-def signature(kind: Kind) -> str:
-    """An entry that every state dict of this kind has, and no other network."""
-    return "quantize.embedding.weight" if kind == "vae" else "pos_1LC"
+# An entry that every tokenizer has and no transformer, and the other way round.
+TOKENIZER_MARK, TRANSFORMER_MARK = "quantize.embedding.weight", "pos_1LC"
 
 
 def check_kind(kind: Kind, names: Set[str], where: str) -> None:
@@ -193,8 +193,10 @@ def check_kind(kind: Kind, names: Set[str], where: str) -> None:
         fits: tuple[str, ...] = ("hmar",)
     elif any(name.startswith(("encoder.", "decoder.")) for name in names):
         fits = ("vae",)
-    else:
+    elif any(name.startswith("blocks.") for name in names):
         fits = ("hmar-stage2",) if is_stage2 else ("var", "hmar-stage1")
+    else:
+        return
     if kind not in fits:
         raise InputError(f"{where} is laid out as {' or '.join(fits)}, not as {kind}; give it the right --kind.")
 
@@ -208,14 +210,26 @@ class _Dimensions:
     def __call__(self, name: str, rank: int) -> tuple[int, ...]:
         if name not in self.shapes:
             raise InputError(f"{self.where} lacks {name}; it is not a whole state dict of this kind.")
-        if len(shape := self.shapes[name]) != rank:
-            raise InputError(f"{self.where} has {name} of shape {shape}; expected {rank} axes.")
+        if len(shape := self.shapes[name]) != rank or 0 in shape:
+            raise InputError(
+                f"{self.where} has {name} of shape {shape}; expected {rank} axes, none of length 0; give a state "
+                "dict of this kind."
+            )
         return shape
 
     def count(self, pattern: str) -> int:
         """One more than the highest number that stands for `#` at the start of any name; 0 where none does."""
         start = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
         return 1 + max((int(match[1]) for name in self.shapes if (match := start.match(name))), default=-1)
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Says which file has sizes that a config refuses."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"The sizes in {where} do not go together: {error}") from None
 
 
 def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
@@ -225,17 +239,18 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     channels = dims("encoder.conv_in.weight", 4)[0]
     levels = dims.count("encoder.down.#.")
     widths = [dims(f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
-    return TokenizerConfig(
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        encoder_blocks=dims.count("encoder.down.0.block.#."),
-        decoder_blocks=dims.count("decoder.up.0.block.#."),
-        norm_groups=NORM_GROUPS,
-        latent_channels=latent_channels,
-        codebook_size=codebook_size,
-        downsampling=2 ** dims.count("encoder.down.#.downsample."),
-        phis=dims.count("quantize.quant_resi.qresi_ls.#."),
-    )
+    with _naming(where):
+        return TokenizerConfig(
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            encoder_blocks=dims.count("encoder.down.0.block.#."),
+            decoder_blocks=dims.count("decoder.up.0.block.#."),
+            norm_groups=NORM_GROUPS,
+            latent_channels=latent_channels,
+            codebook_size=codebook_size,
+            downsampling=2 ** dims.count("encoder.down.#.downsample."),
+            phis=dims.count("quantize.quant_resi.qresi_ls.#."),
+        )
 
 
 class Inferred(NamedTuple):
@@ -266,18 +281,21 @@ def infer_transformer(shapes: Shapes, kind: Kind, ladder: ScaleLadder, where: st
     depth = dims.count("base_blocks.#.") + branch_depth if kind == "hmar" else dims.count("blocks.#.")
     if not depth:
         raise InputError(f"{where} lacks {blocks}.0; it is not a whole state dict of this kind.")
-    config = TransformerConfig(
-        depth=depth,
-        width=width,
-        heads=dims(f"{blocks}.0.attn.scale_mul_1H11", 4)[1],
-        num_classes=dims("class_emb.weight", 2)[0] - 1,
-        mlp_ratio=dims(f"{blocks}.0.ffn.fc1.weight", 2)[0] // width,
-        branch_depth=min(branch_depth, depth),
-        masked=kind in ("hmar", "hmar-stage2"),
-        pattern="block_causal" if kind == "var" else "block_diagonal",
-        shared_adaln="shared_ada_lin.1.weight" in shapes,
-        **TransformerConfig.published_training(depth),
-    )
+    heads, classes = dims(f"{blocks}.0.attn.scale_mul_1H11", 4)[1], dims("class_emb.weight", 2)[0] - 1
+    hidden = dims(f"{blocks}.0.ffn.fc1.weight", 2)[0]
+    with _naming(where):
+        config = TransformerConfig(
+            depth=depth,
+            width=width,
+            heads=heads,
+            num_classes=classes,
+            mlp_ratio=hidden // width,
+            branch_depth=min(branch_depth, depth),
+            masked=kind in ("hmar", "hmar-stage2"),
+            pattern="block_causal" if kind == "var" else "block_diagonal",
+            shared_adaln="shared_ada_lin.1.weight" in shapes,
+            **TransformerConfig.published_training(depth),
+        )
     return Inferred(config, dims(f"{head}.weight", 2)[0], dims("word_embed.weight", 2)[1])
 
 

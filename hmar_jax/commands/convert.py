@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
 def parse_sides(text: str) -> ScaleLadder:
     """The ladder of `1,2,3,4`."""
     try:
-        return ScaleLadder(tuple(int(side) for side in text.split(",")))
+        sides = tuple(int(side) for side in text.split(","))
     except ValueError:
         raise InputError(f"--sides={text} is not a list of whole numbers, such as 1,2,3,4.") from None
+    return ScaleLadder(sides)
