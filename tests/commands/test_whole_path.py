@@ -24,6 +24,16 @@ def ran(*command):
     assert main([str(word) for word in command]) == 0
 
 
+LICENCE = "The tokenizer is bound to a licence."
+
+
+def bind(config_file):
+    """Makes a model one that came with a licence."""
+    meta = json.loads(config_file.read_text())
+    assert meta["licences"] == []
+    config_file.write_text(json.dumps(meta | {"licences": [LICENCE]}))
+
+
 def walk(root, kind, write_config):
     """Runs every command once, as README has them."""
     if kind == "glyphs":
@@ -47,6 +57,7 @@ def walk(root, kind, write_config):
     files = {stage: write_config(root / f"{stage}.py", config) for stage, config in configs.items()}
     tokens = ["--model", root / "tokenizer/model", "--crops=2", "--batch-size=8", "--output", root / "tokens"]
     ran("train", f"--config={files['tokenizer']}", "--workdir", root / "tokenizer")
+    bind(root / "tokenizer/model/config.json")
     ran("export", "tokens", f"--config={files['tokenizer']}", *tokens, *count)
     ran("train", f"--config={files['next_scale']}", "--workdir", root / "next_scale", "--config.batch_size=4")
     ran("train", f"--config={files['masked']}", "--workdir", root / "masked")
@@ -65,9 +76,20 @@ def test_training_leaves_a_model_metrics_checkpoints_and_its_config(walked, stag
     workdir = walked[1] / stage
     assert {"model", "metrics.jsonl", "checkpoints", "config.json"} <= {entry.name for entry in workdir.iterdir()}
     assert tiny.steps_on_disk(workdir) == {"2", "3"}
-    assert {entry.name for entry in (workdir / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {entry.name for entry in (workdir / "model").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     recorded = json.loads((workdir / "config.json").read_text())
     assert (recorded["stage"], recorded["batch_size"]) == (stage, 4 if stage == "next_scale" else 8)
+
+
+@pytest.mark.parametrize("model", ["next_scale/model", "masked/model", "release"])
+def test_what_starts_from_a_bound_model_is_bound_as_well(walked, model):
+    folder = walked[1] / model
+    assert json.loads((folder / "config.json").read_text())["licences"] == [LICENCE]
+    assert LICENCE in (folder / "README.md").read_text()
 
 
 def test_the_model_knows_its_classes_and_what_it_is(walked):
