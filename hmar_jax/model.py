@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
@@ -190,7 +190,10 @@ class Model:
             raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
         number = labels.shape[0]
         options = Options(self.config, self.dtype, schedule.plan, greedy, record)
-        images, tokens, draws = sample(options, self.params, _over_devices(labels), schedule.controls, np.uint32(seed))
+        mesh = _mesh()
+        with jax.set_mesh(mesh):
+            spread = _over_devices(labels, mesh)
+            images, tokens, draws = sample(options, self.params, spread, schedule.controls, np.uint32(seed))
         records = None
         if record:
             passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
@@ -310,11 +313,16 @@ def _masked_logits(
     )
 
 
-def _over_devices(labels: jax.Array) -> jax.Array:
-    """Labels spread over all local devices; padded with repeats so that they divide, which no sample notices."""
+def _mesh() -> Mesh:
+    """The mesh in use, or else one of all local devices."""
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        return mesh
     devices = jax.local_devices()
-    if len(devices) == 1:
-        return labels
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    padded = jnp.resize(labels, (-(-labels.shape[0] // len(devices)) * len(devices),))
-    return jax.device_put(padded, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _over_devices(labels: jax.Array, mesh: Mesh) -> jax.Array:
+    """Labels spread over all devices; padded with repeats so that they divide, which no sample notices."""
+    padded = jnp.resize(labels, (-(-labels.shape[0] // mesh.size) * mesh.size,))
+    return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))

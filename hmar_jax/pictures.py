@@ -1,4 +1,4 @@
-"""arrays → PNG files: grids, reconstructions, loss curves."""
+"""arrays → PNG files: grids, reconstructions, loss curves, bar plots."""
 
 from __future__ import annotations
 
@@ -83,6 +83,40 @@ def loss_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]], sides: Seque
             axes.set_ylabel("loss terms")
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7, ncols=2)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return Image.open(stream).convert("RGB")
+
+
+def bars(
+    panels: Sequence[tuple[str, Sequence[tuple[str, float, bool]], float]], columns: int, unit: str
+) -> Image.Image:
+    """Panels row by row: a title; bars, each a name, a length and whether it is coloured; a line that marks a bound.
+
+    Bars of more than eight times the shortest are broken off, so that the others can be told apart.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("Bar plots need matplotlib; install it with `pip install 'hmar-jax[demo]'`.") from None
+    rows = -(-len(panels) // columns)
+    tallest = max(len(lengths) for _, lengths, _ in panels)
+    figure = Figure(figsize=(5.5 * columns, rows * (1.2 + 0.3 * tallest)), layout="constrained")
+    for axes, (title, lengths, bound) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        names, true, coloured = zip(*lengths, strict=True)
+        longest = min(max(true), 8 * min(true))
+        shown = axes.barh(
+            names, np.minimum(true, longest), color=["tab:blue" if ours else "lightgrey" for ours in coloured]
+        )
+        labels = [f"{length:.3g}" + (" …" if length > longest else "") for length in true]
+        axes.bar_label(shown, labels, padding=3, fontsize=8)
+        axes.axvline(bound, color="black", linestyle="--", linewidth=1)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel=f"{unit}; dashed: bound, {bound:.3g}", xlim=(0, 1.15 * max(longest, bound)))
+        axes.invert_yaxis()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return Image.open(stream).convert("RGB")

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turn an official PyTorch checkpoint into a model directory",
     "export": "write a model directory, a token cache or an official PyTorch checkpoint",
     "sample": "sample pictures from a model directory",
+    "bench": "measure scale attention against other implementations",
     "demo": "train all three stages on glyphs, from nothing to pictures",
 }
 

@@ -51,6 +51,11 @@ def train(config: TrainConfig, workdir: Path) -> Path:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, workdir, mesh)
+
+
+def _train(config: TrainConfig, workdir: Path, mesh: Mesh) -> Path:
     objective = make_objective(config)
     _check_samples(config, objective.model_config)
     size = objective.model_config.image_size

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import scale_attention
+from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
 Remat = Literal["none", "dots", "all"]
 _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": None}
@@ -70,12 +70,14 @@ class Attention(nnx.Module):
         """(B,N,C) → (B,N,C), and the keys and values of these tokens; `past` are those of all tokens before them."""
         bias = jnp.concatenate([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = self.qkv(x) + bias.astype(self.dtype)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
+        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
-        seen = own = KeysValues(k, v)
-        if past is not None:
-            seen = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True)))
-        attended = scale_attention(q, seen.k, seen.v, ladder, pattern=self.pattern, q_scale=scale)
+        own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
+        if past is None:
+            attended = packed_scale_attention(qkv, ladder, pattern=self.pattern, q_scale=scale)
+        else:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
+            attended = scale_attention(qkv[:, :, 0], k, v, ladder, pattern=self.pattern, q_scale=scale)
         return self.proj(attended.reshape(x.shape)), own
 
 

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.scale_attention.reference import reference_attention
 from pallas_kernels.scale_attention.xla import xla_attention
 
 logger = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "hopper", "tpu"]
+Pattern = Literal["block_diagonal", "block_causal"]
+
+# Mesh axes that a batch and heads may be split over; no kernel needs more than its own part of both.
+BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
+# Below so many tokens launching costs more than computing, and what XLA fuses and records is at no disadvantage.
+_KERNEL_TOKENS = 512
 
 
 class Ladder(Protocol):
@@ -37,7 +46,7 @@ def scale_attention(
     v: jax.Array,
     ladder: Ladder,
     *,
-    pattern: Literal["block_diagonal", "block_causal"],
+    pattern: Pattern,
     q_scale: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -50,13 +59,14 @@ def scale_attention(
       pattern: which keys a query sees.
       q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
         scale is 1 (QK-norm, Henry et al. 2020); without it the softmax scale is D^-0.5.
-      implementation: `reference` (dense, float32) or `xla` (scale by scale); None takes `xla`.
+      implementation: `reference` (dense, float32), `xla` (scale by scale, anywhere), `hopper` (H100 and H200; 16 bits,
+        D of 32 or 64) or `tpu`; None takes the fastest known for the device.
 
     Returns:
       As q, in shape and dtype.
 
     Raises:
-      ValueError: L is not the ladder's, or the forced implementation is unknown.
+      ValueError: L is not the ladder's, or the forced implementation is unknown or not for this device or these arrays.
     """
     length = ladder.length
     whole = q.ndim == 4 and (q.shape[0], length, *q.shape[2:]) == k.shape == v.shape
@@ -65,16 +75,110 @@ def scale_attention(
             f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {length}, H, D) for {ladder}, q perhaps "
             "with the last tokens alone."
         )
+    chosen = _choose(q, length, implementation)
     ranges = ladder.key_ranges(pattern)[length - q.shape[1] :]
-    chosen = implementation or "xla"
-    _announce(chosen)
     match chosen:
         case "xla":
             return xla_attention(q, k, v, ranges, q_scale)
         case "reference":
             return reference_attention(q, k, v, ranges, q_scale)
-        case _:
-            raise ValueError(f"scale_attention has no implementation {implementation!r}; use 'xla' or 'reference'.")
+    attend = _kernel(chosen)
+    return _on_each_device(lambda *qkv, scale: attend(*qkv, ranges, scale), q, k, v, scale=q_scale)
+
+
+def packed_scale_attention(
+    qkv: jax.Array,
+    ladder: Ladder,
+    *,
+    pattern: Pattern,
+    q_scale: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """As `scale_attention`, of (B,L,3,H,D): q, k and v as one projection gives them, which `hopper` reads in place."""
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv is {qkv.shape}; expected (B, {ladder.length}, 3, H, D).")
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    if _choose(q, ladder.length, implementation) != "hopper" or qkv.shape[1] != ladder.length:
+        options: Any = {"pattern": pattern, "q_scale": q_scale, "implementation": implementation}
+        return scale_attention(q, k, v, ladder, **options)
+    from pallas_kernels.scale_attention.hopper import hopper_attention_packed
+
+    ranges = ladder.key_ranges(pattern)
+    return _on_each_device(lambda qkv, scale: hopper_attention_packed(qkv, ranges, scale), qkv, scale=q_scale)
+
+
+def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Implementation:
+    """The implementation for a device and arrays; ValueError where the forced one is not for them."""
+    platform, kind = _device()
+    is_hopper = platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+    whole = q.shape[1] == length
+    fit: dict[str, bool] = {
+        "reference": True,
+        "xla": True,
+        "hopper": is_hopper and whole and q.dtype.itemsize == 2 and q.shape[-1] in (32, 64),
+        "tpu": platform == "tpu" and whole and (q.shape[-1] % 128 == 0 or 128 % q.shape[-1] == 0),
+    }
+    if forced is not None:
+        if forced not in fit:
+            raise ValueError(f"scale_attention has no implementation {forced!r}; use one of {', '.join(fit)}.")
+        if not fit[forced]:
+            raise ValueError(
+                f"scale_attention cannot run as {forced!r} on {kind} with q of {q.dtype}{list(q.shape)} among {length} "
+                "tokens; use 'xla', or None for the fastest."
+            )
+        return forced
+    kernels: tuple[Implementation, ...] = ("hopper", "tpu")
+    best = next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
+    _announce(best)
+    return best
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of what is compiled for: devices of the mesh in use, real or not, else the first one here."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind
+    device = jax.devices()[0]
+    return device.platform, device.device_kind
+
+
+def _kernel(name: Implementation) -> Callable[..., jax.Array]:
+    """Imported when first used: each wants its own part of Pallas."""
+    if name == "tpu":
+        from pallas_kernels.scale_attention.tpu import tpu_attention
+
+        return tpu_attention
+    from pallas_kernels.scale_attention.hopper import hopper_attention
+
+    return hopper_attention
+
+
+def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Runs a kernel on every device's own images and heads: XLA cannot split what it does not understand.
+
+    Where a mesh is set (`jax.set_mesh`) with automatic axes, batches are split over `BATCH_AXES`, heads over
+    `HEAD_AXES`, as the rest of the program is. The arrays have heads in their last axis but one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[name] > 1
+    ]
+    if not automatic:
+        return attend(*arrays, scale=scale)
+    batch, heads = (tuple(name for name in axes if name in automatic) for axes in (BATCH_AXES, HEAD_AXES))
+
+    def spec(array: jax.Array) -> P:
+        return P(batch, *[None] * (array.ndim - 3), heads, None)
+
+    split = jax.shard_map(
+        lambda *arrays_and_scale: attend(*arrays_and_scale[:-1], scale=arrays_and_scale[-1]),
+        in_specs=(*map(spec, arrays), None if scale is None else P(heads)),
+        out_specs=P(batch, None, heads, None),
+        check_vma=False,
+    )
+    return split(*arrays, scale)
 
 
 @functools.cache

@@ -1,0 +1,182 @@
+"""`hmar-jax bench`: what runs here → how fast, next to its bound and its peers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from hmar_jax.commands.convert import parse_sides
+from hmar_jax.errors import InputError
+from hmar_jax.files import write_whole, writing
+from hmar_jax.scales import Pattern, ScaleLadder
+
+PUBLISHED = {"256": (64, 16), "512": (16, 24), "1024": (2, 24)}  # sides → batch, heads
+ON_A_CPU = {"128": (2, 4)}
+REPEATS = 20
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs one of the benchmarks."""
+    parser = argparse.ArgumentParser(prog="hmar-jax bench", description="Measure speed.")
+    add_attention(parser.add_subparsers(required=True, metavar="what"))
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def add_attention(subparsers: Any) -> None:
+    """The arguments of `bench attention`."""
+    what = "scale attention and its peers: forward, backward and both, against the bounds of this device"
+    parser = subparsers.add_parser("attention", help=what, description=f"Measure {what}.")
+    parser.set_defaults(run=attention)
+    parser.add_argument(
+        "--sides",
+        help="of the token maps: 256, 512, 1024 (pixels of a published ladder) or 1,2,3,4; by default the published "
+        "three, without an accelerator those of 128 pixels, which take less than a minute",
+    )
+    parser.add_argument("--batch", type=int, help="sequences; by default as published for the ladder, else 16")
+    parser.add_argument("--heads", type=int, help="by default as published for the ladder, else 16")
+    parser.add_argument("--head-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="by default bfloat16, without an accelerator float32",
+    )
+    parser.add_argument(
+        "--pattern", default="block_diagonal", choices=typing.get_args(Pattern), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--norm", action=argparse.BooleanOptionalAction, help="QK-norm; by default both without and with it"
+    )
+    parser.add_argument("--implementations", help="of ours, such as xla,reference; by default all that can run")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="nobody else's implementations")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each time (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/bench"),
+        help="folder for attention.{json,md,png} (default: %(default)s)",
+    )
+
+
+def attention(args: argparse.Namespace) -> None:
+    """Prints a table a setting and writes all to a folder as it goes, so that what was measured outlives a crash."""
+    for name in ("batch", "heads", "head_size", "repeats"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {number}; expected a positive whole number.")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: PyTorch shares the card
+
+    import jax
+
+    from pallas_kernels.scale_attention import bench
+
+    on_cpu = jax.default_backend() == "cpu"
+    settings = attention_settings(args, on_cpu)
+    ours, peers = parse_implementations(args.implementations), list(bench.PEERS) if args.peers else []
+    with writing(args.output):  # better now than after all the measuring
+        args.output.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0].device_kind if not on_cpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    if on_cpu and args.sides is None:
+        print("There is no accelerator here, hence a small setting; --sides, --batch and --heads set another.")
+    rates = bench.measure_rates(settings[0].dtype, args.repeats)
+    speed = f"copies {rates.copy / 1e9:.4g} GB/s, multiplies {rates.matmul / 1e12:.3g} TFLOP/s in {settings[0].dtype}"
+    print(f"{device}: {speed}\n{bench.LEGEND}\n", flush=True)
+    report: dict[str, Any] = {"device": device, "versions": versions(), "rates": vars(rates), "settings": []}
+    pages = [f"# Scale attention on {device}\n\nIt {speed}; the bounds follow from these. {bench.LEGEND}\n"]
+    panels: list[Any] = []
+    with tqdm.tqdm(total=len(settings) * len([*ours, *peers]), desc="attention", disable=None, leave=False) as bar:
+        for setting in settings:
+            rows = []
+            try:
+                for row in bench.measure_all(setting, ours, peers, args.repeats):
+                    rows.append(row)
+                    bar.update()
+            except jax.errors.JaxRuntimeError as error:  # of inputs and truth; a row has its own
+                said = str(error).partition("\n")[0]
+                raise InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.") from None
+            bar.write(bench.table(setting, rows, rates))
+            report["settings"].append(bench.as_json(setting, rows, rates))
+            pages.append(bench.table(setting, rows, rates, markdown=True))
+            panels.extend(attention_panels(setting, rows, rates))
+            write_whole(args.output / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
+            write_whole(args.output / "attention.md", "\n".join(pages).encode())
+    files = [args.output / "attention.json", args.output / "attention.md"]
+    files += draw(panels, args.output / "attention.png")
+    print(f"The same is in {', '.join(map(str, files))}")
+
+
+def attention_settings(args: argparse.Namespace, on_cpu: bool) -> list[Any]:
+    """What to measure: the arguments, filled up with what is published or small."""
+    from pallas_kernels.scale_attention.bench import Setting
+
+    usual = ON_A_CPU if on_cpu else PUBLISHED
+    norms = (False, True) if args.norm is None else (args.norm,)
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    settings = []
+    for sides, norm in itertools.product(usual if args.sides is None else [args.sides], norms):
+        ladder = parse_sides(sides) if "," in sides else ScaleLadder.preset(sides)
+        batch, heads = usual.get(sides, (2, 4) if on_cpu else (16, 16))
+        shape = (args.batch or batch, args.heads or heads, args.head_size)
+        settings.append(Setting(ladder, *shape, dtype, args.pattern, norm))
+    return settings
+
+
+def parse_implementations(text: str | None) -> list[str]:
+    """Names out of `xla,reference`; all of ours for None."""
+    from pallas_kernels.scale_attention import api
+
+    known = typing.get_args(api.Implementation)
+    names = list(known) if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"--implementations names {name!r}; expected some of {','.join(known)}.")
+    return names
+
+
+def versions() -> dict[str, str]:
+    """Of what is measured, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "torch", "triton", "libtpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]:
+    """Panels of `pictures.bars`, forward and backward, of what is right; none where nothing is."""
+    panels = []
+    for name in ("forward", "backward"):
+        bars = sorted((1e3 * row.times[name].median, row.name, row.ours) for row in rows if row.right)
+        norm = ", QK-norm" if setting.norm else ""
+        title = f"{name}, N={setting.ladder.length} B={setting.batch} H={setting.heads}{norm}"
+        lengths = [(which, length, ours) for length, which, ours in bars]
+        if lengths:
+            panels.append((title, lengths, 1e3 * rates.bound(setting, name)))
+    return panels
+
+
+def draw(panels: Sequence[Any], path: Path) -> list[Path]:
+    """Writes the plot, or says why there is none: a row a setting, forward beside backward."""
+    from hmar_jax import pictures
+
+    if not panels:
+        print("Nothing right was measured, so there is no plot.")
+        return []
+    try:
+        return [pictures.save_png(pictures.bars(panels, 2, "ms"), path)]
+    except InputError as problem:  # matplotlib is optional
+        print(f"There is no plot: {problem}", file=sys.stderr)
+        return []

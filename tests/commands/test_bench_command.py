@@ -1,0 +1,147 @@
+"""`hmar-jax bench attention` from the command line to its table, files and refusals."""
+
+import argparse
+import json
+import logging
+import sys
+
+import jax
+import pytest
+from PIL import Image
+
+from hmar_jax.commands import bench
+from hmar_jax.commands.main import main
+
+TINY = ["--sides=1,2,3", "--batch=1", "--heads=2", "--head-size=8", "--repeats=1"]
+
+
+def measured(folder, *options):
+    logging.getLogger("pallas_kernels").setLevel(logging.WARNING)
+    return main(["bench", "attention", *TINY, "--implementations=xla,reference", f"--output={folder}", *options])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the command wrote about both kinds of attention."""
+    folder = tmp_path_factory.mktemp("bench") / "not made yet"
+    assert measured(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def report(folder):
+    return json.loads((folder / "attention.json").read_text())
+
+
+def test_everything_is_measured_without_and_with_qk_norm(report):
+    assert [found["setting"]["norm"] for found in report["settings"]] == [False, True]
+    for found in report["settings"]:
+        names = {row["name"]: row for row in found["rows"]}
+        for name in ("xla", "reference"):
+            assert (names[name]["right"], names[name]["absent"]) == (True, None)
+            assert max(names[name]["error"], names[name]["gradient_error"]) < 1e-5
+            assert all(0 < time["low"] <= time["median"] <= time["high"] for time in names[name]["times"].values())
+        assert "needs a TPU" in names["splash attention"]["absent"]
+
+
+def test_the_report_says_on_what_it_was_measured(report):
+    assert report["device"].startswith("CPU")
+    assert {"python", "jax", "jaxlib"} <= report["versions"].keys()
+    assert min(report["rates"].values()) > 0
+    assert report["settings"][0]["setting"]["ladder"] == [1, 2, 3]
+    assert report["settings"][0]["work"]["forward"]["flops"] == 4 * 2 * 8 * (1 + 16 + 81)
+
+
+def test_the_page_has_a_table_a_setting(folder):
+    page = (folder / "attention.md").read_text()
+    assert page.count("### N=14 B=1 H=2 D=8 float32 block_diagonal, ") == 2
+    assert page.count("| xla |") == page.count("| reference |") == 2
+    assert page.count("* splash attention: absent, needs a TPU.") == 2
+
+
+def test_the_plot_is_a_picture(folder):
+    with Image.open(folder / "attention.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**20)) > 10
+
+
+def test_without_matplotlib_there_is_a_sentence_and_no_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert measured(tmp_path, "--no-norm", "--no-peers", "--implementations=xla") == 0
+    out, err = capsys.readouterr()
+    assert "There is no plot: Bar plots need matplotlib; install it with" in err
+    assert {entry.name for entry in tmp_path.iterdir()} == {"attention.json", "attention.md"}
+    assert f"The same is in {tmp_path / 'attention.json'}, {tmp_path / 'attention.md'}\n" in out
+    assert "without QK-norm" in out
+    assert "with QK-norm" not in out
+    assert "absent" not in out
+
+
+def arguments(*options):
+    parser = argparse.ArgumentParser()
+    bench.add_attention(parser.add_subparsers())
+    return parser.parse_args(["attention", *options])
+
+
+def shapes(settings):
+    return [(s.ladder.length, s.batch, s.heads, s.head_size, s.dtype, s.pattern, s.norm) for s in settings]
+
+
+def test_an_accelerator_gets_the_published_settings():
+    published = [(680, 64, 16), (2240, 16, 24), (9451, 2, 24)]
+    rest = (64, "bfloat16", "block_diagonal")
+    expected = [(*shape, *rest, norm) for shape in published for norm in (False, True)]
+    assert shapes(bench.attention_settings(arguments(), on_cpu=False)) == expected
+
+
+def test_options_change_what_they_name():
+    options = arguments("--sides=512", "--heads=3", "--dtype=float16", "--pattern=block_causal", "--norm")
+    expected = [(2240, 16, 3, 64, "float16", "block_causal", True)]
+    assert shapes(bench.attention_settings(options, on_cpu=False)) == expected
+
+
+def test_without_an_accelerator_the_usual_setting_is_small():
+    expected = [(155, 2, 4, 64, "float32", "block_diagonal", norm) for norm in (False, True)]
+    assert shapes(bench.attention_settings(arguments(), on_cpu=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--sides=3,2"], "Sides (3, 2) are not an increasing list of positive integers"),
+        (["--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
+        (["--sides=300"], "No ladder is named '300'; choose one of 64, 128, 256, 512, 1024."),
+        (["--sides="], "No ladder is named ''"),
+        (["--batch=0"], "--batch is 0; expected a positive whole number."),
+        (["--head-size=-8"], "--head-size is -8; expected a positive whole number."),
+        (["--repeats=0"], "--repeats is 0; expected a positive whole number."),
+        (["--implementations=xla,cudnn"], "--implementations names 'cudnn'; expected some of "),
+        (["--implementations="], "--implementations names ''"),
+        (["--output=/dev/null"], "Could not write /dev/null"),
+    ],
+)
+def test_a_bad_argument_is_one_sentence(tmp_path, capsys, options, sentence):
+    assert main(["bench", "attention", f"--output={tmp_path / 'out'}", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"hmar-jax bench: {sentence}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys):
+    def make_case(setting, seed):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwith a page of details")
+
+    monkeypatch.setattr("pallas_kernels.scale_attention.bench.make_case", make_case)
+    assert measured(tmp_path) == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("hmar-jax bench: This device cannot prepare N=14 B=1 H=2 D=8 float32")
+    assert sentence.endswith("(RESOURCE_EXHAUSTED: Out of memory); choose a smaller --batch.")
+
+
+def test_help_names_what_can_be_measured(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--help"])
+    assert stopped.value.code == 0
+    assert "attention" in capsys.readouterr().out

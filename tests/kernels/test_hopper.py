@@ -1,0 +1,288 @@
+"""The Hopper kernels: what they visit, that they lower for CUDA without one, and on a Hopper what they compute."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from hmar_jax.scales import ScaleLadder
+from pallas_kernels.scale_attention import hopper_tiles as tiles
+from pallas_kernels.scale_attention.hopper import hopper_attention, hopper_attention_packed
+from pallas_kernels.scale_attention.hopper_backward import key_blocks, query_blocks
+from pallas_kernels.scale_attention.hopper_forward import forward_blocks
+from pallas_kernels.scale_attention.hopper_pipeline import Blocks
+from pallas_kernels.scale_attention.reference import reference_attention
+
+PATTERNS = ["block_diagonal", "block_causal"]
+PRESETS = ["256", "512", "1024"]
+# Norm of the difference over norm of the truth.
+TOLERANCE = {"bfloat16": (5e-3, 1e-2), "float16": (1e-3, 2e-3)}
+
+
+def random_sides(seed):
+    rng = np.random.default_rng(seed)
+    return tuple(sorted(rng.choice(np.arange(1, 20), size=rng.integers(1, 7), replace=False).tolist()))
+
+
+SIDES = [(1,), (1, 2, 3), (8, 9), (1, 2, 3, 16), *map(random_sides, range(6)), ScaleLadder.preset("256").sides]
+
+
+def ranges_of(sides, pattern, exchanged):
+    ranges = ScaleLadder(sides).key_ranges(pattern)
+    return tiles.transpose_ranges(ranges) if exchanged else ranges
+
+
+def visible_pairs(ranges, size):
+    """(L, size) bool, columns past the last included."""
+    columns = np.arange(size)
+    return (columns >= ranges[:, :1]) & (columns < ranges[:, 1:])
+
+
+@pytest.mark.parametrize("cut", [(64, 64, 3), (64, 128, 4), (128, 64, 2)], ids=str)
+@pytest.mark.parametrize("exchanged", [False, True], ids=["rows_are_queries", "rows_are_keys"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+class TestThePlan:
+    def plan(self, sides, pattern, exchanged, cut):
+        ranges = ranges_of(sides, pattern, exchanged)
+        plan = tiles.plan_tiles(ranges, *cut)
+        bands = plan.table.reshape(-1, tiles.FIELDS)
+        working = bands[bands[:, tiles.LAST] > bands[:, tiles.FIRST]]
+        return ranges, plan, working
+
+    def test_every_row_is_in_a_band_and_every_visible_pair_in_one_visited_tile(self, sides, pattern, exchanged, cut):
+        ranges, _, bands = self.plan(sides, pattern, exchanged, cut)
+        rows, columns, _ = cut
+        met = np.zeros(len(ranges), bool)
+        for band in bands:
+            row, origin = band[tiles.ROW], band[tiles.ORIGIN]
+            mine = ranges[row : row + rows]
+            met[row : row + rows] = True
+            assert mine[:, 0].min() >= origin + band[tiles.FIRST] * columns
+            assert mine[:, 1].max() <= origin + band[tiles.LAST] * columns
+        assert met.all()
+
+    def test_no_visited_tile_is_wholly_masked_and_only_those_with_a_hidden_pair_are_masked(
+        self, sides, pattern, exchanged, cut
+    ):
+        ranges, _, bands = self.plan(sides, pattern, exchanged, cut)
+        rows, columns, _ = cut
+        visible = visible_pairs(ranges, len(ranges) + columns)
+        for band in bands:
+            for tile in range(band[tiles.FIRST], band[tiles.LAST]):
+                column = band[tiles.ORIGIN] + tile * columns
+                seen = visible[band[tiles.ROW] : band[tiles.ROW] + rows, column : column + columns]
+                assert seen.any()
+                assert seen.all() == (band[tiles.FULL_FIRST] <= tile < band[tiles.FULL_LAST])
+
+    def test_bands_that_share_a_row_visit_it_on_the_same_grid(self, sides, pattern, exchanged, cut):
+        """Then both compute, and store, the same bits."""
+        _, _, bands = self.plan(sides, pattern, exchanged, cut)
+        for a, b in itertools.combinations(bands, 2):
+            if abs(a[tiles.ROW] - b[tiles.ROW]) < cut[0]:
+                assert a[tiles.ORIGIN] == b[tiles.ORIGIN]
+
+    def test_no_band_reaches_past_the_last_row_unless_there_are_too_few(self, sides, pattern, exchanged, cut):
+        ranges, _, bands = self.plan(sides, pattern, exchanged, cut)
+        assert bands[:, tiles.ROW].min() == 0
+        assert (bands[:, tiles.ROW] + cut[0]).max() <= max(len(ranges), cut[0])
+
+    def test_an_item_loads_what_its_bands_visit_and_belongs_to_one_region(self, sides, pattern, exchanged, cut):
+        _, plan, _ = self.plan(sides, pattern, exchanged, cut)
+        for item in plan.table:
+            working = item[item[:, tiles.LAST] > item[:, tiles.FIRST]]
+            assert (item[:, tiles.LOAD_FIRST] == working[:, tiles.FIRST].min()).all()
+            assert (item[:, tiles.LOAD_LAST] == working[:, tiles.LAST].max()).all()
+        items = sorted(first + i for first, count in plan.regions for i in range(count))
+        assert items == list(range(len(plan.table)))
+
+    def test_the_grid_lists_the_columns_of_every_tile(self, sides, pattern, exchanged, cut):
+        ranges, plan, bands = self.plan(sides, pattern, exchanged, cut)
+        for band in bands:
+            for tile in range(band[tiles.FIRST], band[tiles.LAST]):
+                first = band[tiles.ORIGIN] + tile * cut[1]
+                expected = np.minimum(np.arange(first, first + cut[1]), len(ranges) - 1)
+                np.testing.assert_array_equal(plan.columns[band[tiles.GRID] + tile], expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_exchanged_ranges_are_the_transposed_mask(sides, pattern):
+    ranges = ScaleLadder(sides).key_ranges(pattern)
+    exchanged = tiles.transpose_ranges(ranges)
+    tiles.check_ranges(exchanged)
+    size = len(ranges)
+    np.testing.assert_array_equal(visible_pairs(exchanged, size), visible_pairs(ranges, size).T)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_block_diagonal_tiles_of_the_published_ladders_waste_little(preset):
+    ranges = ScaleLadder.preset(preset).key_ranges("block_diagonal")
+    blocks = forward_blocks(ranges, norm=False)
+    table = tiles.plan_tiles(ranges, blocks.rows, blocks.columns, blocks.warpgroups).table
+    visited = (table[..., tiles.LAST] - table[..., tiles.FIRST]).sum() * blocks.rows * blocks.columns
+    assert visited <= 1.3 * np.sum(ranges[:, 1] - ranges[:, 0])
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [[[0, 2], [0, 1]], [[0, 1], [1, 1]], [[0, 1], [0, 1]], [[1, 2], [1, 2]], [[0, 1], [2, 3], [2, 3]], [0, 1], []],
+    ids=str,
+)
+def test_ranges_that_bands_cannot_follow_raise(ranges):
+    with pytest.raises(ValueError, match="key_ranges"):
+        tiles.check_ranges(np.asarray(ranges, np.int32))
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_those_in_use_fit_into_shared_memory_and_registers(self, preset, norm):
+        ranges = ScaleLadder.preset(preset).key_ranges("block_diagonal")
+        forward_blocks(ranges, norm).check(64, rows=1, columns=2, outputs=1, vectors=0)
+        query_blocks(norm).check(64, rows=2, columns=2, outputs=2, vectors=0)
+        key_blocks().check(64, rows=2, columns=2, outputs=2, vectors=2)
+        for blocks in (forward_blocks(ranges, norm), query_blocks(norm), key_blocks()):
+            threads = 128 * (blocks.warpgroups * blocks.compute_registers + blocks.loader_registers)
+            assert threads <= 65536
+
+    def test_too_much_shared_memory_raises_with_the_number(self):
+        with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory"):
+            Blocks(3, 64, 128, 12).check(64, rows=1, columns=2, outputs=1, vectors=0)
+
+    @pytest.mark.parametrize(
+        ("numbers", "message"),
+        [((5, 64, 64, 4), "warpgroups"), ((3, 96, 64, 4), "multiples of 64"), ((3, 64, 64, 1), "stages")],
+    )
+    def test_unsupported_numbers_raise(self, numbers, message):
+        with pytest.raises(ValueError, match=message):
+            Blocks(*numbers)
+
+
+def attend(operands, ranges, q_scale):
+    attention = hopper_attention if len(operands) == 3 else hopper_attention_packed
+    return attention(*operands, ranges, q_scale)
+
+
+def value_and_gradients(operands, ranges, q_scale, dout):
+    out, pull = jax.vjp(lambda operands, scale: attend(operands, ranges, scale), operands, q_scale)
+    return out, pull(dout)
+
+
+def lower(function, *arguments):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shapes_of(length, packed, norm, heads=2, size=64, dtype="bfloat16"):
+    out = jax.ShapeDtypeStruct((2, length, heads, size), dtype)
+    operands = (jax.ShapeDtypeStruct((2, length, 3, heads, size), dtype),) if packed else (out,) * 3
+    return operands, jax.ShapeDtypeStruct((heads,), "float32") if norm else None, out
+
+
+class TestLowersForCudaWithoutOne:
+    @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_forward_and_backward_are_three_kernels(self, preset, pattern, norm):
+        ladder = ScaleLadder.preset(preset)
+        operands, scale, out = shapes_of(ladder.length, False, norm)
+        text = lower(
+            lambda operands, scale, dout: value_and_gradients(operands, ladder.key_ranges(pattern), scale, dout),
+            *(operands, scale, out),
+        )
+        assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+    @pytest.mark.parametrize(("size", "dtype"), [(32, "bfloat16"), (64, "float16")])
+    def test_other_heads_and_dtypes(self, size, dtype):
+        ranges = ScaleLadder((1, 2, 3)).key_ranges("block_causal")
+        operands, scale, out = shapes_of(14, False, True, size=size, dtype=dtype)
+        assert lower(lambda *a: value_and_gradients(a[0], ranges, *a[1:]), operands, scale, out)
+
+    def test_in_a_scanned_and_rematerialised_layer_with_packed_operands(self):
+        ladder = ScaleLadder((1, 2, 9))
+        ranges, (operands, scale, _) = ladder.key_ranges("block_diagonal"), shapes_of(ladder.length, True, True)
+
+        def loss(qkv, scales):
+            def layer(qkv, scale):
+                out = jax.checkpoint(lambda *a: hopper_attention_packed(a[0], ranges, a[1]))(qkv, scale)
+                return qkv + out[:, :, None], None
+
+            return jnp.sum(jax.lax.scan(layer, qkv, scales)[0].astype(jnp.float32))
+
+        scales = jax.ShapeDtypeStruct((3, *scale.shape), scale.dtype)
+        assert lower(jax.grad(loss, argnums=(0, 1)), *operands, scales)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "length", "message"),
+    [
+        ([(1, 5, 2, 64), (1, 5, 2, 64), (1, 5, 2, 32)], "bfloat16", 5, "thrice the same"),
+        ([(5, 2, 64)] * 3, "bfloat16", 5, "thrice the same"),
+        ([(1, 5, 2, 64)] * 3, "float32", 5, "bfloat16 or float16"),
+        ([(1, 5, 2, 48)] * 3, "bfloat16", 5, "heads of"),
+        ([(1, 5, 2, 64)] * 3, "bfloat16", 14, "of 14 tokens"),
+        ([(1, 5, 2, 64)], "bfloat16", 5, r"expected \(B, L, 3, H, D\)"),
+    ],
+)
+def test_operands_that_are_not_supported_raise(shapes, dtype, length, message):
+    ranges = {5: ScaleLadder((1, 2)), 14: ScaleLadder((1, 2, 3))}[length].key_ranges("block_causal")
+    with pytest.raises(ValueError, match=message):
+        attend([jnp.zeros(shape, dtype) for shape in shapes], ranges, None)
+
+
+def on_a_hopper():
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+@pytest.mark.skipif(not on_a_hopper(), reason="needs a Hopper GPU")
+class TestOnAHopper:
+    @pytest.mark.parametrize("packed", [False, True], ids=["three", "packed"])
+    @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize(
+        ("sides", "size", "dtype"),
+        [
+            ((1,), 64, "bfloat16"),
+            ((1, 2, 3, 16), 64, "bfloat16"),
+            ((1, 2, 5, 9), 32, "float16"),
+            ("256", 64, "bfloat16"),
+        ],
+        ids=str,
+    )
+    def test_values_and_gradients_are_those_of_the_reference_and_bit_equal_when_repeated(
+        self, sides, size, dtype, pattern, norm, packed
+    ):
+        ladder = ScaleLadder.preset(sides) if isinstance(sides, str) else ScaleLadder(sides)
+        ranges, rng = ladder.key_ranges(pattern), np.random.default_rng(0)
+        q, k, v, dout = (jnp.asarray(rng.normal(size=(2, ladder.length, 3, size)), dtype) for _ in range(4))
+        scale = jnp.asarray([4.0, -0.5, 11.0]) if norm else None
+        operands = (jnp.stack([q, k, v], axis=2),) if packed else (q, k, v)
+        function = jax.jit(lambda *a: value_and_gradients(a[0], ranges, *a[1:]))
+        result, again = function(operands, scale, dout), function(operands, scale, dout)
+        jax.tree.map(np.testing.assert_array_equal, result, again)
+
+        out, (gradients, dscale) = result
+        truth, pull = jax.vjp(
+            lambda q, k, v, scale: reference_attention(q, k, v, ranges, scale),
+            *(x.astype(jnp.float32) for x in (q, k, v)),
+            scale,
+        )
+        true_gradients = pull(dout.astype(jnp.float32))
+        if packed:
+            gradients = [gradients[0][:, :, i] for i in range(3)]
+        assert error_of(out, truth) < TOLERANCE[dtype][0]
+        for gradient, true in zip(gradients, true_gradients[:3], strict=True):
+            if np.any(true):
+                assert error_of(gradient, true) < TOLERANCE[dtype][1]
+        if norm:  # a sum in which nearly everything cancels
+            np.testing.assert_allclose(dscale, true_gradients[3], rtol=5e-2, atol=5e-2)
+
+
+def error_of(result, truth):
+    difference = np.asarray(result, np.float64) - np.asarray(truth, np.float64)
+    return np.linalg.norm(difference) / np.linalg.norm(truth)
