@@ -112,7 +112,7 @@ def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Impleme
     platform, kind = _device()
     is_hopper = platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
     whole = q.shape[1] == length
-    fit: dict[str, bool] = {
+    fit: dict[Implementation, bool] = {
         "reference": True,
         "xla": True,
         "hopper": is_hopper and whole and q.dtype.itemsize == 2 and q.shape[-1] in (32, 64),
@@ -128,7 +128,7 @@ def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Impleme
             )
         return forced
     kernels: tuple[Implementation, ...] = ("hopper", "tpu")
-    best = next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
+    best: Implementation = next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
     _announce(best)
     return best
 

@@ -34,7 +34,7 @@ def parts(key_ranges: np.ndarray) -> Iterator[Part]:
     """The dense attentions that cover all queries: a large scale by itself, neighbouring small ones together."""
     runs: list[tuple[int, int]] = []
     first = 0
-    for (start, end), run in itertools.groupby(map(tuple, key_ranges.tolist())):
+    for _, run in itertools.groupby(map(tuple, key_ranges.tolist())):
         last = first + sum(1 for _ in run)
         if runs and last - runs[-1][0] <= MERGED_TOKENS:
             runs[-1] = (runs[-1][0], last)

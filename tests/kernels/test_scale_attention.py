@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import scale_attention
+from pallas_kernels.scale_attention import api, packed_scale_attention, scale_attention
 
 IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]
@@ -168,3 +169,83 @@ def test_without_a_forced_implementation_this_device_gets_a_right_one():
     qkv = make_qkv(ScaleLadder((1, 2)))
     attended = scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal")
     assert error_of(attended, brute_force(*qkv, (1, 2), "block_causal", None)) < TOLERANCE["xla"]["float32"]
+
+
+# --- the choice, for devices that need not be here
+
+HOPPER, AMPERE, TPU = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB"), ("tpu", "TPU v5e")
+
+
+@pytest.mark.parametrize(
+    ("device", "sides", "dtype", "size", "chosen"),
+    [
+        (HOPPER, (1, 2, 30), "bfloat16", 64, "hopper"),
+        (HOPPER, (1, 2, 30), "float16", 32, "hopper"),
+        (HOPPER, (1, 2, 30), "float32", 64, "xla"),
+        (HOPPER, (1, 2, 30), "bfloat16", 48, "xla"),
+        (HOPPER, (1, 2, 3), "bfloat16", 64, "xla"),
+        (AMPERE, (1, 2, 30), "bfloat16", 64, "xla"),
+    ],
+)
+def test_each_device_and_array_gets_its_implementation(monkeypatch, device, sides, dtype, size, chosen):
+    monkeypatch.setattr(api, "_device", lambda: device)
+    ladder = ScaleLadder(sides)
+    q = jax.ShapeDtypeStruct((2, ladder.length, 2, size), dtype)
+    assert api._choose(q, ladder.length, None) == chosen
+    alone = jax.ShapeDtypeStruct((2, sides[-1] ** 2, 2, size), dtype)
+    assert api._choose(alone, ladder.length, None) == "xla"  # queries without all their keys
+
+
+@pytest.mark.parametrize("implementation", ["hopper", "tpu"])
+def test_a_kernel_forced_on_another_device_raises(implementation):
+    qkv = make_qkv(ScaleLadder((1, 2)))
+    with pytest.raises(ValueError, match=f"cannot run as '{implementation}' on cpu with q of float32"):
+        scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal", implementation=implementation)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("q_scale", [None, (4.0, 0.5)], ids=["plain", "qk_norm"])
+def test_a_packed_projection_gives_what_its_parts_give(pattern, q_scale):
+    ladder = ScaleLadder((1, 2, 3))
+    qkv = make_qkv(ladder)
+    options = {"pattern": pattern, "q_scale": None if q_scale is None else jnp.asarray(q_scale)}
+    packed = packed_scale_attention(jnp.stack(qkv, axis=2), ladder, **options)
+    np.testing.assert_array_equal(packed, scale_attention(*qkv, ladder, **options))
+
+
+def test_a_packed_array_of_another_shape_raises():
+    with pytest.raises(ValueError, match=r"qkv is \(1, 5, 2, 2, 8\); expected \(B, 5, 3, H, D\)"):
+        packed_scale_attention(jnp.zeros((1, 5, 2, 2, 8)), ScaleLadder((1, 2)), pattern="block_causal")
+
+
+def lower_for_hopper(mesh_shape, batch):
+    """A layer's forward and backward, packed, lowered for as many H200s as the mesh has."""
+    ladder = ScaleLadder.preset("256")
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    axes = {"axis_types": (AxisType.Auto,) * len(mesh_shape), "abstract_device": device}
+    mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape), **axes)
+    qkv = jax.ShapeDtypeStruct((batch, ladder.length, 3, 4, 64), "bfloat16")
+    scale = jax.ShapeDtypeStruct((4,), "float32")
+
+    def loss(qkv, scale):
+        out = packed_scale_attention(qkv, ladder, pattern="block_diagonal", q_scale=scale)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).trace(qkv, scale).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "local"),
+    [
+        ({"data": 1}, "8x680x3x4x64"),
+        ({"data": 2, "fsdp": 2}, "2x680x3x4x64"),
+        ({"data": 2, "tensor": 2}, "4x680x3x2x64"),
+    ],
+    ids=str,
+)
+def test_under_a_mesh_each_device_runs_the_kernel_on_its_own_images_and_heads(mesh_shape, local):
+    text = lower_for_hopper(mesh_shape, 8)
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == 3
+    assert all(f"tensor<{local}xbf16>" in line for line in calls)
