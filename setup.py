@@ -41,6 +41,8 @@ setuptools.setup(
         "test": [
             "huggingface-hub>=1.0",
             "hypothesis>=6.100",
+            # The TPU kernels' compiler, which needs no TPU.
+            "libtpu>=0.0.48; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "matplotlib>=3.10",
             "mypy>=1.15",
             "pytest>=9",

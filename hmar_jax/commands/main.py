@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import glob
 import importlib
 import logging
 import os
@@ -21,6 +22,13 @@ COMMANDS = {
     "sample": "sample pictures from a model directory",
     "bench": "measure scale attention against other implementations",
     "demo": "train all three stages on glyphs, from nothing to pictures",
+}
+
+
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
 
 
@@ -42,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        # Where libtpu is installed, as for the tests, but no TPU: it would go looking for one, and complain.
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for ours in ("hmar_jax", "pallas_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)

@@ -82,7 +82,7 @@ def scale_attention(
             return xla_attention(q, k, v, ranges, q_scale)
         case "reference":
             return reference_attention(q, k, v, ranges, q_scale)
-    attend = _kernel(chosen)
+    attend = _kernel(chosen, packed=False)
     return _on_each_device(lambda *qkv, scale: attend(*qkv, ranges, scale), q, k, v, scale=q_scale)
 
 
@@ -94,17 +94,15 @@ def packed_scale_attention(
     q_scale: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """As `scale_attention`, of (B,L,3,H,D): q, k and v as one projection gives them, which `hopper` reads in place."""
+    """As `scale_attention`, of (B,L,3,H,D): q, k and v as one projection gives them, which kernels read in place."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv is {qkv.shape}; expected (B, {ladder.length}, 3, H, D).")
     q, k, v = (qkv[:, :, i] for i in range(3))
-    if _choose(q, ladder.length, implementation) != "hopper" or qkv.shape[1] != ladder.length:
-        options: Any = {"pattern": pattern, "q_scale": q_scale, "implementation": implementation}
-        return scale_attention(q, k, v, ladder, **options)
-    from pallas_kernels.scale_attention.hopper import hopper_attention_packed
-
-    ranges = ladder.key_ranges(pattern)
-    return _on_each_device(lambda qkv, scale: hopper_attention_packed(qkv, ranges, scale), qkv, scale=q_scale)
+    chosen = _choose(q, ladder.length, implementation)
+    if chosen in ("xla", "reference") or qkv.shape[1] != ladder.length:
+        return scale_attention(q, k, v, ladder, pattern=pattern, q_scale=q_scale, implementation=implementation)
+    attend, ranges = _kernel(chosen, packed=True), ladder.key_ranges(pattern)
+    return _on_each_device(lambda qkv, scale: attend(qkv, ranges, scale), qkv, scale=q_scale)
 
 
 def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Implementation:
@@ -142,15 +140,15 @@ def _device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def _kernel(name: Implementation) -> Callable[..., jax.Array]:
+def _kernel(name: Implementation, *, packed: bool) -> Callable[..., jax.Array]:
     """Imported when first used: each wants its own part of Pallas."""
     if name == "tpu":
-        from pallas_kernels.scale_attention.tpu import tpu_attention
+        from pallas_kernels.scale_attention.tpu import tpu_attention, tpu_attention_packed
 
-        return tpu_attention
-    from pallas_kernels.scale_attention.hopper import hopper_attention
+        return tpu_attention_packed if packed else tpu_attention
+    from pallas_kernels.scale_attention.hopper import hopper_attention, hopper_attention_packed
 
-    return hopper_attention
+    return hopper_attention_packed if packed else hopper_attention
 
 
 def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array, scale: jax.Array | None) -> jax.Array:

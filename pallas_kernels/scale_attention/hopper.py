@@ -22,7 +22,7 @@ import numpy as np
 from pallas_kernels.scale_attention.hopper_backward import grad_keys, grad_queries
 from pallas_kernels.scale_attention.hopper_common import sign_of
 from pallas_kernels.scale_attention.hopper_forward import forward
-from pallas_kernels.scale_attention.hopper_tiles import check_ranges
+from pallas_kernels.scale_attention.ranges import check_ranges
 
 HEAD_SIZES = (32, 64)  # whose vectors are as long as a swizzle, see `hopper_common`
 

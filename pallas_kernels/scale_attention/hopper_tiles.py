@@ -37,16 +37,6 @@ class Plan:
     columns: np.ndarray
 
 
-def check_ranges(ranges: np.ndarray) -> None:
-    """Raises ValueError unless ranges are (L,2), not empty, nondecreasing and without gaps."""
-    if ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
-        raise ValueError(f"key_ranges have shape {ranges.shape}; expected (L, 2).")
-    start, end = ranges[:, 0], ranges[:, 1]
-    whole = (start < end).all() and start[0] == 0 and end[-1] == len(ranges)
-    if not whole or (np.diff(ranges, axis=0) < 0).any() or (start[1:] > end[:-1]).any():
-        raise ValueError("key_ranges are to cover all keys, never be empty, never decrease and leave no gap.")
-
-
 def transpose_ranges(ranges: np.ndarray) -> np.ndarray:
     """(L,2): the queries [start, end) that see each key."""
     keys = np.arange(len(ranges))

@@ -185,6 +185,10 @@ HOPPER, AMPERE, TPU = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB"), 
         (HOPPER, (1, 2, 30), "bfloat16", 48, "xla"),
         (HOPPER, (1, 2, 3), "bfloat16", 64, "xla"),
         (AMPERE, (1, 2, 30), "bfloat16", 64, "xla"),
+        (TPU, (1, 2, 30), "bfloat16", 64, "tpu"),
+        (TPU, (1, 2, 30), "float32", 128, "tpu"),
+        (TPU, (1, 2, 30), "bfloat16", 48, "xla"),
+        (TPU, (1, 2, 3), "bfloat16", 64, "xla"),
     ],
 )
 def test_each_device_and_array_gets_its_implementation(monkeypatch, device, sides, dtype, size, chosen):
@@ -218,23 +222,13 @@ def test_a_packed_array_of_another_shape_raises():
         packed_scale_attention(jnp.zeros((1, 5, 2, 2, 8)), ScaleLadder((1, 2)), pattern="block_causal")
 
 
-def lower_for_hopper(mesh_shape, batch):
-    """A layer's forward and backward, packed, lowered for as many H200s as the mesh has."""
-    ladder = ScaleLadder.preset("256")
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    axes = {"axis_types": (AxisType.Auto,) * len(mesh_shape), "abstract_device": device}
-    mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape), **axes)
-    qkv = jax.ShapeDtypeStruct((batch, ladder.length, 3, 4, 64), "bfloat16")
-    scale = jax.ShapeDtypeStruct((4,), "float32")
-
-    def loss(qkv, scale):
-        out = packed_scale_attention(qkv, ladder, pattern="block_diagonal", q_scale=scale)
-        return jnp.sum(out.astype(jnp.float32) ** 2)
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).trace(qkv, scale).lower(lowering_platforms=("cuda",)).as_text()
+DEVICES = {
+    "hopper": (AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"), "cuda", "@mosaic_gpu", 3),
+    "tpu": (AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu"), "tpu", "@tpu_custom_call", 2),
+}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("mesh_shape", "local"),
     [
@@ -244,8 +238,21 @@ def lower_for_hopper(mesh_shape, batch):
     ],
     ids=str,
 )
-def test_under_a_mesh_each_device_runs_the_kernel_on_its_own_images_and_heads(mesh_shape, local):
-    text = lower_for_hopper(mesh_shape, 8)
-    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    assert len(calls) == 3
-    assert all(f"tensor<{local}xbf16>" in line for line in calls)
+def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(device, mesh_shape, local):
+    """Forward and backward of a packed projection, lowered for devices that are not here."""
+    abstract, platform, call, kernels = DEVICES[device]
+    axes = {"axis_types": (AxisType.Auto,) * len(mesh_shape), "abstract_device": abstract}
+    ladder = ScaleLadder.preset("256")
+    qkv = jax.ShapeDtypeStruct((8, ladder.length, 3, 4, 64), "bfloat16")
+
+    def loss(qkv, scale):
+        out = packed_scale_attention(qkv, ladder, pattern="block_diagonal", q_scale=scale)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape), **axes)):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(qkv, jax.ShapeDtypeStruct((4,), "float32"))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = [line for line in text.splitlines() if f"custom_call {call}" in line]
+    assert len(calls) == kernels
+    shape = local if device == "hopper" else "x".join([*local.split("x")[:2], str(3 * int(local.split("x")[3]) * 64)])
+    assert all(f"tensor<{shape}xbf16>" in line for line in calls)

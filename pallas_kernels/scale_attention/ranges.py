@@ -1,0 +1,15 @@
+"""What the kernels may take for granted of key ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def check_ranges(ranges: np.ndarray) -> None:
+    """Raises ValueError unless ranges are (L,2), not empty, nondecreasing, cover all keys and leave no gap."""
+    if ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
+        raise ValueError(f"key_ranges have shape {ranges.shape}; expected (L, 2).")
+    start, end = ranges[:, 0], ranges[:, 1]
+    whole = (start < end).all() and start[0] == 0 and end[-1] == len(ranges) and (start[1:] <= end[:-1]).all()
+    if not whole or (np.diff(ranges, axis=0) < 0).any():
+        raise ValueError("key_ranges are to cover all keys, never be empty, never decrease and leave no gap.")
