@@ -1,0 +1,27 @@
+"""The console script: what it does before any command runs."""
+
+import os
+
+import pytest
+
+from hmar_jax.commands import main as script
+
+NAMES = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
+
+
+@pytest.mark.parametrize(
+    ("devices", "quiet"), [(set(), True), ({"/dev/accel*"}, False), ({"/dev/vfio/[0-9]*"}, False)], ids=str
+)
+def test_libtpu_is_kept_from_looking_for_a_tpu_only_where_there_is_none(monkeypatch, tmp_path, devices, quiet):
+    monkeypatch.setattr(script.glob, "glob", lambda pattern: ["0"] if pattern in devices else [])
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in NAMES})
+    assert script.main(["sample", f"--model={tmp_path}", "--labels=0", f"--output={tmp_path / 'out'}"]) == 2
+    assert [name in os.environ for name in NAMES] == [quiet] * 3
+
+
+@pytest.mark.parametrize("command", script.COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"hmar-jax {command}" in capsys.readouterr().out
