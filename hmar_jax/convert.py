@@ -32,6 +32,7 @@ _LICENCES = {
     "vae": "The tokenizer was converted from an official file and keeps the licence of that file.",
 }
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_REMAP_BYTES = 2**28
 _NEXT_SCALE, _MASKED = "transformer.next_scale.", "transformer.masked."
 
 
@@ -279,14 +280,14 @@ class StateDict(NamedTuple):
 
 def open_state_dict(source: Path, kind: Kind, key: str | None = None) -> StateDict:
     """Finds the state dict of a kind in a file, at the top or nested under a key; see `convert`."""
+    file: tensors.File | _TorchFile
     if source.suffix == ".safetensors":
         file = tensors.File(source)
-        return _choose(source, file.shapes, file.read, kind, key)
-    if source.suffix in _TORCH_SUFFIXES:
-        arrays = _load_torch(source)
-        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        return _choose(source, shapes, lambda name: arrays[name].detach().float().numpy(), kind, key)
-    raise InputError(f"{source} is no .safetensors or .pth file; give one with such an ending.")
+    elif source.suffix in _TORCH_SUFFIXES:
+        file = _TorchFile(source)
+    else:
+        raise InputError(f"{source} is no .safetensors or .pth file; give one with such an ending.")
+    return _choose(source, file.shapes, file.read, kind, key)
 
 
 def _choose(
@@ -332,16 +333,39 @@ def _torch(file: Path) -> Any:
     return torch
 
 
-def _load_torch(source: Path) -> dict[str, Any]:
-    """All tensors of a PyTorch file by their path in it, with dots; mapped into memory, not read, where it allows."""
-    torch = _torch(source)
+class _TorchFile:
+    """The tensors of a PyTorch file, read one by one.
+
+    Attributes:
+      shapes: of all tensors, by their path in the file, with dots.
+    """
+
+    def __init__(self, source: Path):
+        self._source = source
+        self._arrays, self._mapped = _load_torch(source)
+        self._read = 0
+        self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a float32 array."""
+        if self._mapped and self._read > _REMAP_BYTES:  # what has been read of a map counts as memory in use
+            self._arrays, self._mapped = _load_torch(self._source)
+            self._read = 0
+        array = self._arrays[name].detach().float().numpy()
+        self._read += array.nbytes
+        return array
+
+
+def _load_torch(source: Path) -> tuple[dict[str, Any], bool]:
+    """All tensors of a PyTorch file by their path in it, and whether they are mapped into memory, not read."""
+    torch, mapped = _torch(source), True
     try:
         try:
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:  # files from before PyTorch 1.6 can't be mapped
             if "mmap" not in str(error):
                 raise
-            content = torch.load(source, map_location="cpu", weights_only=True)
+            content, mapped = torch.load(source, map_location="cpu", weights_only=True), False
     except FileNotFoundError:
         raise InputError(f"{source} does not exist; give a .safetensors or .pth file.") from None
     except pickle.UnpicklingError:
@@ -362,4 +386,4 @@ def _load_torch(source: Path) -> dict[str, Any]:
                 collect(inner, f"{path}.{name}" if path else str(name))
 
     collect(content, "")
-    return found
+    return found, mapped

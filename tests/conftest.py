@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from goldens.weights import make_state_dict
+from official_files import LADDER, file_of, random_state
 from tiny_models import TINY, lively_model, tiny
 
 from hmar_jax import from_pretrained
@@ -105,3 +106,11 @@ def golden_directory(official_states, tmp_path_factory):
 def golden_model(golden_directory):
     """kind → the Model of that directory."""
     return functools.cache(lambda kind: from_pretrained(golden_directory(kind)))
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory):
+    """The model directory converted from a small tokenizer of random bits."""
+    folder = tmp_path_factory.mktemp("small")
+    file = file_of(folder / "vae.safetensors", random_state("vae"))
+    return convert("vae", file, LADDER, folder / "vae")

@@ -15,15 +15,15 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
-from test_convert import (
+from official_files import (
     KINDS,
     LADDER,
     assert_bit_equal,
-    assert_one_sentence,
     file_of,
     file_of_zeros,
     official_shapes,
     random_state,
+    refusal,
     stored,
 )
 
@@ -39,24 +39,10 @@ BUFFERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    return convert("vae", file_of(folder / "vae.safetensors", random_state("vae")), LADDER, folder / "vae")
-
-
 @pytest.fixture
 def refused(tmp_path):
     """Runs what is to be refused and leaves nothing; its sentence, `tmp_path/` left out."""
-
-    def run(work, *args):
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(InputError) as error:
-            work(*args)
-        assert sorted(tmp_path.rglob("*")) == before
-        return assert_one_sentence(str(error.value).replace(f"{tmp_path}/", ""))
-
-    return run
+    return lambda work, *args: refusal(tmp_path, lambda: work(*args))
 
 
 @pytest.fixture
@@ -68,11 +54,11 @@ def refused_file(refused, tmp_path):
 
 
 @pytest.fixture
-def converted(vae, tmp_path):
+def converted(small_tokenizer, tmp_path):
     """(kind, all arrays of a file, **options) → the arrays of its model directory."""
 
     def run(kind, arrays, **options):
-        tokenizer = None if kind == "vae" else vae
+        tokenizer = None if kind == "vae" else small_tokenizer
         out = tmp_path / f"{len(os.listdir(tmp_path))}"
         file = file_of(tmp_path / f"{out.name}.safetensors", arrays)
         return stored(convert(kind, file, LADDER, out, tokenizer=tokenizer, **options))
@@ -164,17 +150,17 @@ SAFE, MAPPED = {"map_location": "cpu", "weights_only": True}, {"mmap": True}
 
 @pytest.mark.parametrize("ending", ["pth", "pt", "ckpt", "bin"])
 @pytest.mark.parametrize(("start", "asked"), [(b"", [SAFE | MAPPED]), (b"old", [SAFE | MAPPED, SAFE])], ids=["", "old"])
-def test_a_torch_file_is_read_safely_and_mapped(torch, tmp_path, vae, start, asked, ending):
+def test_a_torch_file_is_read_safely_and_mapped(torch, tmp_path, small_tokenizer, start, asked, ending):
     content = {"epoch": 3, "optimizer": {0: Tensor(np.ones(2))}, "model": {"ema": as_tensors(random_state("vae"))}}
     file = tmp_path / f"vae.{ending}"
     file.write_bytes(start + pickle.dumps(content))
-    assert_bit_equal(stored(convert("vae", file, LADDER, tmp_path / "vae")), stored(vae))
+    assert_bit_equal(stored(convert("vae", file, LADDER, tmp_path / "vae")), stored(small_tokenizer))
     assert torch.calls == asked
 
 
-def test_a_torch_file_comes_back_bit_for_bit(torch, tmp_path, vae):
-    assert export_torch(vae, tmp_path / "vae.pth") == "vae"
-    assert_bit_equal(stored(convert("vae", tmp_path / "vae.pth", LADDER, tmp_path / "vae")), stored(vae))
+def test_a_torch_file_comes_back_bit_for_bit(torch, tmp_path, small_tokenizer):
+    assert export_torch(small_tokenizer, tmp_path / "vae.pth") == "vae"
+    assert_bit_equal(stored(convert("vae", tmp_path / "vae.pth", LADDER, tmp_path / "vae")), stored(small_tokenizer))
 
 
 # As PyTorch 2.13 raises them.
@@ -217,27 +203,29 @@ def test_a_torch_file_that_does_not_exist_is_named(torch, refused_file, tmp_path
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("[enforce fail] unexpected pos")]
 )
-def test_a_torch_file_that_cannot_be_written_leaves_nothing(torch, refused, tmp_path, monkeypatch, vae, error):
+def test_a_torch_file_that_cannot_be_written_leaves_nothing(
+    torch, refused, tmp_path, monkeypatch, small_tokenizer, error
+):
     def fail(state, path):
         path.write_bytes(b"some")
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    said = refused(export_torch, vae, tmp_path / "vae.pth")
+    said = refused(export_torch, small_tokenizer, tmp_path / "vae.pth")
     assert said.startswith("Could not write vae.pth (")
 
 
-def test_without_torch_a_torch_file_says_what_to_install(refused, refused_file, tmp_path, monkeypatch, vae):
+def test_without_torch_a_torch_file_says_what_to_install(refused, refused_file, tmp_path, monkeypatch, small_tokenizer):
     monkeypatch.setitem(sys.modules, "torch", None)
     said = [refused_file(tmp_path / "vae.pth")]
-    said.append(refused(export_torch, vae, tmp_path / "vae.pth"))
+    said.append(refused(export_torch, small_tokenizer, tmp_path / "vae.pth"))
     what = "vae.pth is a PyTorch file, which takes PyTorch: `pip install torch`, or use a .safetensors file."
     assert said == [what, what]
 
 
-def test_a_safetensors_file_takes_no_torch(tmp_path, monkeypatch, vae):
+def test_a_safetensors_file_takes_no_torch(tmp_path, monkeypatch, small_tokenizer):
     monkeypatch.setitem(sys.modules, "torch", None)
-    export_torch(vae, tmp_path / "vae.safetensors")
+    export_torch(small_tokenizer, tmp_path / "vae.safetensors")
     convert("vae", tmp_path / "vae.safetensors", LADDER, tmp_path / "vae")
 
 
@@ -260,8 +248,8 @@ def test_a_real_torch_file_is_read(real_torch, tmp_path, old, dtype):
     assert_bit_equal(*found)
 
 
-def test_a_real_torch_file_is_written(real_torch, tmp_path, vae):
-    export_torch(vae, tmp_path / "vae.pth")
+def test_a_real_torch_file_is_written(real_torch, tmp_path, small_tokenizer):
+    export_torch(small_tokenizer, tmp_path / "vae.pth")
     found = {name: tensor.numpy() for name, tensor in real_torch.load(tmp_path / "vae.pth").items()}
     assert_bit_equal(found, random_state("vae"))
 
@@ -284,7 +272,7 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), Interrupted()], ids=["full", "interrupted"])
 @pytest.mark.parametrize("command", [convert, export_torch])
-def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, vae, command, error):
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, small_tokenizer, command, error):
     source = file_of(tmp_path / "vae.safetensors", random_state("vae"))
     arrays = []
 
@@ -296,7 +284,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, vae, command, err
 
     monkeypatch.setattr(tensors, "_bytes", fail)
     output = tmp_path / "out.safetensors"
-    arguments = ("vae", source, LADDER, output) if command is convert else (vae, output)
+    arguments = ("vae", source, LADDER, output) if command is convert else (small_tokenizer, output)
     with pytest.raises(InputError if isinstance(error, OSError) else Interrupted) as raised:
         command(*arguments)
     assert os.listdir(tmp_path) == ["vae.safetensors"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def run(argv: Sequence[str]) -> None:
     """Writes what `export model`, `export tokens` or `export torch` names."""
+    from hmar_jax.official import Kind
+
     parser = argparse.ArgumentParser(
         prog="hmar-jax export", description="Write a model directory, a token cache or an official PyTorch checkpoint."
     )
@@ -40,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
     torch.add_argument(
         "--kind",
         dest="layout",
-        choices=["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"],
+        choices=typing.get_args(Kind),
         help="vae for the tokenizer; by default the transformer as it was converted, or as what it is",
     )
     torch.add_argument(

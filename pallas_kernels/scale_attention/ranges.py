@@ -1,8 +1,30 @@
-"""What the kernels may take for granted of key ranges."""
+"""Key ranges: what the kernels may take for granted of them, and the queries that share one."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
+
+
+class Run(NamedTuple):
+    """Queries [first, last) that all see the keys [start, end): those of a scale."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+def runs(ranges: np.ndarray) -> Iterator[Run]:
+    """Neighbouring queries that share their range, from (L,2) int."""
+    first = 0
+    for (start, end), same in itertools.groupby(map(tuple, ranges.tolist())):
+        last = first + sum(1 for _ in same)
+        yield Run(first, last, start, end)
+        first = last
 
 
 def check_ranges(ranges: np.ndarray) -> None:

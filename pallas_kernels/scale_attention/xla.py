@@ -5,7 +5,6 @@ Axis letters: B batch, L tokens, N queries, H heads, D head size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.scale_attention.ranges import runs
 from pallas_kernels.scale_attention.reference import scale_queries_and_keys
 
 # Neighbouring scales of up to so many tokens together make one masked attention: on an accelerator each would cost more
@@ -32,16 +32,13 @@ class Part(NamedTuple):
 
 def parts(key_ranges: np.ndarray) -> Iterator[Part]:
     """The dense attentions that cover all queries: a large scale by itself, neighbouring small ones together."""
-    runs: list[tuple[int, int]] = []
-    first = 0
-    for _, run in itertools.groupby(map(tuple, key_ranges.tolist())):
-        last = first + sum(1 for _ in run)
-        if runs and last - runs[-1][0] <= MERGED_TOKENS:
-            runs[-1] = (runs[-1][0], last)
+    merged: list[tuple[int, int]] = []
+    for run in runs(key_ranges):
+        if merged and run.last - merged[-1][0] <= MERGED_TOKENS:
+            merged[-1] = (merged[-1][0], run.last)
         else:
-            runs.append((first, last))
-        first = last
-    for first, last in runs:
+            merged.append((run.first, run.last))
+    for first, last in merged:
         own = key_ranges[first:last]
         start, end = own[:, 0].min(), own[:, 1].max()
         keys = np.arange(start, end)

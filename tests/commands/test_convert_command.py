@@ -6,16 +6,16 @@ import re
 
 import pytest
 import safetensors.numpy
-from test_convert import (
+from official_files import (
     KINDS,
     LADDER,
     assert_bit_equal,
-    assert_one_sentence,
     file_of,
     file_of_zeros,
     official_shapes,
     random_model,
     random_state,
+    refusal,
     small,
     stages_of,
     stored,
@@ -23,7 +23,6 @@ from test_convert import (
 )
 from tiny_models import TINY
 
-from hmar_jax import InputError
 from hmar_jax.commands import convert as convert_command
 from hmar_jax.commands import export as export_command
 from hmar_jax.commands.main import main
@@ -37,32 +36,18 @@ SIGNATURE = {"vae": "quantize.embedding.weight"} | dict.fromkeys(TRANSFORMERS, "
 LAYOUT = dict(zip(KINDS, ("vae", "var or hmar-stage1", "hmar", "var or hmar-stage1", "hmar-stage2"), strict=True))
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    return convert("vae", file_of(folder / "vae.safetensors", random_state("vae")), LADDER, folder / "vae")
-
-
 @pytest.fixture
 def refused(tmp_path):
     """Runs a command that is to be refused and leaves nothing; its sentence, `tmp_path/` left out."""
-
-    def run(command, *words):
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(InputError) as error:
-            command.run([str(word) for word in words])
-        assert sorted(tmp_path.rglob("*")) == before
-        return assert_one_sentence(str(error.value).replace(f"{tmp_path}/", ""))
-
-    return run
+    return lambda command, *words: refusal(tmp_path, lambda: command.run([str(word) for word in words]))
 
 
 @pytest.fixture
-def refused_file(refused, tmp_path, vae):
+def refused_file(refused, tmp_path, small_tokenizer):
     """(kind, file, **options) → what the refused conversion says."""
 
     def run(kind, file, **options):
-        chosen = {"sides": "1,2,3,4", "tokenizer": None if kind == "vae" else vae} | options
+        chosen = {"sides": "1,2,3,4", "tokenizer": None if kind == "vae" else small_tokenizer} | options
         words = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items() if value is not None]
         output = options.get("output", tmp_path / "out")
         return refused(convert_command, f"--kind={kind}", f"--input={file}", *words, f"--output={output}")
@@ -189,13 +174,15 @@ def test_sides_that_do_not_fit_are_refused(refused_shapes, sides):
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 @pytest.mark.parametrize(("codes", "channels"), [(17, 4), (16, 5)])
-def test_a_tokenizer_of_other_sizes_is_refused(refused_shapes, vae, kind, codes, channels):
+def test_a_tokenizer_of_other_sizes_is_refused(refused_shapes, small_tokenizer, kind, codes, channels):
     shapes = official_shapes(kind)
     for name, shape in shapes.items():
         if re.search(r"(^|_)head\.(weight|bias)$", name):
             shapes[name] = (codes, *shape[1:])
     said = refused_shapes(kind, shapes | {"word_embed.weight": (8, channels)})
-    assert said.startswith(f"f.safetensors is for {codes} codes of {channels} channels, but {vae} has 16 of 4; give")
+    assert said.startswith(
+        f"f.safetensors is for {codes} codes of {channels} channels, but {small_tokenizer} has 16 of 4; give"
+    )
 
 
 OPTIONS = {
@@ -247,11 +234,11 @@ def test_a_file_that_cannot_be_read_is_named(refused_file, tmp_path, case):
 
 @pytest.mark.parametrize("make", [os.mkdir, lambda path: path.touch()], ids=["folder", "file"])
 @pytest.mark.parametrize("command", [convert_command, export_command])
-def test_an_output_that_exists_is_refused(refused, tmp_path, vae, make, command):
+def test_an_output_that_exists_is_refused(refused, tmp_path, small_tokenizer, make, command):
     taken = tmp_path / "taken.safetensors"
     make(taken)
     of_convert = ["--kind=vae", "--input=x", "--sides=1"]
-    words = of_convert if command is convert_command else ["torch", f"--model={vae}"]
+    words = of_convert if command is convert_command else ["torch", f"--model={small_tokenizer}"]
     said = refused(command, *words, f"--output={taken}")
     assert said.startswith("taken.safetensors exists already; remove it, or choose another output ")
 

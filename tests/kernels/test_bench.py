@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import bench, scale_attention
+from pallas_kernels.scale_attention import bench, bench_peers, scale_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RATES = bench.Rates(copy=1e9, matmul=1e10)
@@ -179,22 +179,22 @@ def test_a_wrong_answer_is_shown_and_not_ranked(untimed, monkeypatch, case):
     json.dumps(bench.as_json(chosen, rows, RATES), allow_nan=False)
 
 
-def peer(make, program=bench.JaxProgram):
-    return bench.Peer(("cpu",), program, make)
+def peer(make, program=bench_peers.JaxProgram):
+    return bench_peers.Peer(("cpu",), program, make)
 
 
 class TestPeers:
     @pytest.mark.parametrize(
         ("make", "pattern", "norm"),
         [
-            (bench.cudnn_mask, "block_diagonal", True),
-            (bench.cudnn_per_scale, "block_causal", True),
-            (bench.cudnn_per_scale, "block_diagonal", False),
-            (bench.splash, "block_causal", False),
+            (bench_peers.cudnn_mask, "block_diagonal", True),
+            (bench_peers.cudnn_per_scale, "block_causal", True),
+            (bench_peers.cudnn_per_scale, "block_diagonal", False),
+            (bench_peers.splash, "block_causal", False),
         ],
     )
     def test_what_surrounds_the_kernels_in_jax_is_right_at_odd_lengths(self, untimed, monkeypatch, make, pattern, norm):
-        monkeypatch.setitem(bench.PEERS, "it", peer(make))
+        monkeypatch.setitem(bench_peers.PEERS, "it", peer(make))
         [row] = bench.measure_all(setting((1, 2, 4), 1, 2, 64, pattern=pattern, norm=norm), [], ["it"], 1)
         assert (row.absent, row.right, row.ours) == (None, True, False)
         assert max(row.error, row.gradient_error) < 1e-5
@@ -212,9 +212,9 @@ class TestPeers:
             raise RuntimeError("no kernel image is available\nand a page of details")
 
         monkeypatch.setitem(sys.modules, "torch", None)
-        monkeypatch.setitem(bench.PEERS, "broken", peer(broken))
-        rows = list(bench.measure_all(setting(), ["nonsense", "xla"], list(bench.PEERS), 1))
-        assert len(rows) == 2 + len(bench.PEERS)
+        monkeypatch.setitem(bench_peers.PEERS, "broken", peer(broken))
+        rows = list(bench.measure_all(setting(), ["nonsense", "xla"], list(bench_peers.PEERS), 1))
+        assert len(rows) == 2 + len(bench_peers.PEERS)
         lines = bench.table(setting(), rows, RATES).splitlines()
         assert "FlexAttention: absent, needs a GPU." in lines
         assert "splash attention: absent, needs a TPU." in lines
@@ -224,7 +224,7 @@ class TestPeers:
 
     def test_packed_segments_are_absent_where_scales_see_each_other(self):
         with pytest.raises(ValueError, match="packed segments cannot see each other"):
-            bench.cudnn_packed(setting(pattern="block_causal"))
+            bench_peers.cudnn_packed(setting(pattern="block_causal"))
 
     def test_a_reference_whose_logits_would_not_fit_is_absent(self, untimed, monkeypatch):
         monkeypatch.setattr(bench, "DENSE_LIMIT", 4 * 2 * 3 * 25 - 1)

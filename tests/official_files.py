@@ -1,0 +1,124 @@
+"""Small official files of every kind, of random bits or of nothing, and what is asked of all sentences about them."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hmar_jax import InputError, official
+from hmar_jax import params as trees
+from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.model import Model
+from hmar_jax.pretrained import shapes_of
+from hmar_jax.scales import ScaleLadder
+
+KINDS = ("vae", "var", "hmar", "hmar-stage1", "hmar-stage2")
+LADDER = ScaleLadder((1, 2, 3, 4))
+TOKENIZER = TokenizerConfig(
+    channels=32, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1, latent_channels=4, codebook_size=16,
+    downsampling=2, phis=2,
+)  # fmt: skip
+LEAST = dataclasses.replace(TOKENIZER, multipliers=(1,), downsampling=1, phis=1)
+# Of each official kind, as small as its layout allows: stages 1 and 2 have branches of 8 blocks, or of all.
+TRANSFORMERS = {
+    "var": {"depth": 3, "branch_depth": 0, "pattern": "block_causal", "shared_adaln": True},
+    "hmar": {"depth": 3, "branch_depth": 2, "masked": True},
+    "hmar-stage1": {"depth": 9, "branch_depth": 8},
+    "hmar-stage2": {"depth": 9, "branch_depth": 8, "masked": True},
+}
+
+
+def small(kind, ladder=LADDER, tokenizer=TOKENIZER, **changes):
+    """The config of a small model of a kind."""
+    if kind == "vae":
+        return ModelConfig(ladder, tokenizer)
+    fields = {"width": 8, "heads": 2, "num_classes": 5} | TRANSFORMERS[kind] | changes
+    training = TransformerConfig.published_training(fields["depth"])
+    return ModelConfig(ladder, tokenizer, TransformerConfig(**fields, **training))
+
+
+def official_shapes(kind, **changes):
+    return {place.name: place.shape for place in official.places(small(kind, **changes), kind)}
+
+
+def any_bits(rng, shape):
+    """float32 of all kinds that are finite: small and large, denormal, minus zero."""
+    return (rng.integers(0, 2**32, shape, np.uint32) & np.uint32(0xBFFFFFFF)).view(np.float32)
+
+
+def random_state(kind, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    return {name: any_bits(rng, shape) for name, shape in sorted(official_shapes(kind, **changes).items())}
+
+
+def random_model(config, seed=0):
+    rng = np.random.default_rng(seed)
+    flat = {name: any_bits(rng, shape) for name, shape in sorted(shapes_of(config).items())}
+    return Model(config, trees.unflatten(flat))
+
+
+def file_of(path, state):
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, path)
+    return path
+
+
+def file_of_zeros(path, shapes):
+    """A .safetensors file of any size that takes no time and no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        offsets = [end, end := end + 4 * math.prod(shape)]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def stored(directory):
+    return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+def assert_bit_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def assert_one_sentence(text):
+    assert re.fullmatch(r"[^\n\x1b]*[^.\s]\.", text), text
+    assert ". " not in text, text
+    return text
+
+
+def without_mask_branch(model):
+    config = dataclasses.replace(model.config, transformer=dataclasses.replace(model.config.transformer, masked=False))
+    transformer = {name: tree for name, tree in model.params["transformer"].items() if "mask" not in name}
+    return Model(config, model.params | {"transformer": transformer})
+
+
+def stages_of(state, trunk):
+    """A whole HMAR state dict as its stage-1 and its stage-2 one."""
+
+    def of(branch, name):
+        name = re.sub(rf"^{branch}_(head|head_nm)\.", r"\1.", name)
+        name = re.sub(rf"^{branch}_blocks\.(\d+)", lambda match: f"blocks.{trunk + int(match[1])}", name)
+        return name.replace("base_blocks.", "blocks.")
+
+    stage1 = {of("ns", name): array for name, array in state.items() if not name.startswith("mask")}
+    stage1["word_embed.bias"] = stage1.pop("word_embed_bias")
+    return stage1, {of("mask", name): array for name, array in state.items() if not name.startswith("ns_")}
+
+
+def refusal(folder, work):
+    """The sentence of work that is to be refused and to leave nothing in the folder, which it doesn't name."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError) as error:
+        work()
+    assert sorted(folder.rglob("*")) == before
+    return assert_one_sentence(str(error.value).replace(f"{folder}/", ""))
