@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +35,5 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 def remedy(error: Exception) -> str:
     """What to do about a failed write, as the end of a sentence."""
-    in_words = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes below Python
-    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "make room on that disk and run the command again." if full else "check the path and its permissions."

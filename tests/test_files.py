@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hmar_jax.errors import InputError
-from hmar_jax.files import remedy, write_whole, writing
+from hmar_jax.files import write_whole, writing
 
 
 def fail_with(number):
@@ -113,11 +113,6 @@ def test_a_refusal_names_path_reason_and_remedy(number, expected):
         fail_with(number)()
     reason = f"[Errno {number}] {os.strerror(number)}"
     assert str(error.value) == f"Could not write some/file ({reason}); {expected}"
-
-
-@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, ROOM), (errno.EACCES, PATH)])
-def test_the_remedy_is_found_in_words_from_below_python(number, expected):
-    assert remedy(RuntimeError(f"I/O error: it did not work (os error {number})")) == expected
 
 
 def test_what_is_no_refusal_of_the_disk_passes_through():
