@@ -17,19 +17,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.scale_attention import hopper_common as common
+from pallas_kernels.scale_attention.hopper_blocks import Blocks
 from pallas_kernels.scale_attention.hopper_common import along_columns, along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Blocks, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper_pipeline import Band, Pipeline, Ref, Ring, Rows, Scalar
 from pallas_kernels.scale_attention.hopper_tiles import transpose_ranges
-
-
-def query_blocks(norm: bool) -> Blocks:
-    """The fastest measured for dq; with norm the loading warpgroup needs registers."""
-    return Blocks(3, 64, 64, 5, 56 if norm else 32)
-
-
-def key_blocks() -> Blocks:
-    """The fastest measured for dk and dv, which leave no register unused."""
-    return Blocks(3, 64, 64, 4, 32)
 
 
 def grad_queries(
@@ -39,7 +30,7 @@ def grad_queries(
     lse: jax.Array,
     q_scale: jax.Array | None,
     ranges: np.ndarray,
-    blocks: Blocks | None = None,
+    blocks: Blocks,
 ) -> Sequence[jax.Array]:
     """Gradient by q, and what else of queries is found on the way.
 
@@ -47,7 +38,7 @@ def grad_queries(
       qkv, q_scale, ranges: as `forward`.
       out, lse: from `forward`.
       dout: (B,L,H,D), the gradient by out.
-      blocks: None takes the best known.
+      blocks: how to cut.
 
     Returns:
       dq, (B,L,H,D), or, if qkv is packed, (B,L,3,H,D) of which only the first third is written;
@@ -55,9 +46,7 @@ def grad_queries(
       with norm also (B,H,≥L) float32, what each query adds to the gradient by |q_scale|.
     """
     norm = q_scale is not None
-    blocks = blocks or query_blocks(norm)
     dtype, (batch, _, heads, size) = dout.dtype, dout.shape
-    blocks.check(size, rows=2, columns=2, outputs=2, vectors=0)  # out, in its one slot, takes as much as an output
     pipeline = Pipeline.create(ranges, blocks, batch, heads)
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages
     factors, packed = common.sign_and_size(q_scale), len(qkv) == 1
@@ -150,20 +139,18 @@ def grad_keys(
     delta: jax.Array,
     q_scale: jax.Array | None,
     ranges: np.ndarray,
+    blocks: Blocks,
     into: Any = None,
-    blocks: Blocks | None = None,
 ) -> Sequence[jax.Array]:
     """Gradients by k and v, (B,L,H,D) each; none if qkv is packed: then they are written into its other two thirds.
 
     Args:
       qkv, dout, lse, delta, q_scale, ranges: as `grad_queries`, which finds delta.
+      blocks: how to cut.
       into: if qkv is packed, a `jax.Ref` (B,L,3,H,D).
-      blocks: None takes the best known.
     """
     norm = q_scale is not None
-    blocks = blocks or key_blocks()
     dtype, (batch, _, heads, size) = dout.dtype, dout.shape
-    blocks.check(size, rows=2, columns=2, outputs=2, vectors=2)
     ranges = transpose_ranges(ranges)
     pipeline = Pipeline.create(ranges, blocks, batch, heads)
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages

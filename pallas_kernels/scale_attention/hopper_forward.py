@@ -16,25 +16,16 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.scale_attention import hopper_common as common
+from pallas_kernels.scale_attention.hopper_blocks import Blocks
 from pallas_kernels.scale_attention.hopper_common import along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Blocks, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper_pipeline import Band, Pipeline, Ref, Ring, Rows, Scalar
 
 # A running maximum before the first visible key; finite, so that exp2(-inf - NOTHING_SEEN) is 0 and not NaN.
 NOTHING_SEEN = -1e30
 
 
-def forward_blocks(ranges: np.ndarray, norm: bool) -> Blocks:
-    """The fastest measured on an H200, bfloat16, D of 64: short ranges leave wide tiles half empty.
-
-    With norm the loading warpgroup needs registers.
-    """
-    if (ranges[:, 1] - ranges[:, 0]).max() <= 512:
-        return Blocks(4, 64, 64, 7, 64 if norm else 32)
-    return Blocks(3, 64, 128, 4, 56 if norm else 32)
-
-
 def forward(
-    qkv: Sequence[jax.Array], q_scale: jax.Array | None, ranges: np.ndarray, blocks: Blocks | None = None
+    qkv: Sequence[jax.Array], q_scale: jax.Array | None, ranges: np.ndarray, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
     """Attended values, and what the backward kernels want to know of logits.
 
@@ -42,24 +33,22 @@ def forward(
       qkv: q, k, v, each (B,L,H,D), or one (B,L,3,H,D).
       q_scale: (H,), or None without QK-norm.
       ranges: (L,2) int32, checked.
-      blocks: None takes the best known.
+      blocks: how to cut.
 
     Returns:
       (B,L,H,D); and (B,H,≥L) float32, log2 of the sums of exp2 of logits.
     """
     norm = q_scale is not None
-    blocks = blocks or forward_blocks(ranges, norm)
     dtype, (batch, length, heads, size) = qkv[0].dtype, common.shape_of(qkv)
-    blocks.check(size, rows=1, columns=2, outputs=1, vectors=0)
     pipeline = Pipeline.create(ranges, blocks, batch, heads)
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages
     factors = common.sign_and_size(q_scale)
 
-    def body(*refs: Ref, q: Ref, k: Ref, v: Ref, out: Ref, q_bar: Ref, k_bar: Ref, v_bar: Ref, landed: Ref) -> None:
+    def body(*refs: Ref, q: Ref, k: Ref, v: Ref, out: Ref, q_bar: Ref, kv_bar: Ref, landed: Ref) -> None:
         qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
         (signs_ref, sizes_ref), refs = refs[: len(factors)] or (None, None), refs[len(factors) :]
         limits_ref, table_ref, out_ref, lse_ref = refs
-        (q_ready, q_free), (k_ready, k_free), (v_ready, v_free) = q_bar, k_bar, v_bar
+        (q_ready, q_free), (kv_ready, kv_free) = q_bar, kv_bar
         me = lax.axis_index("wg")
 
         def attend(band: Band) -> None:
@@ -72,7 +61,7 @@ def forward(
             def step(tile: Scalar, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 total, peak, mass = carry
                 stage = lax.rem(band.turn + tile, stages)
-                plgpu.barrier_wait(k_ready.at[stage])
+                plgpu.barrier_wait(kv_ready.at[stage])
 
                 def product(ref: Ref) -> jax.Array:
                     plgpu.wgmma(ref, my_q, k[1].at[stage].transpose((1, 0)))
@@ -81,11 +70,9 @@ def forward(
                 s = pl.run_scoped(product, plgpu.ACC((rows, columns), jnp.float32))
                 s = common.mask(s, band, tile, limits)
                 new_peak = jnp.maximum(peak, s.max(axis=1) * gain)
-                plgpu.barrier_arrive(k_free.at[stage])
                 shrink = jnp.exp2(peak - new_peak)
                 total *= along_rows(shrink, total.shape)
                 mass *= shrink
-                plgpu.barrier_wait(v_ready.at[stage])
 
                 def accumulate(refs: tuple[Ref, Ref]) -> None:
                     total_ref, mass_ref = refs
@@ -94,7 +81,7 @@ def forward(
                     mass_ref[...] += p.sum(axis=1)  # while the product is under way
 
                 total, mass = pl.run_state(accumulate)((plgpu.ACC.init(total), mass))
-                plgpu.barrier_arrive(v_free.at[stage])
+                plgpu.barrier_arrive(kv_free.at[stage])
                 return total, new_peak, mass
 
             start = filled(0, rows, size), filled(NOTHING_SEEN, rows), filled(0, rows)
@@ -107,9 +94,10 @@ def forward(
         q_at, k_at, v_at = common.views(qkv_refs, packed=len(qkv) == 1)
         queries = Rows([common.copy_rows(q_at, q[0])], q_ready, q_free)
         normalize = common.normalize(k[1], signs_ref) if norm else None
-        keys = Ring([common.copy_columns(k_at, k[0])], k_ready, k_free, normalize, landed)
-        values = Ring([common.copy_columns(v_at, v[0])], v_ready, v_free)
-        pipeline.run(table_ref, [queries], [keys, values], attend)
+        # One ring for both: a second barrier a tile costs more than keys gain by being there before their values.
+        copies = [common.copy_columns(k_at, k[0]), common.copy_columns(v_at, v[0])]
+        pairs = Ring(copies, kv_ready, kv_free, normalize, landed)
+        pipeline.run(table_ref, [queries], [pairs], attend)
 
     out, lse = pipeline.call(
         "scale_attention_forward",
@@ -124,9 +112,8 @@ def forward(
             "v": tile_memory(dtype, stages, columns, size),
             "out": tile_memory(dtype, width, rows, size),
             "q_bar": pipeline.row_barriers(1),
-            "k_bar": pipeline.ring_barriers(1),
-            "v_bar": pipeline.ring_barriers(1),
-            "landed": plgpu.Barrier(num_barriers=stages) if norm else None,
+            "kv_bar": pipeline.ring_barriers(1 if norm else 2),
+            "landed": plgpu.Barrier(num_barriers=stages, num_arrivals=2) if norm else None,
         },
         [*qkv, *factors, common.limits_of(ranges, rows)],
     )

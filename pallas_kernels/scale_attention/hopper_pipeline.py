@@ -23,72 +23,10 @@ from jax import lax
 from jax.extend import backend
 
 from pallas_kernels.scale_attention import hopper_tiles as tiles
-
-SHARED_BYTES = 227 * 1024  # what a thread block may use on Hopper
-REGISTERS = 64 * 1024  # of a multiprocessor
+from pallas_kernels.scale_attention.hopper_blocks import Blocks
 
 Ref = Any  # a Pallas reference
 Scalar = Any  # an int32 of the kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut.
-
-    Attributes:
-      warpgroups: that compute; one more loads.
-      rows: of a warpgroup's band, a multiple of 64, as wgmma wants.
-      columns: of a tile, a multiple of 64.
-      stages: column tiles in flight.
-      loader_registers: of each thread that loads; the other threads get what that leaves.
-
-    Raises:
-      ValueError: a number is not supported.
-    """
-
-    warpgroups: int
-    rows: int
-    columns: int
-    stages: int
-    loader_registers: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.warpgroups <= 4:
-            raise ValueError(f"{self.warpgroups} compute warpgroups are not between 1 and 4.")
-        if any(size not in (64, 128, 192, 256) for size in (self.rows, self.columns)):
-            raise ValueError(f"Tiles of {self.rows} x {self.columns} are not multiples of 64 up to 256.")
-        if not 2 <= self.stages <= 32:
-            raise ValueError(f"{self.stages} stages are not between 2 and 32.")
-
-    @property
-    def compute_registers(self) -> int:
-        """Threads start with an equal share, and those that load then pass on what they do not need."""
-        threads = self.warpgroups + 1
-        pool = REGISTERS // 128 // threads // 8 * 8 * threads
-        return min((pool - self.loader_registers) // self.warpgroups // 8 * 8, 240)
-
-    def shared_bytes(self, head_size: int, *, rows: int, columns: int, outputs: int, vectors: int) -> int:
-        """Shared memory of a kernel that has so many of each.
-
-        Args:
-          head_size: D; operands and outputs have 16 bits.
-          rows: operands read by band: two slots for each warpgroup.
-          columns: operands read by column tile: one for each stage.
-          outputs: one staging buffer for each warpgroup.
-          vectors: float32 numbers for each column and stage.
-        """
-        row_slots = 2 * self.warpgroups * rows * self.rows * head_size * 2
-        ring = self.stages * columns * self.columns * head_size * 2
-        staging = self.warpgroups * outputs * self.rows * head_size * 2
-        numbers = self.stages * vectors * self.columns * 4
-        other = 3 * 1024  # barriers, scratch of reductions, alignment
-        return row_slots + ring + staging + numbers + other
-
-    def check(self, head_size: int, **operands: int) -> None:
-        """Raises ValueError if a kernel with these operands needs more shared memory than there is."""
-        used = self.shared_bytes(head_size, **operands)
-        if used > SHARED_BYTES:
-            raise ValueError(f"{self} needs {used} bytes of shared memory for {operands}; there are {SHARED_BYTES}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,9 +39,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.scale_attention.ranges import check_ranges
 from pallas_kernels.scale_attention.tpu_kernels import Problem, backward_kernel, forward_kernel
-from pallas_kernels.scale_attention.tpu_tiles import KEY, QUERY, TpuBlocks, default_blocks, pad_ranges
+from pallas_kernels.scale_attention.tpu_tiles import KEY, QUERY, TpuBlocks, candidates, pad_ranges, tuned_blocks
 
-__all__ = ["TpuBlocks", "tpu_attention", "tpu_attention_packed"]
+__all__ = ["TpuBlocks", "candidates", "tpu_attention", "tpu_attention_packed"]
 
 
 def tpu_attention(
@@ -62,7 +62,7 @@ def tpu_attention(
       key_ranges: (L,2) int, static: query i attends to keys in [start, end). Neither bound ever decreases, no range is
         empty, and together they leave no gap.
       q_scale: optional (H,): QK-norm, as in `reference_attention`; normalised q and k are never in memory.
-      blocks: sizes of the tiles; None takes `default_blocks`.
+      blocks: sizes of the tiles; None takes the best known, `tuned_blocks`.
       interpret: for `pl.pallas_call`; `pltpu.InterpretParams()` runs on a CPU.
 
     Returns:
@@ -122,7 +122,7 @@ def _attend(
     factors = jnp.full(heads, size**-0.5, jnp.float32) if q_scale is None else q_scale.astype(jnp.float32)
     factors = jnp.repeat(jnp.pad(factors, (0, missing)), size)[None]
     problem = Problem(
-        ranges.tobytes(), heads + missing, size, dtype, q_scale is not None, blocks or default_blocks(length), interpret
+        ranges.tobytes(), heads + missing, size, dtype, q_scale is not None, blocks or tuned_blocks(length), interpret
     )
     out = _attention(tuple(map(flatten, arrays)), _vary_as(first, factors), problem)
     return out.reshape(batch, length, -1, size)[:, :, :heads].astype(first.dtype)
@@ -221,8 +221,11 @@ def _forward(arrays: tuple[jax.Array, ...], factors: jax.Array, problem: Problem
             ],
         ),
         out_shape=[_array_like(q, (*q.shape[:2], factors.size), q.dtype), _array_like(q, lse, jnp.float32)],
-        # Of q, k, v, out. Logits contract over the lanes of a group; values are sums of weighted rows of D.
-        cost_estimate=_cost(problem, pairs, len(q), products=width + problem.size, arrays=4),
+        # Logits contract over the lanes of a group; values are sums of weighted rows of D. Moved are q and out, and
+        # logsumexp; k and v.
+        cost_estimate=_cost(
+            problem, pairs, len(q), products=width + problem.size, by_query=2, statistics=1, by_key=2, whole=0
+        ),
         compiler_params=_compiler_params(problem, backward=False),
         interpret=problem.interpret,
         name="scale_attention_forward",
@@ -266,8 +269,11 @@ def _backward(
             ],
         ),
         out_shape=[_array_like(q, dout.shape, q.dtype)] * 3 + [_array_like(q, (len(q), 1, factors.size), jnp.float32)],
-        # Of q, k, v, dout, dq, dk, dv. Two products contract over the lanes of a group, two give them, dq is D rows.
-        cost_estimate=_cost(problem, pairs, len(q), products=4 * width + problem.size, arrays=7),
+        # Two products contract over the lanes of a group, two give them, dq is D rows. Moved are q and dout, logsumexp
+        # and delta; k, v, dk and dv; dq, once.
+        cost_estimate=_cost(
+            problem, pairs, len(q), products=4 * width + problem.size, by_query=2, statistics=2, by_key=4, whole=1
+        ),
         compiler_params=_compiler_params(problem, backward=True),
         interpret=problem.interpret,
         name="scale_attention_backward",
@@ -275,11 +281,39 @@ def _backward(
     return dq, dk, dv, dfactors.sum(axis=0)
 
 
-def _cost(problem: Problem, pairs: np.ndarray, batch: int, *, products: int, arrays: int) -> pl.CostEstimate:
-    """Of every visited pair of a query and a key, hidden or not; each array is counted as moved once."""
-    visited = batch * problem.heads * pairs.shape[1] * problem.blocks.queries * problem.blocks.keys
-    moved = arrays * batch * problem.length * problem.heads * problem.size * problem.dtype.itemsize
+def _cost(
+    problem: Problem,
+    pairs: np.ndarray,
+    batch: int,
+    *,
+    products: int,
+    by_query: int,
+    statistics: int,
+    by_key: int,
+    whole: int,
+) -> pl.CostEstimate:
+    """FLOPs and exponentials of every visited pair of a query and a key, hidden or not, and bytes moved.
+
+    A tile moves whenever the list goes on to another one; so of k and v, forward, as often as it is visited.
+
+    Args:
+      problem, pairs, batch: what is computed, of B images.
+      products: multiplications of a pair.
+      by_query, by_key: arrays with rows of D, moved in tiles of queries and of keys.
+      statistics: float32 numbers of a query, moved with its tile.
+      whole: arrays with rows of D that move once.
+    """
+    blocks, heads = problem.blocks, batch * problem.heads
+    visited = heads * pairs.shape[1] * blocks.queries * blocks.keys
+    queries, keys = (size * _runs(pairs[row]) for size, row in ((blocks.queries, QUERY), (blocks.keys, KEY)))
+    rows = by_query * queries + by_key * keys + whole * problem.length
+    moved = heads * (rows * problem.size * problem.dtype.itemsize + statistics * queries * 4)
     return pl.CostEstimate(flops=2 * products * visited, transcendentals=visited, bytes_accessed=moved)
+
+
+def _runs(index: np.ndarray) -> int:
+    """How many runs of equal numbers."""
+    return 1 + int(np.count_nonzero(np.diff(index)))
 
 
 def _compiler_params(problem: Problem, *, backward: bool) -> pltpu.CompilerParams:

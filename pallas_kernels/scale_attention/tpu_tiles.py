@@ -6,8 +6,12 @@ A *tile pair* is some consecutive queries and some consecutive keys, both on gri
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import itertools
+import sys
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Rows of the list, and bits of its row of flags.
@@ -16,6 +20,10 @@ MASKED = 1  # some query of the pair must not see some key of it
 FIRST_OF_QUERIES, LAST_OF_QUERIES = 2, 4  # no pair before, or after, has these queries
 FIRST_OF_KEYS, LAST_OF_KEYS = 8, 16
 
+VMEM_BYTES = (
+    24 * 2**20
+)  # that a backward kernel is to stay below; v5p has 64 MiB, the others 128, and XLA uses the rest
+MOST_TOKENS = sys.maxsize
 
 Order = Literal["queries", "keys"]
 
@@ -82,28 +90,72 @@ class TpuBlocks:
         }
 
 
-def default_blocks(length: int) -> TpuBlocks:
-    """What a ladder of L tokens takes on v5e, v5p and v6e: chosen by counting, not by a clock.
+# The largest L, and the blocks up to there, by kind of device. Those of `DEFAULT_KIND`, for kinds that nobody has
+# measured, are chosen by counting, not by a clock: of all sizes that fit into `VMEM_BYTES` they have about the least
+# `weight`, over both patterns. Area visited over pairs visible:
+#
+# | ladder  | block_diagonal | block_causal | VMEM forward, backward (D = 64, bfloat16) |
+# | 256 px  | 3.34           | 1.61         | 5.0, 9.4 MiB                              |
+# | 512 px  | 1.70           | 1.16         | 5.6, 17.1 MiB                             |
+# | 1024 px | 1.39           | 1.12         | 5.6, 18.6 MiB                             |
+#
+# Smaller tiles waste less area, and more time on steps. 240, 320 and 592 end close to where a scale does.
+DEFAULT_KIND = "any"
+TUNED = {
+    DEFAULT_KIND: {
+        1024: TpuBlocks(queries=384, keys=240, groups=4),
+        4096: TpuBlocks(queries=384, keys=320, groups=4),
+        MOST_TOKENS: TpuBlocks(queries=640, keys=592, groups=1),
+    },
+}
 
-    Of all sizes whose backward kernel stays below 24 MiB in bfloat16 (v5p has 64 MiB of VMEM, the others 128), these
-    have about the least tiles · (queries · keys + 64 (queries + keys) + 46000 / groups), over both patterns. The terms
-    are the pairs computed, preparing a tile's operands, and the 0.35 µs that a step costs anyhow, as pairs that a v5e
-    computes in that time, the mean of forward and backward. Area visited over pairs visible:
 
-    | ladder  | block_diagonal | block_causal | VMEM forward, backward (D = 64, bfloat16) |
-    | 256 px  | 3.34           | 1.61         | 5.0, 9.4 MiB                              |
-    | 512 px  | 1.70           | 1.16         | 5.6, 17.1 MiB                             |
-    | 1024 px | 1.39           | 1.12         | 5.6, 18.6 MiB                             |
+def tuned_blocks(length: int) -> TpuBlocks:
+    """The best known for L tokens on the device that is compiled for, no larger than they need."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    table = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND])
+    return _shrink(next(blocks for most, blocks in table.items() if length <= most), length)
 
-    Smaller tiles waste less area, and more time on steps. 240, 320 and 592 end close to where a scale does.
+
+def _shrink(blocks: TpuBlocks, length: int) -> TpuBlocks:
+    """Without tiles longer than what L fills."""
+    queries, keys = min(blocks.queries, -(-length // 128) * 128), min(blocks.keys, -(-length // 16) * 16)
+    return TpuBlocks(queries, keys, blocks.groups)
+
+
+def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> list[TpuBlocks]:
+    """What is worth timing: what is in use, then for each number of queries and groups the keys of least `weight`.
+
+    They fit into `VMEM_BYTES`; those of much more weight than the best are left out.
+
+    Args:
+      key_ranges: (L,2), what each query sees.
+      head_size: D.
+      dtype: of q, k and v.
+      norm: whether q and k are normalised, which makes no difference to what is worth it.
     """
-    if length <= 1024:
-        queries, keys, groups = 384, 240, 4
-    elif length <= 4096:
-        queries, keys, groups = 384, 320, 4
-    else:
-        queries, keys, groups = 640, 592, 1
-    return TpuBlocks(min(queries, -(-length // 128) * 128), min(keys, -(-length // 16) * 16), groups)
+    del norm
+    length, itemsize = len(key_ranges), jnp.dtype(dtype).itemsize
+    found = []
+    for queries, groups in itertools.product(range(128, 1025, 128), (1, 2, 4)):
+        blocks = [TpuBlocks(queries, keys, groups) for keys in range(128, 1025, 16)]
+        fit = [b for b in blocks if sum(b.vmem_terms(length, head_size, itemsize, backward=True).values()) < VMEM_BYTES]
+        if fit:
+            found.append(_shrink(min(fit, key=lambda b: weight(key_ranges, b)), length))
+    least = min((weight(key_ranges, b) for b in found), default=0)
+    return list(dict.fromkeys([tuned_blocks(length), *(b for b in found if weight(key_ranges, b) <= 1.25 * least)]))
+
+
+def weight(key_ranges: np.ndarray, blocks: TpuBlocks) -> float:
+    """About the time that a head takes, as pairs that a v5e computes in it, the mean of forward and backward.
+
+    Tile pairs · (queries · keys + 64 (queries + keys) + 46000 / groups): the pairs computed, preparing a tile's
+    operands, and the 0.35 µs that a step costs anyhow.
+    """
+    queries, keys, groups = blocks.queries, blocks.keys, blocks.groups
+    tiles = pad_ranges(key_ranges, queries).reshape(-1, queries, 2)
+    visited = np.sum(-(-tiles[:, -1, 1] // keys) - tiles[:, 0, 0] // keys)
+    return float(visited * (queries * keys + 64 * (queries + keys) + 46000 / groups))
 
 
 def pad_ranges(ranges: np.ndarray, queries: int) -> np.ndarray:

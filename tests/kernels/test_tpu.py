@@ -1,12 +1,15 @@
 """The TPU kernels: interpreted on a CPU against the definition, and compiled for TPUs that are not there.
 
 Run as a script, with the environment of `compiled` below, it compiles and prints what came of it as JSON.
+Long, as tiles, kernels and compiled programs are checked against the same pairs and cases.
 """
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent import futures
@@ -19,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hmar_jax.scales import ScaleLadder
 from pallas_kernels.scale_attention import tpu_tiles
 from pallas_kernels.scale_attention.reference import reference_attention
-from pallas_kernels.scale_attention.tpu import TpuBlocks, tpu_attention, tpu_attention_packed
+from pallas_kernels.scale_attention.tpu import TpuBlocks, candidates, tpu_attention, tpu_attention_packed
 
 PATTERNS = ["block_diagonal", "block_causal"]
 # Norm of the difference over norm of the truth: of the output, and of gradients.
@@ -133,7 +136,7 @@ class TestTileList:
     )
     def test_default_tiles_visit_little_more_than_the_visible_pairs(self, preset, pattern, most):
         ladder = ScaleLadder.preset(preset)
-        ranges, blocks = ladder.key_ranges(pattern), tpu_tiles.default_blocks(ladder.length)
+        ranges, blocks = ladder.key_ranges(pattern), tpu_tiles.tuned_blocks(ladder.length)
         steps = tpu_tiles.tile_list(ranges, blocks.queries, blocks.keys, "queries").shape[1]
         assert steps * blocks.queries * blocks.keys <= most[preset] * np.sum(ranges[:, 1] - ranges[:, 0])
 
@@ -155,10 +158,45 @@ class TestBlocks:
     @pytest.mark.parametrize("itemsize", [2, 4])
     def test_defaults_fit_into_half_of_the_smallest_memory(self, preset, itemsize):
         length = ScaleLadder.preset(preset).length
-        blocks = tpu_tiles.default_blocks(length)
+        blocks = tpu_tiles.tuned_blocks(length)
         for backward in (False, True):
             terms = blocks.vmem_terms(length, 64, itemsize, backward=backward)
             assert 0 < sum(terms.values()) < 32 * 2**20
+
+    def test_a_device_gets_its_own_row_and_one_that_nobody_measured_the_default(self, monkeypatch):
+        default = tpu_tiles.tuned_blocks(680)
+        monkeypatch.setitem(tpu_tiles.TUNED, "TPU v6 lite", {tpu_tiles.MOST_TOKENS: TpuBlocks(640, 512, 2)})
+        for kind, expected in (("TPU v6 lite", TpuBlocks(640, 512, 2)), ("TPU v5 lite", default)):
+            device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+                assert tpu_tiles.tuned_blocks(680) == expected
+
+    @pytest.mark.parametrize("most", [1, 130, 1024, 1025, 4096, 4097, 10**6])
+    def test_tiles_are_no_longer_than_the_tokens_fill(self, most):
+        blocks = tpu_tiles.tuned_blocks(most)
+        assert blocks.queries - 128 < most and blocks.keys - 16 < most
+
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("preset", ["256", "512", "1024"])
+    def test_candidates_start_with_what_is_in_use_fit_and_weigh_little_more_than_the_best(self, preset, pattern):
+        ranges = ScaleLadder.preset(preset).key_ranges(pattern)
+        used, *others = candidates(ranges, 64, "bfloat16", norm=True)
+        assert used == tpu_tiles.tuned_blocks(len(ranges))
+        assert others and len({used, *others}) == 1 + len(others)
+        for blocks in others:
+            assert sum(blocks.vmem_terms(len(ranges), 64, 2, backward=True).values()) < tpu_tiles.VMEM_BYTES
+            assert tpu_tiles.weight(ranges, blocks) <= 1.26 * min(tpu_tiles.weight(ranges, b) for b in others)
+
+    @given(ladders, st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(1, 3))
+    def test_weight_counts_the_visited_tile_pairs(self, ladder, pattern, queries, keys):
+        ranges, blocks = ladder.key_ranges(pattern), TpuBlocks(128 * queries, 16 * keys, 2)
+        visited = tpu_tiles.tile_list(ranges, blocks.queries, blocks.keys, "queries").shape[1]
+        pair = blocks.queries * blocks.keys + 64 * (blocks.queries + blocks.keys) + 23000
+        assert tpu_tiles.weight(ranges, blocks) == visited * pair
+
+    def test_candidates_print_as_what_the_table_wants(self):
+        for blocks in candidates(ScaleLadder((1, 9)).key_ranges("block_causal"), 64, "float32", norm=False):
+            assert eval(repr(blocks)) == blocks
 
 
 # Between them: a scale of one token; lengths (155, 274, 256, 157, 140) within, beyond and at the end of a tile; odd H;
@@ -244,6 +282,31 @@ class TestInterpreted:
             assert set(zip(*pairs[:2].tolist(), strict=True)) == set(visible_pairs(ranges, 128, 48))
             expected += [(0, group, step) for group in range(2) for step in range(pairs.shape[1])]
         assert sorted(visited) == sorted(expected)
+
+
+class TestCostEstimate:
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    def test_counts_the_products_exponentials_and_tile_moves_of_the_visited_pairs(self, pattern):
+        (q, k, v, cotangent, scale), ranges = make_case((1, 3, 8, 9), pattern, 4, 64, batch=2)
+        run = value_and_gradients(tpu(ranges, TpuBlocks(128, 48), False))
+        text = str(jax.make_jaxpr(run)(q, k, v, cotangent, scale))
+        estimates = re.findall(r"CostEstimate\(flops=(\d+), transcendentals=(\d+), bytes_accessed=(\d+)", text)
+        tile, number = 8 * 64 * 4, 8 * 4  # bytes of a row of q, and of a statistic, of all images and heads
+
+        def moves(tiles):
+            return len(list(itertools.groupby(tiles)))
+
+        expected = []
+        for order, products, by_query, statistics, by_key, whole in (
+            ("queries", 192, 2, 1, 2, 0),
+            ("keys", 576, 2, 2, 4, 1),
+        ):
+            pairs = sorted(visible_pairs(ranges, 128, 48), key=lambda pair: pair if order == "queries" else pair[::-1])
+            visited = 8 * len(pairs) * 128 * 48
+            queries, keys = 128 * moves(pair[0] for pair in pairs), 48 * moves(pair[1] for pair in pairs)
+            moved = (by_query * queries + by_key * keys + whole * 155) * tile + statistics * queries * number
+            expected.append((2 * products * visited, visited, moved))
+        assert [tuple(map(int, estimate)) for estimate in estimates] == expected
 
 
 class TestTransformations:
