@@ -31,6 +31,5 @@ def get_config() -> ml_collections.ConfigDict:
             data=DataConfig("folder", flip=True),
             optimizer=OptimizerConfig(base_lr=4e-4, weight_decay=0.0, final_weight_decay=0.0, clip=1.0, ema=0.999),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial_start=10_000),
-            remat="none",
         )
     )

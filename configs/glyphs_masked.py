@@ -19,7 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
             data=DataConfig("tokens", path="runs/tokens"),
             optimizer=OptimizerConfig(base_lr=0.016, final_lr=0.01),
             dtype="float32",
-            remat="dots",
             log_every=20,
             sample_every=400,
             sample_labels=tuple(range(16)),

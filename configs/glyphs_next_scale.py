@@ -23,7 +23,6 @@ def get_config() -> ml_collections.ConfigDict:
             optimizer=OptimizerConfig(base_lr=0.024, final_lr=0.01),
             objective=ObjectiveConfig(scale_weights="equal"),
             dtype="float32",
-            remat="dots",
             log_every=50,
             sample_every=900,
             sample_labels=tuple(range(16)),

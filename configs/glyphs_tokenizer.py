@@ -39,7 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
             optimizer=OptimizerConfig(base_lr=0.02, weight_decay=0.0, final_weight_decay=0.0, clip=1.0),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial=0.0),
             dtype="float32",
-            remat="none",
             log_every=50,
             sample_every=500,
             checkpoint_every=500,

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# A checkout → a virtual environment with the pinned set. Sourced by demo.sh and test.sh; runs on bash 3.2 and newer.
+# A checkout → a virtual environment with the pinned set. Sourced by demo.sh, test.sh and common.sh; runs on bash 3.2
+# and newer.
 #
 #   source launch/environment.sh
-#   prepare_environment demo    # or `test`, which holds all of `demo`
+#   prepare_environment demo    # or test, which holds all of demo; tpu; cuda
 #
 # sets $checkout, $environment and $python. The environment is .venv in the checkout, or $HMAR_VENV. A stamp inside it
 # holds a checksum of what was installed, so that later runs start at once and a changed pin is picked up.
@@ -111,7 +112,7 @@ prepare_environment() {
     make_environment
     wanted="$(checksum)"
     [[ ! -f "$stamp" ]] || found="$(<"$stamp")"
-    if [[ "$found" == "$wanted $extras" || "$found" == "$wanted demo,test" ]]; then
+    if [[ "$found" == "$wanted $extras" || ("$extras" == demo && "$found" == "$wanted demo,test") ]]; then
         return
     fi
     printf 'Installing the pinned packages into %s (about a minute, once) …\n' "$environment"
