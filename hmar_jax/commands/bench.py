@@ -40,9 +40,14 @@ def add_attention(subparsers: Any) -> None:
     parser = subparsers.add_parser("attention", help=what, description=f"Measure {what}.")
     parser.set_defaults(run=attention)
     parser.add_argument(
-        "--sides",
-        help="of the token maps: 256, 512, 1024 (pixels of a published ladder) or 1,2,3,4; by default the published "
-        "three, without an accelerator those of 128 pixels, which take less than a minute",
+        "--pixels",
+        action="append",
+        default=[],
+        help="256, 512, 1024: a published ladder; may be repeated; by default those three, without an accelerator the "
+        "one of 128 pixels, which takes less than a minute",
+    )
+    parser.add_argument(
+        "--sides", action="append", default=[], help="of the token maps instead, such as 1,2,3,4 or 16; may be repeated"
     )
     parser.add_argument("--batch", type=int, help="sequences; by default as published for the ladder, else 16")
     parser.add_argument("--heads", type=int, help="by default as published for the ladder, else 16")
@@ -59,7 +64,10 @@ def add_attention(subparsers: Any) -> None:
         "--norm", action=argparse.BooleanOptionalAction, help="QK-norm; by default both without and with it"
     )
     parser.add_argument("--implementations", help="of ours, such as xla,reference; by default all that can run")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="nobody else's implementations")
+    parser.add_argument("--peers", help="of others, by how their names start, such as flex,cudnn; none; by default all")
+    parser.add_argument(
+        "--tune", action="store_true", help="time sizes of tiles of the kernel that runs here (or --implementations)"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each time (default: %(default)s)")
     parser.add_argument(
         "--output",
@@ -79,38 +87,45 @@ def attention(args: argparse.Namespace) -> None:
 
     import jax
 
-    from pallas_kernels.scale_attention import bench
+    from pallas_kernels.scale_attention import bench, bench_table
 
     on_cpu = jax.default_backend() == "cpu"
     settings = attention_settings(args, on_cpu)
-    ours, peers = parse_implementations(args.implementations), list(bench.PEERS) if args.peers else []
+    ours, peers = parse_implementations(args.implementations), parse_peers(args.peers)
+    if args.tune:
+        for setting in settings:
+            for name in kernels_to_tune(setting, None if args.implementations is None else ours):
+                tune(name, setting, args.repeats)
+        return
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0].device_kind if not on_cpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    if on_cpu and args.sides is None:
-        print("There is no accelerator here, hence a small setting; --sides, --batch and --heads set another.")
+    if on_cpu and not args.pixels + args.sides:
+        print("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")
     rates = bench.measure_rates(settings[0].dtype, args.repeats)
     speed = f"copies {rates.copy / 1e9:.4g} GB/s, multiplies {rates.matmul / 1e12:.3g} TFLOP/s in {settings[0].dtype}"
-    print(f"{device}: {speed}\n{bench.LEGEND}\n", flush=True)
+    print(f"{device}: {speed}\n{bench_table.LEGEND}\n", flush=True)
     report: dict[str, Any] = {"device": device, "versions": versions(), "rates": vars(rates), "settings": []}
-    pages = [f"# Scale attention on {device}\n\nIt {speed}; the bounds follow from these. {bench.LEGEND}\n"]
+    pages = [f"# Scale attention on {device}\n\nIt {speed}; the bounds follow from these. {bench_table.LEGEND}\n"]
     panels: list[Any] = []
     with tqdm.tqdm(total=len(settings) * len([*ours, *peers]), desc="attention", disable=None, leave=False) as bar:
         for setting in settings:
-            rows = []
+            rows: list[Any] = []
+            report["settings"].append(None)
+            pages.append("")
             try:
                 for row in bench.measure_all(setting, ours, peers, args.repeats):
                     rows.append(row)
-                    bar.update()
+                    bar.update(row.name in ours or row.name in peers)
+                    report["settings"][-1] = bench_table.as_json(setting, rows, rates)
+                    pages[-1] = bench_table.table(setting, rows, rates, markdown=True)
+                    write_whole(args.output / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
+                    write_whole(args.output / "attention.md", "\n".join(pages).encode())
             except jax.errors.JaxRuntimeError as error:  # of inputs and truth; a row has its own
                 said = str(error).partition("\n")[0]
                 raise InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.") from None
-            bar.write(bench.table(setting, rows, rates))
-            report["settings"].append(bench.as_json(setting, rows, rates))
-            pages.append(bench.table(setting, rows, rates, markdown=True))
+            bar.write(bench_table.table(setting, rows, rates))
             panels.extend(attention_panels(setting, rows, rates))
-            write_whole(args.output / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
-            write_whole(args.output / "attention.md", "\n".join(pages).encode())
     files = [args.output / "attention.json", args.output / "attention.md"]
     files += draw(panels, args.output / "attention.png")
     print(f"The same is in {', '.join(map(str, files))}")
@@ -120,16 +135,16 @@ def attention_settings(args: argparse.Namespace, on_cpu: bool) -> list[Any]:
     """What to measure: the arguments, filled up with what is published or small."""
     from pallas_kernels.scale_attention.bench import Setting
 
-    usual = ON_A_CPU if on_cpu else PUBLISHED
-    norms = (False, True) if args.norm is None else (args.norm,)
+    usual, other = (ON_A_CPU, (2, 4)) if on_cpu else (PUBLISHED, (16, 16))
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    settings = []
-    for sides, norm in itertools.product(usual if args.sides is None else [args.sides], norms):
-        ladder = parse_sides(sides) if "," in sides else ScaleLadder.preset(sides)
-        batch, heads = usual.get(sides, (2, 4) if on_cpu else (16, 16))
-        shape = (args.batch or batch, args.heads or heads, args.head_size)
-        settings.append(Setting(ladder, *shape, dtype, args.pattern, norm))
-    return settings
+    ladders = [(ScaleLadder.preset(pixels), *usual.get(pixels, other)) for pixels in args.pixels]
+    ladders += [(parse_sides(sides), *other) for sides in args.sides]
+    ladders = ladders or [(ScaleLadder.preset(pixels), *shape) for pixels, shape in usual.items()]
+    norms = (False, True) if args.norm is None else (args.norm,)
+    return [
+        Setting(ladder, args.batch or batch, args.heads or heads, args.head_size, dtype, args.pattern, norm)
+        for (ladder, batch, heads), norm in itertools.product(ladders, norms)
+    ]
 
 
 def parse_implementations(text: str | None) -> list[str]:
@@ -144,10 +159,58 @@ def parse_implementations(text: str | None) -> list[str]:
     return names
 
 
+def parse_peers(text: str | None) -> list[str]:
+    """Names that start as those in `flex,cudnn` do; all for None, none for `none`."""
+    from pallas_kernels.scale_attention.bench_peers import PEERS
+
+    if text is None or text == "none":
+        return [] if text else list(PEERS)
+    found: list[str] = []
+    for start in text.split(","):
+        names = [name for name in PEERS if name.casefold().startswith(start.strip().casefold())]
+        if not start.strip() or not names:
+            raise InputError(f"--peers names {start!r}; expected none, or beginnings of {'; '.join(PEERS)}.")
+        found += [name for name in names if name not in found]
+    return found
+
+
+def kernels_to_tune(setting: Any, wanted: Sequence[Any] | None) -> list[str]:
+    """Those wanted, or what a setting runs as here; InputError if that is no kernel, or one that cannot run here."""
+    import jax
+
+    from pallas_kernels.scale_attention import api
+
+    q = jax.ShapeDtypeStruct((setting.batch, setting.ladder.length, setting.heads, setting.head_size), setting.dtype)
+    try:
+        names = [api.choose(q, setting.ladder.length, name) for name in wanted or (None,)]
+    except ValueError as problem:
+        raise InputError(str(problem)) from None
+    for name in names:
+        if name in ("xla", "reference"):
+            kind = jax.devices()[0].device_kind
+            raise InputError(f"There is no kernel to tune here: {setting} runs as {name!r} on {kind}.")
+    return list(names)
+
+
+def tune(name: str, setting: Any, repeats: int) -> None:
+    """Prints each size of tiles with its time as it is measured, then an entry for the kernel's table, if better."""
+    from pallas_kernels.scale_attention import bench, bench_tune
+
+    print(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
+    case, blocks, tried = bench.make_case(setting), bench_tune.candidates(name, setting), []
+    with tqdm.tqdm(total=len(blocks), desc=f"tuning {name}", disable=None, leave=False) as bar:
+        for trial in bench_tune.trials(name, case, blocks, repeats):
+            tried.append(trial)
+            bar.update()
+            bar.write(bench_tune.line(trial, tried[0]))
+        last = list(bench_tune.trials(name, case, bench_tune.finalists(tried), repeats))
+    print(f"{bench_tune.verdict(last)}\n", flush=True)
+
+
 def versions() -> dict[str, str]:
     """Of what is measured, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "torch", "triton", "libtpu"):
+    for package in ("jax", "jaxlib", "jax-triton", "torch", "triton", "libtpu"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

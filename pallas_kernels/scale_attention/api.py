@@ -6,6 +6,7 @@ Axis letters: B batch, L tokens, H heads, D head size.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ from pallas_kernels.scale_attention.xla import xla_attention
 
 logger = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "xla", "hopper", "tpu"]
+Implementation = Literal["reference", "xla", "hopper", "triton", "tpu"]
 Pattern = Literal["block_diagonal", "block_causal"]
 
 # Mesh axes that a batch and heads may be split over; no kernel needs more than its own part of both.
@@ -60,7 +61,8 @@ def scale_attention(
       q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
         scale is 1 (QK-norm, Henry et al. 2020); without it the softmax scale is D^-0.5.
       implementation: `reference` (dense, float32), `xla` (scale by scale, anywhere), `hopper` (H100 and H200; 16 bits,
-        D of 32 or 64) or `tpu`; None takes the fastest known for the device.
+        D of 32 or 64), `triton` (NVIDIA GPUs since Ampere, with the extra of that name) or `tpu`; None takes the
+        fastest known for the device.
 
     Returns:
       As q, in shape and dtype.
@@ -75,7 +77,9 @@ def scale_attention(
             f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {length}, H, D) for {ladder}, q perhaps "
             "with the last tokens alone."
         )
-    chosen = _choose(q, length, implementation)
+    chosen = choose(q, length, implementation)
+    if implementation is None:
+        _announce(chosen)
     ranges = ladder.key_ranges(pattern)[length - q.shape[1] :]
     match chosen:
         case "xla":
@@ -98,15 +102,28 @@ def packed_scale_attention(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv is {qkv.shape}; expected (B, {ladder.length}, 3, H, D).")
     q, k, v = (qkv[:, :, i] for i in range(3))
-    chosen = _choose(q, ladder.length, implementation)
+    chosen = choose(q, ladder.length, implementation)
     if chosen in ("xla", "reference") or qkv.shape[1] != ladder.length:
         return scale_attention(q, k, v, ladder, pattern=pattern, q_scale=q_scale, implementation=implementation)
+    if implementation is None:
+        _announce(chosen)
     attend, ranges = _kernel(chosen, packed=True), ladder.key_ranges(pattern)
     return _on_each_device(lambda qkv, scale: attend(qkv, ranges, scale), qkv, scale=q_scale)
 
 
-def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Implementation:
-    """The implementation for a device and arrays; ValueError where the forced one is not for them."""
+def choose(
+    q: jax.Array | jax.ShapeDtypeStruct, length: int, implementation: Implementation | None = None
+) -> Implementation:
+    """What `scale_attention` runs as on the device that is compiled for: the fastest known, unless one is forced.
+
+    Args:
+      q: (B,N,H,D), or its shape and dtype.
+      length: L, tokens of the ladder.
+      implementation: the one to force.
+
+    Raises:
+      ValueError: the forced one is unknown or not for this device or q.
+    """
     platform, kind = _device()
     is_hopper = platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
     whole = q.shape[1] == length
@@ -114,21 +131,27 @@ def _choose(q: jax.Array, length: int, forced: Implementation | None) -> Impleme
         "reference": True,
         "xla": True,
         "hopper": is_hopper and whole and q.dtype.itemsize == 2 and q.shape[-1] in (32, 64),
+        "triton": platform == "gpu" and whole and q.dtype.itemsize < 8 and 16 <= q.shape[-1] <= 128 and _has_triton(),
         "tpu": platform == "tpu" and whole and (q.shape[-1] % 128 == 0 or 128 % q.shape[-1] == 0),
     }
-    if forced is not None:
-        if forced not in fit:
-            raise ValueError(f"scale_attention has no implementation {forced!r}; use one of {', '.join(fit)}.")
-        if not fit[forced]:
+    if implementation is not None:
+        if implementation not in fit:
+            raise ValueError(f"scale_attention has no implementation {implementation!r}; use one of {', '.join(fit)}.")
+        if implementation == "triton" and platform == "gpu" and not _is_installed("jax_triton"):
             raise ValueError(
-                f"scale_attention cannot run as {forced!r} on {kind} with q of {q.dtype}{list(q.shape)} among {length} "
-                "tokens; use 'xla', or None for the fastest."
+                "scale_attention cannot run as 'triton' without jax_triton; install it by "
+                "`pip install -c constraints.txt -e '.[triton]'`."
             )
-        return forced
-    kernels: tuple[Implementation, ...] = ("hopper", "tpu")
-    best: Implementation = next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
-    _announce(best)
-    return best
+        if not fit[implementation]:
+            raise ValueError(
+                f"scale_attention cannot run as {implementation!r} on {kind} with q of {q.dtype}{list(q.shape)} among "
+                f"{length} tokens; use 'xla', or None for the fastest."
+            )
+        return implementation
+    if q.dtype.itemsize == 4 and q.shape[-1] > 64:
+        fit["triton"] = False  # XLA was measured to be twice as fast, by TF32 with a thousand times the error
+    kernels: tuple[Implementation, ...] = ("hopper", "triton", "tpu")
+    return next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
 
 
 def _device() -> tuple[str, str]:
@@ -140,12 +163,26 @@ def _device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
+def _has_triton() -> bool:
+    """Whether jax_triton is installed and the GPU here has tensor cores that Triton uses: since Ampere, 8.0."""
+    major, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
+    return major.isdigit() and int(major) >= 8 and _is_installed("jax_triton")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _kernel(name: Implementation, *, packed: bool) -> Callable[..., jax.Array]:
     """Imported when first used: each wants its own part of Pallas."""
     if name == "tpu":
         from pallas_kernels.scale_attention.tpu import tpu_attention, tpu_attention_packed
 
         return tpu_attention_packed if packed else tpu_attention
+    if name == "triton":
+        from pallas_kernels.scale_attention.triton import triton_attention, triton_attention_packed
+
+        return triton_attention_packed if packed else triton_attention
     from pallas_kernels.scale_attention.hopper import hopper_attention, hopper_attention_packed
 
     return hopper_attention_packed if packed else hopper_attention

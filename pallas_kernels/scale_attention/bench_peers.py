@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -36,28 +36,43 @@ class JaxProgram:
 
         self.both = jax.jit(both).lower(*self.inputs).compile()
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[jax.Array]:
         """Output and gradients in float32."""
-        return [np.asarray(x, np.float32) for x in self.both(*self.inputs)]
+        return [x.astype(jnp.float32) for x in self.both(*self.inputs)]
 
     def extra_bytes(self) -> int | None:
         """What both passes need beyond the inputs."""
         analysis = self.both.memory_analysis()
         return analysis and analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
-    def passes(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Each pass as a call; residuals are there for the last alone."""
+    def call(self, name: str) -> Callable[[], Any]:
+        """What runs `forward`, `backward` or `both` once; residuals of backward live as long as it."""
         operands, cotangent = self.inputs
-        forward = jax.jit(self.attend)
-        yield "forward", lambda: forward(*operands)
-        yield "both", lambda: self.both(*self.inputs)
+        if name == "both":
+            return lambda: self.both(*self.inputs)
+        if name == "forward":
+            forward = jax.jit(self.attend)
+            return lambda: forward(*operands)
         _, pull = jax.jit(functools.partial(jax.vjp, self.attend))(*operands)
         residuals, tree = jax.tree.flatten(pull)  # flat: calls are quicker to queue
         backward = jax.jit(lambda residuals, cotangent: jax.tree.unflatten(tree, residuals)(cotangent))
-        yield "backward", lambda: backward(residuals, cotangent)
+        return lambda: backward(residuals, cotangent)
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+class PackedJaxProgram(JaxProgram):
+    """As `JaxProgram`, of an `attend` that takes q, k and v as one array (B,N,3,H,D); so is their gradient."""
+
+    def __init__(self, attend: Callable[..., Any], case: Case) -> None:
+        packed = jnp.stack(case.operands[:3], axis=2)
+        super().__init__(attend, case._replace(operands=(packed, *case.operands[3:])))
+
+    def results(self) -> list[jax.Array]:
+        """Output and gradients of q, k, v and scales in float32."""
+        out, packed, *scale = super().results()
+        return [out, *(packed[:, :, i] for i in range(3)), *scale]
 
 
 class TorchProgram:
@@ -72,7 +87,7 @@ class TorchProgram:
 
         def load(x: jax.Array) -> Any:  # by way of float32, which NumPy and PyTorch share
             dtype = getattr(torch, x.dtype.name)
-            return torch.from_numpy(np.array(x, np.float32)).to("cuda" if self.cuda else "cpu", dtype)
+            return torch.from_numpy(np.array(x.astype(jnp.float32))).to("cuda" if self.cuda else "cpu", dtype)
 
         self.operands = [load(x).requires_grad_() for x in case.operands]
         self.cotangent = load(case.cotangent)
@@ -87,9 +102,9 @@ class TorchProgram:
         if self.cuda:
             self.torch.cuda.synchronize()
 
-    def results(self) -> list[np.ndarray]:
+    def results(self) -> list[jax.Array]:
         """Output and gradients in float32."""
-        return [x.detach().float().cpu().numpy() for x in self.both()]
+        return [jnp.asarray(x.detach().float().cpu().numpy()) for x in self.both()]
 
     def extra_bytes(self) -> int | None:
         """What both passes need beyond the inputs; PyTorch counts on a GPU only."""
@@ -100,13 +115,15 @@ class TorchProgram:
         self.wait(self.both())
         return self.torch.cuda.max_memory_allocated() - before
 
-    def passes(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Each pass as a call; residuals are there for the last alone."""
-        yield "forward", self.torch.no_grad()(lambda: self.attend(*self.operands))
-        yield "both", self.both
+    def call(self, name: str) -> Callable[[], Any]:
+        """What runs `forward`, `backward` or `both` once; residuals of backward live as long as it."""
+        if name == "both":
+            return self.both
+        if name == "forward":
+            return self.torch.no_grad()(lambda: self.attend(*self.operands))
         out = self.attend(*self.operands)
         grad = functools.partial(self.torch.autograd.grad, retain_graph=True)
-        yield "backward", lambda: grad(out, self.operands, self.cotangent)
+        return lambda: grad(out, self.operands, self.cotangent)
 
     def close(self) -> None:
         """Gives PyTorch's cache back, so that JAX can have it."""
@@ -136,7 +153,7 @@ def _dot_product_attention(*qkv: jax.Array, **options: Any) -> jax.Array:
 
 
 def _pad_to_even(*arrays: jax.Array) -> list[jax.Array]:
-    """Zeros behind odd lengths, which cuDNN refuses in training."""
+    """Zeros behind odd lengths, which JAX does not hand to cuDNN in training."""
     return [_pad(x.shape[1] + x.shape[1] % 2, x) for x in arrays]
 
 
@@ -176,7 +193,10 @@ def cudnn_per_scale(setting: Setting) -> Callable[..., jax.Array]:
 
 
 def cudnn_packed(setting: Setting) -> Callable[..., jax.Array]:
-    """One call with the scales as segments of a packed sequence: the fastest that cuDNN has."""
+    """One call with the scales as segments of a packed sequence: the fastest that cuDNN has.
+
+    JAX computes where segments start in every call, by some small kernels that are timed with it.
+    """
     if setting.pattern != "block_diagonal":
         raise ValueError("packed segments cannot see each other")
     # No public function reaches the packed layout, and to leave out the strongest peer would flatter us.

@@ -1,9 +1,11 @@
 """`hmar-jax bench attention` from the command line to its table, files and refusals."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
+import types
 
 import jax
 import pytest
@@ -11,6 +13,9 @@ from PIL import Image
 
 from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
+from pallas_kernels.scale_attention import api
+from pallas_kernels.scale_attention.bench_peers import PEERS
+from pallas_kernels.scale_attention.xla import xla_attention
 
 TINY = ["--sides=1,2,3", "--batch=1", "--heads=2", "--head-size=8", "--repeats=1"]
 
@@ -39,7 +44,7 @@ def test_everything_is_measured_without_and_with_qk_norm(report):
         names = {row["name"]: row for row in found["rows"]}
         for name in ("xla", "reference"):
             assert (names[name]["right"], names[name]["absent"]) == (True, None)
-            assert max(names[name]["error"], names[name]["gradient_error"]) < 1e-5
+            assert max(names[name]["errors"].values()) < 1e-5
             assert all(0 < time["low"] <= time["median"] <= time["high"] for time in names[name]["times"].values())
         assert "needs a TPU" in names["splash attention"]["absent"]
 
@@ -55,7 +60,7 @@ def test_the_report_says_on_what_it_was_measured(report):
 def test_the_page_has_a_table_a_setting(folder):
     page = (folder / "attention.md").read_text()
     assert page.count("### N=14 B=1 H=2 D=8 float32 block_diagonal, ") == 2
-    assert page.count("| xla |") == page.count("| reference |") == 2
+    assert page.count("| xla * |") == page.count("| reference |") == 2
     assert page.count("* splash attention: absent, needs a TPU.") == 2
 
 
@@ -67,7 +72,7 @@ def test_the_plot_is_a_picture(folder):
 
 def test_without_matplotlib_there_is_a_sentence_and_no_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert measured(tmp_path, "--no-norm", "--no-peers", "--implementations=xla") == 0
+    assert measured(tmp_path, "--no-norm", "--peers=none", "--implementations=xla") == 0
     out, err = capsys.readouterr()
     assert "There is no plot: Bar plots need matplotlib; install it with" in err
     assert {entry.name for entry in tmp_path.iterdir()} == {"attention.json", "attention.md"}
@@ -95,7 +100,7 @@ def test_an_accelerator_gets_the_published_settings():
 
 
 def test_options_change_what_they_name():
-    options = arguments("--sides=512", "--heads=3", "--dtype=float16", "--pattern=block_causal", "--norm")
+    options = arguments("--pixels=512", "--heads=3", "--dtype=float16", "--pattern=block_causal", "--norm")
     expected = [(2240, 16, 3, 64, "float16", "block_causal", True)]
     assert shapes(bench.attention_settings(options, on_cpu=False)) == expected
 
@@ -105,18 +110,70 @@ def test_without_an_accelerator_the_usual_setting_is_small():
     assert shapes(bench.attention_settings(arguments(), on_cpu=True)) == expected
 
 
+def test_each_ladder_is_a_setting():
+    options = arguments("--pixels=256", "--sides=16", "--sides=1,2,3", "--no-norm")
+    measured = bench.attention_settings(options, on_cpu=False)
+    assert [(s.ladder.length, s.batch, s.heads) for s in measured] == [(680, 64, 16), (256, 16, 16), (14, 16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("none", []),
+        ("flex, cudnn", ["FlexAttention", "cuDNN, packed", "cuDNN, by scale", "cuDNN, dense mask"]),
+        ("SDPA flash,sdpa", ["SDPA flash, by scale", "SDPA, dense mask"]),
+        (None, list(PEERS)),
+    ],
+)
+def test_peers_are_chosen_by_how_their_names_start(text, names):
+    assert bench.parse_peers(text) == names
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of tiles, as tuning sees them."""
+
+    rows: int
+
+
+def test_a_kernel_is_tuned(monkeypatch, capsys):
+    """One whose sizes make no difference, and where XLA is the kernel."""
+
+    def attend(q, k, v, ranges, q_scale, *, blocks):
+        return xla_attention(q, k, v, ranges, q_scale)
+
+    kernel = types.SimpleNamespace(candidates=lambda *_: [Blocks(64), Blocks(128)], hopper_attention=attend)
+    monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper", kernel)
+    monkeypatch.setattr(api, "choose", lambda *_: "hopper")
+    assert main(["bench", "attention", "--tune", "--no-norm", *TINY]) == 0
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("hopper, N=14 B=1 H=2 D=8 float32 block_diagonal, without QK-norm")
+    assert [line.split()[-1] for line in lines[:2]] == ["Blocks(rows=64)", "Blocks(rows=128)"]
+    assert "Blocks(rows=64)" in lines[2]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--sides=3,2"], "Sides (3, 2) are not an increasing list of positive integers"),
         (["--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
-        (["--sides=300"], "No ladder is named '300'; choose one of 64, 128, 256, 512, 1024."),
-        (["--sides="], "No ladder is named ''"),
+        (["--pixels=300"], "No ladder is named '300'; choose one of 64, 128, 256, 512, 1024."),
+        (["--sides="], "--sides= is not a list of whole numbers"),
         (["--batch=0"], "--batch is 0; expected a positive whole number."),
         (["--head-size=-8"], "--head-size is -8; expected a positive whole number."),
         (["--repeats=0"], "--repeats is 0; expected a positive whole number."),
         (["--implementations=xla,cudnn"], "--implementations names 'cudnn'; expected some of "),
         (["--implementations="], "--implementations names ''"),
+        (
+            ["--peers=cudnn,flash"],
+            "--peers names 'flash'; expected none, or beginnings of FlexAttention;",
+        ),
+        (["--peers="], "--peers names ''"),
+        (
+            ["--tune", *TINY],
+            "There is no kernel to tune here: N=14 B=1 H=2 D=8 float32",
+        ),
+        (["--tune", "--implementations=tpu"], "scale_attention cannot run as 'tpu' on cpu with q of float32"),
         (["--output=/dev/null"], "Could not write /dev/null"),
     ],
 )

@@ -4,10 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ladders import ladders
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import api, packed_scale_attention, scale_attention
+from pallas_kernels.scale_attention import (
+    api,
+    hopper_tiles,
+    packed_scale_attention,
+    scale_attention,
+    tpu_tiles,
+    triton_tiles,
+)
+from pallas_kernels.scale_attention.ranges import runs
 
 IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]
@@ -136,6 +147,117 @@ def test_block_diagonal_on_a_ladder_is_each_scale_alone(implementation, q_scale)
             np.testing.assert_allclose(joined[:, where], alone, rtol=0, atol=5e-6)
 
 
+# --- ladders of any kind
+
+moderate_ladders = ladders.filter(lambda ladder: ladder.length <= 4096)  # the definition is dense, of each scale
+# As TOLERANCE, of the output and of gradients.
+BOUNDS = {"float32": (1e-5, 1e-5), "bfloat16": (5e-3, 1e-2), "float16": (1e-3, 2e-3)}
+
+
+def definition_by_run(q, k, v, cotangent, q_scale, key_ranges):
+    """Output and gradients in float64, one run of queries after another; the norm of what q_scale's sums, by head."""
+    q, k, v, cotangent = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, cotangent))  # (B,H,L,D)
+    factor = q.shape[-1] ** -0.5 if q_scale is None else np.asarray(q_scale, np.float64)[:, None, None]
+    norms = [np.ones(()) if q_scale is None else np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k)]
+    unit_q, unit_k = q / norms[0], k / norms[1]
+    out, dq, dk, dv = (np.zeros_like(q) for _ in range(4))
+    for first, last, start, end in runs(key_ranges):
+        rows, columns = np.s_[:, :, first:last], np.s_[:, :, start:end]
+        logits = factor * unit_q[rows] @ unit_k[columns].swapaxes(2, 3)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[rows] = weights @ v[columns]
+        dv[columns] += weights.swapaxes(2, 3) @ cotangent[rows]
+        dlogits = cotangent[rows] @ v[columns].swapaxes(2, 3)
+        dlogits = weights * (dlogits - np.sum(weights * dlogits, axis=-1, keepdims=True))
+        dq[rows] = dlogits @ unit_k[columns]
+        dk[columns] += dlogits.swapaxes(2, 3) @ (factor * unit_q[rows])
+    results = [out, factor * dq, dk, dv]
+    if q_scale is not None:  # through x / |x|
+        for i, (unit, norm) in enumerate([(unit_q, norms[0]), (unit_k, norms[1])], start=1):
+            results[i] = (results[i] - unit * np.sum(unit * results[i], axis=-1, keepdims=True)) / norm
+        results.append(np.sum(unit_q * dq, axis=(0, 2, 3)))
+    return [x.swapaxes(1, 2) if x.ndim == 4 else x for x in results], np.sqrt(np.sum(dq**2, axis=(0, 2, 3)))
+
+
+class TestAnyLadder:
+    @given(moderate_ladders, st.sampled_from(PATTERNS), st.booleans(), st.sampled_from(sorted(BOUNDS)), st.integers(0))
+    @example(ScaleLadder((1,)), "block_causal", True, "bfloat16", 0)
+    @example(ScaleLadder(range(1, 15)), "block_causal", True, "bfloat16", 0)
+    @example(ScaleLadder((1, 2, 3, 5, 8, 13, 21, 34, 40)), "block_diagonal", False, "bfloat16", 0)
+    @example(ScaleLadder((1, 3, 40)), "block_causal", True, "float32", 0)
+    @settings(max_examples=12)
+    def test_output_and_gradients_of_xla_are_those_of_the_definition(self, ladder, pattern, norm, dtype, seed):
+        rng = np.random.default_rng(seed)
+        shape = (1, ladder.length, 2, 16)
+        *qkv, cotangent = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4))
+        q_scale = jnp.asarray(rng.uniform(1, 4, 2), jnp.float32) if norm else None
+
+        @jax.jit
+        def run(cotangent, *operands):
+            def attend(q, k, v, q_scale=None):
+                return scale_attention(q, k, v, ladder, pattern=pattern, q_scale=q_scale, implementation="xla")
+
+            out, pull = jax.vjp(attend, *operands)
+            return out, *pull(cotangent)
+
+        found = run(cotangent, *qkv, *([] if q_scale is None else [q_scale]))
+        truth, summed = definition_by_run(*qkv, cotangent, q_scale, ladder.key_ranges(pattern))
+        for i, (mine, right) in enumerate(zip(found, truth, strict=True)):
+            difference, bound = np.asarray(mine, np.float64) - right, BOUNDS[dtype][i > 0]
+            if i < 4:
+                assert np.linalg.norm(difference) <= bound * np.linalg.norm(right)
+            else:  # q_scale: terms cancel, so that rounding shows next to what is summed, not next to the sum
+                assert (np.abs(difference) <= bound * summed).all()
+
+    @given(
+        ladders,
+        st.sampled_from(PATTERNS),
+        st.booleans(),
+        st.sampled_from([64, 128, 384]),
+        st.sampled_from([64, 128, 240]),
+        st.sampled_from(["hopper", "tpu", "triton"]),
+    )
+    @settings(max_examples=300)
+    def test_every_kernel_visits_each_visible_pair_once_and_no_tile_without(
+        self, ladder, pattern, exchanged, rows, columns, kernel
+    ):
+        ranges = ladder.key_ranges(pattern)
+        if exchanged:  # rows are keys, as in kernels for their gradients
+            ranges = hopper_tiles.transpose_ranges(ranges)
+        met = np.zeros(len(ranges), bool)
+        for first, stop, tiles in VISITS[kernel](ranges, rows, columns):
+            start, end = ranges[first:stop].T[:, :, None]
+            seen = np.maximum(np.minimum(end, tiles + columns) - np.maximum(start, tiles), 0)
+            assert (np.diff(tiles) >= columns).all()  # no column twice
+            assert seen.any(axis=0).all()
+            np.testing.assert_array_equal(seen.sum(axis=1), (end - start)[:, 0])
+            met[first:stop] = True
+        assert met.all()
+
+
+def hopper_visits(ranges, rows, columns):
+    bands = hopper_tiles.plan_tiles(ranges, rows, columns, bands=3).table.reshape(-1, hopper_tiles.FIELDS)
+    for band in bands[bands[:, hopper_tiles.LAST] > bands[:, hopper_tiles.FIRST]]:
+        tiles = band[hopper_tiles.ORIGIN] + columns * np.arange(band[hopper_tiles.FIRST], band[hopper_tiles.LAST])
+        yield band[hopper_tiles.ROW], band[hopper_tiles.ROW] + rows, tiles
+
+
+def tpu_visits(ranges, rows, columns):
+    query, key, _ = tpu_tiles.tile_list(ranges, rows, columns, "queries")
+    for tile in np.unique(query):
+        yield tile * rows, (tile + 1) * rows, columns * key[query == tile]
+
+
+def triton_visits(ranges, rows, columns):
+    for first, stop, start, end, *_ in triton_tiles.plan_tiles(ranges, rows, columns):
+        yield first, stop, np.arange(start, end, columns)
+
+
+# Key ranges, rows and columns of a tile → first row, row behind the last, and the columns where visited tiles start.
+VISITS = {"hopper": hopper_visits, "tpu": tpu_visits, "triton": triton_visits}
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -195,9 +317,9 @@ def test_each_device_and_array_gets_its_implementation(monkeypatch, device, side
     monkeypatch.setattr(api, "_device", lambda: device)
     ladder = ScaleLadder(sides)
     q = jax.ShapeDtypeStruct((2, ladder.length, 2, size), dtype)
-    assert api._choose(q, ladder.length, None) == chosen
+    assert api.choose(q, ladder.length) == chosen
     alone = jax.ShapeDtypeStruct((2, sides[-1] ** 2, 2, size), dtype)
-    assert api._choose(alone, ladder.length, None) == "xla"  # queries without all their keys
+    assert api.choose(alone, ladder.length) == "xla"  # queries without all their keys
 
 
 @pytest.mark.parametrize("implementation", ["hopper", "tpu"])
