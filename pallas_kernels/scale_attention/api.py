@@ -148,8 +148,6 @@ def choose(
                 f"{length} tokens; use 'xla', or None for the fastest."
             )
         return implementation
-    if q.dtype.itemsize == 4 and q.shape[-1] > 64:
-        fit["triton"] = False  # XLA was measured to be twice as fast, by TF32 with a thousand times the error
     kernels: tuple[Implementation, ...] = ("hopper", "triton", "tpu")
     return next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS), "xla")
 

@@ -20,7 +20,7 @@ from pallas_kernels.scale_attention import hopper_common as common
 from pallas_kernels.scale_attention.hopper_blocks import Blocks
 from pallas_kernels.scale_attention.hopper_common import along_columns, along_rows, filled, tile_memory
 from pallas_kernels.scale_attention.hopper_pipeline import Band, Pipeline, Ref, Ring, Rows, Scalar
-from pallas_kernels.scale_attention.hopper_tiles import transpose_ranges
+from pallas_kernels.scale_attention.ranges import transpose_ranges
 
 
 def grad_queries(

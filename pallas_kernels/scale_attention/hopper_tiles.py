@@ -37,13 +37,6 @@ class Plan:
     columns: np.ndarray
 
 
-def transpose_ranges(ranges: np.ndarray) -> np.ndarray:
-    """(L,2): the queries [start, end) that see each key."""
-    keys = np.arange(len(ranges))
-    seen = np.searchsorted(ranges[:, 1], keys, side="right"), np.searchsorted(ranges[:, 0], keys, side="right")
-    return np.stack(seen, axis=1).astype(np.int32)
-
-
 def plan_tiles(ranges: np.ndarray, rows: int, columns: int, bands: int) -> Plan:
     """Covers all rows with bands and each band's range with tiles.
 

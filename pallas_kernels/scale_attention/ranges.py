@@ -1,4 +1,4 @@
-"""Key ranges: what the kernels may take for granted of them, and the queries that share one."""
+"""Key ranges: what the kernels may take for granted of them, the queries that share one, and those that see a key."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def runs(ranges: np.ndarray) -> Iterator[Run]:
         last = first + sum(1 for _ in same)
         yield Run(first, last, start, end)
         first = last
+
+
+def transpose_ranges(ranges: np.ndarray) -> np.ndarray:
+    """(L,2): the queries [start, end) that see each key."""
+    keys = np.arange(len(ranges))
+    seen = np.searchsorted(ranges[:, 1], keys, side="right"), np.searchsorted(ranges[:, 0], keys, side="right")
+    return np.stack(seen, axis=1).astype(np.int32)
 
 
 def check_ranges(ranges: np.ndarray) -> None:

@@ -21,8 +21,8 @@ The backward kernels of D = 64 had two stages there in bfloat16; with three, as 
 0.95 ms at L = 2240, dk and dv 1.13 rather than 1.18. Of float32, dk and dv with 32 rows take 0.58 rather than 0.66 ms.
 At D = 128 the forward kernel with 64 rows takes 0.11 rather than 0.14 ms; float32 had tiles too large for an L4.
 
-Errors of float32 were below 1e-6, and 5e-4 by XLA, which multiplies in TF32. For A100 and L4 the kernels are compiled
-by the tests, not timed. Turing (T4) is left to XLA: Triton 3.6 uses no tensor cores there.
+Errors of float32 were below 1e-6, and 5e-4 by XLA, which multiplied in TF32 then. For A100 and L4 the kernels are
+compiled by the tests, not timed. Turing (T4) is left to XLA: Triton 3.6 uses no tensor cores there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.scale_attention import triton_kernels as kernels
-from pallas_kernels.scale_attention.hopper_tiles import transpose_ranges
-from pallas_kernels.scale_attention.ranges import check_ranges
+from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
 from pallas_kernels.scale_attention.triton_tiles import (
     Blocks,
     Spec,

@@ -5,6 +5,7 @@ Axis letters: B batch, L tokens, N queries, H heads, D head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,13 +52,15 @@ def xla_attention(
 ) -> jax.Array:
     """As `reference_attention`, with products in the dtype of q and softmax in float32."""
     dtype = q.dtype
+    # As in the kernels, float32 is float32: accelerators would multiply parts of its bits.
+    einsum = functools.partial(jnp.einsum, precision="highest" if dtype == jnp.float32 else None)
     q, k = (x.astype(dtype) for x in scale_queries_and_keys(q, k, q_scale))
     attended = []
     for part in parts(key_ranges):
         queries, keys = slice(part.first, part.last), slice(part.start, part.end)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q[:, queries], k[:, keys], preferred_element_type=jnp.float32)
+        logits = einsum("bqhd,bkhd->bhqk", q[:, queries], k[:, keys], preferred_element_type=jnp.float32)
         if part.visible is not None:
             logits = jnp.where(part.visible, logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        attended.append(jnp.einsum("bhqk,bkhd->bqhd", weights, v[:, keys]))
+        attended.append(einsum("bhqk,bkhd->bqhd", weights, v[:, keys]))
     return jnp.concatenate(attended, axis=1)

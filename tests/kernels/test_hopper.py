@@ -13,7 +13,7 @@ from pallas_kernels.scale_attention import hopper_blocks
 from pallas_kernels.scale_attention import hopper_tiles as tiles
 from pallas_kernels.scale_attention.hopper import candidates, hopper_attention, hopper_attention_packed
 from pallas_kernels.scale_attention.hopper_blocks import DEFAULT_KIND, NEEDS, TUNED, Blocks, HopperBlocks, tuned_blocks
-from pallas_kernels.scale_attention.ranges import check_ranges
+from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
 from pallas_kernels.scale_attention.reference import reference_attention, scale_queries_and_keys
 
 PATTERNS = ["block_diagonal", "block_causal"]
@@ -33,7 +33,7 @@ SIDES = [(1,), (1, 2, 3), (8, 9), (1, 2, 3, 16), *map(random_sides, range(6)), S
 
 def ranges_of(sides, pattern, exchanged):
     ranges = ScaleLadder(sides).key_ranges(pattern)
-    return tiles.transpose_ranges(ranges) if exchanged else ranges
+    return transpose_ranges(ranges) if exchanged else ranges
 
 
 def visible_pairs(ranges, size):
@@ -113,7 +113,7 @@ class TestThePlan:
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_exchanged_ranges_are_the_transposed_mask(sides, pattern):
     ranges = ScaleLadder(sides).key_ranges(pattern)
-    exchanged = tiles.transpose_ranges(ranges)
+    exchanged = transpose_ranges(ranges)
     check_ranges(exchanged)
     size = len(ranges)
     np.testing.assert_array_equal(visible_pairs(exchanged, size), visible_pairs(ranges, size).T)

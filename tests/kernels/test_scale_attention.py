@@ -18,7 +18,7 @@ from pallas_kernels.scale_attention import (
     tpu_tiles,
     triton_tiles,
 )
-from pallas_kernels.scale_attention.ranges import runs
+from pallas_kernels.scale_attention.ranges import runs, transpose_ranges
 
 IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]
@@ -224,7 +224,7 @@ class TestAnyLadder:
     ):
         ranges = ladder.key_ranges(pattern)
         if exchanged:  # rows are keys, as in kernels for their gradients
-            ranges = hopper_tiles.transpose_ranges(ranges)
+            ranges = transpose_ranges(ranges)
         met = np.zeros(len(ranges), bool)
         for first, stop, tiles in VISITS[kernel](ranges, rows, columns):
             start, end = ranges[first:stop].T[:, :, None]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention.hopper_tiles import transpose_ranges
+from pallas_kernels.scale_attention.ranges import transpose_ranges
 from pallas_kernels.scale_attention.triton_tiles import (
     FIRST,
     FULL_FIRST,
