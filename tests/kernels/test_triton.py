@@ -375,9 +375,7 @@ HOPPER, AMPERE = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB")
     ],
 )
 @pytest.mark.usefixtures("installed")
-def test_what_the_hopper_kernels_do_not_serve_gets_triton_where_it_can(
-    monkeypatch, device, sides, dtype, size, chosen
-):
+def test_what_the_hopper_kernels_do_not_serve_gets_triton_where_it_can(monkeypatch, device, sides, dtype, size, chosen):
     monkeypatch.setattr(api, "_device", lambda: device)
     ladder = ScaleLadder(sides)
     assert api.choose(jax.ShapeDtypeStruct((2, ladder.length, 2, size), dtype), ladder.length) == chosen
