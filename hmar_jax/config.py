@@ -306,10 +306,16 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes all that are left. `fsdp` also shards parameters and optimizer."""
+    """Devices along each mesh axis; -1 takes all that are left.
+
+    Attributes:
+      data: split the batch. fsdp: split the batch, and the parameters and optimizer state.
+      tensor: split heads, hidden units and the head's codebook.
+    """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
 
 
 _STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
@@ -327,7 +333,8 @@ class TrainConfig:
       sides: of the ladder; `tokenizer` stage only, later stages have their model's.
       tokenizer: `tokenizer` stage only. transformer: `next_scale` stage only.
       dtype: of compute; parameters are float32.
-      remat: what the transformer's backward pass recomputes: `none`, all but matrix products (`dots`), or `all`.
+      remat: what the transformer's backward pass recomputes: what lies between matrix products (`dots`), or `all`.
+      scan_layers: run the transformer's blocks as one loop: it compiles sooner, but copies weights and what is kept.
       log_every, sample_every, checkpoint_every: steps; 0 turns samples off. keep: checkpoints kept.
       sample_labels: classes of the sample grid. sample_schedule: its schedule.
     """
@@ -347,7 +354,8 @@ class TrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     mesh: MeshConfig = MeshConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "all"] = "dots"
+    remat: Literal["dots", "all"] = "dots"
+    scan_layers: bool = False
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 1000

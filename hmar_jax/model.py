@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
@@ -30,7 +33,9 @@ from hmar_jax.transformer.hmar import HMAR
 class Networks(nnx.Module):
     """The tokenizer and, unless the config has none, the transformer: one tree of parameters."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, remat: Remat = "none", rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, remat: Remat = "dots", scan: bool = True, rngs: nnx.Rngs
+    ):
         self.tokenizer = Tokenizer(config.tokenizer, config.ladder, dtype=dtype, rngs=rngs)
         if config.transformer is not None:
             self.transformer = HMAR(
@@ -40,29 +45,42 @@ class Networks(nnx.Module):
                 latent_channels=config.tokenizer.latent_channels,
                 dtype=dtype,
                 remat=remat,
+                scan=scan,
                 rngs=rngs,
             )
 
 
 @functools.cache
-def structure(config: ModelConfig, dtype: str = "float32", remat: Remat = "none") -> tuple[nnx.GraphDef, nnx.State]:
+def structure(
+    config: ModelConfig, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The networks without values: graph definition, and parameters as shapes."""
-    return nnx.split(nnx.eval_shape(lambda: Networks(config, dtype=jnp.dtype(dtype), remat=remat, rngs=nnx.Rngs(0))))
+
+    def create() -> Networks:
+        return Networks(config, dtype=jnp.dtype(dtype), remat=remat, scan=scan, rngs=nnx.Rngs(0))
+
+    return nnx.split(nnx.eval_shape(create))
 
 
-def networks(config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "none") -> Networks:
+def networks(
+    config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
+) -> Networks:
     """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
-    graphdef, abstract = structure(config, dtype, remat)
+    graphdef, abstract = structure(config, dtype, remat, scan)
     state = nnx.State(abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
-def init_params(config: ModelConfig, seed: int, only: str | None = None) -> dict[str, Any]:
+def init_params(
+    config: ModelConfig, seed: int, only: str | None = None, place: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
     """Fresh parameters, float32, as nested dicts; a function of the seed.
 
     Args:
       only: `tokenizer` or `transformer`, to have that network's parameters alone.
+      place: shapes of all parameters → their shardings, or None for the default device; they are made with these, so
+        that no device ever holds more than its part.
     """
 
     def create(key: jax.Array) -> dict[str, Any]:
@@ -70,9 +88,15 @@ def init_params(config: ModelConfig, seed: int, only: str | None = None) -> dict
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params if only is None else params[only]
 
-    # It runs once; XLA:CPU would spend three times as long on optimising hundreds of random draws.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(create, compiler_options=quick)(jax.random.key(seed))
+    key = jax.random.key(seed)
+    shardings = place(nnx.to_pure_dict(structure(config)[1])) if place else None
+    if shardings is not None and only is not None:
+        shardings = shardings[only]
+    # It runs once; XLA:CPU would spend three times as long on optimising hundreds of random draws. Where it is traced
+    # as a part of another program, the options are that one's.
+    alone = not isinstance(key, jax.core.Tracer)
+    quick = {"xla_backend_optimization_level": 0} if alone and jax.default_backend() == "cpu" else None
+    return jax.jit(create, out_shardings=shardings, compiler_options=quick)(key)
 
 
 class DrawRecord(NamedTuple):
@@ -198,10 +222,10 @@ class Model:
         if record:
             passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
             records = [
-                DrawRecord(at.scale, at.step, np.asarray(draw.tokens)[:number], np.asarray(draw.masked)[:number])
+                DrawRecord(at.scale, at.step, on_host(draw.tokens)[:number], on_host(draw.masked)[:number])
                 for at, draw in zip(passes, draws, strict=True)
             ]
-        return Sample(np.asarray(images)[:number], np.asarray(tokens)[:number], records)
+        return Sample(on_host(images)[:number], on_host(tokens)[:number], records)
 
     def _check(
         self, labels: ArrayLike, tokens: ArrayLike | None = None, classes: int | None = None
@@ -313,6 +337,11 @@ def _masked_logits(
     )
 
 
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; where other processes hold parts of it, all of them must ask for it together."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
 def _mesh() -> Mesh:
     """The mesh in use, or else one of all local devices."""
     mesh = jax.sharding.get_mesh()
@@ -323,6 +352,9 @@ def _mesh() -> Mesh:
 
 
 def _over_devices(labels: jax.Array, mesh: Mesh) -> jax.Array:
-    """Labels spread over all devices; padded with repeats so that they divide, which no sample notices."""
-    padded = jnp.resize(labels, (-(-labels.shape[0] // mesh.size) * mesh.size,))
-    return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    """Labels split as batches are; padded with repeats so that they divide, which no sample notices."""
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    ways = math.prod(mesh.shape[name] for name in axes)
+    padded = np.resize(labels, (-(-labels.shape[0] // ways) * ways,))
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    return jax.make_array_from_callback(padded.shape, sharding, lambda index: padded[index])

@@ -14,10 +14,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -48,8 +49,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
     opened = open_model(path, revision)
-    flat = {name: jnp.asarray(opened.file.read(name)) for name in opened.file.shapes}
-    return Model(opened.config, trees.unflatten(flat), dtype)
+    return Model(opened.config, read_params(opened), dtype)
 
 
 class Opened(NamedTuple):
@@ -75,6 +75,19 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))
     return Opened(config, meta, file)
+
+
+def read_params(
+    opened: Opened, only: str = "", put: Callable[[str, np.ndarray], jax.Array] = lambda _, array: jnp.asarray(array)
+) -> trees.Tree:
+    """The parameters of a model directory, one by one from the file to where they are to live.
+
+    Args:
+      only: `tokenizer` or `transformer`, to have that network's parameters alone.
+      put: (dotted name, array in host memory) → array on devices; the default device if not given.
+    """
+    names = [name for name in opened.file.shapes if name.startswith(only)]
+    return trees.unflatten({name: put(name, opened.file.read(name)) for name in names})
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:

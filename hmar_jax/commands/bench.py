@@ -16,6 +16,7 @@ from typing import Any
 
 import tqdm
 
+from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole, writing
@@ -29,7 +30,9 @@ REPEATS = 20
 def run(argv: Sequence[str]) -> None:
     """Runs one of the benchmarks."""
     parser = argparse.ArgumentParser(prog="hmar-jax bench", description="Measure speed.")
-    add_attention(parser.add_subparsers(required=True, metavar="what"))
+    subparsers = parser.add_subparsers(required=True, metavar="what")
+    add_attention(subparsers)
+    add_train(subparsers)
     args = parser.parse_args(argv)
     args.run(args)
 

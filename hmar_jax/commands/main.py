@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hmar_jax.errors import InputError
+from hmar_jax.platform import set_flags
 
 COMMANDS = {
     "train": "train one stage from a config",
     "convert": "turn an official PyTorch checkpoint into a model directory",
     "export": "write a model directory, a token cache or an official PyTorch checkpoint",
     "sample": "sample pictures from a model directory",
-    "bench": "measure scale attention against other implementations",
+    "bench": "measure scale attention against other implementations, or a train step",
+    "compile-check": "compile a stage for TPUs or an H200 not here: memory, collectives, least time of a step",
     "demo": "train all three stages on glyphs, from nothing to pictures",
 }
 
@@ -36,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `hmar-jax` with `argv`, by default the process's arguments.
 
     Returns:
-      The exit code: 0, or 2 for bad input. argparse itself exits with 2 on a malformed command line.
+      The exit code: 0, or 2 for bad input. argparse itself exits with 2 on a malformed command line, and
+      `compile-check` with 1 where a program does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="hmar-jax",
         description="Hierarchical masked autoregressive image generation in JAX.",
-        epilog="\n".join(["commands:", *(f"  {name:8} {what}" for name, what in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:13} {what}" for name, what in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    set_flags()
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
         # Where libtpu is installed, as for the tests, but no TPU: it would go looking for one, and complain.
         for name, value in _NO_TPU.items():
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(theirs).setLevel(logging.CRITICAL)
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
     try:
-        importlib.import_module(f"hmar_jax.commands.{args.command}").run(args.rest)
+        importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
     except InputError as error:
         print(f"hmar-jax {args.command}: {error}", file=sys.stderr)
         return 2

@@ -26,15 +26,38 @@ def run(argv: Sequence[str]) -> None:
         "--config", required=True, metavar="FILE", help="a config file, such as configs/glyphs_tokenizer.py"
     )
     parser.add_argument("--workdir", required=True, type=Path, help="where checkpoints, metrics and samples go")
+    parser.add_argument(
+        "--profile", type=_steps, default=range(0), metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile"
+    )
+    several = parser.add_argument_group(
+        "several processes", "TPU pods and Slurm jobs are recognised; elsewhere give the first three, to every process."
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0, and a free port there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument("--no-distributed", action="store_true", help="train with this process's devices alone")
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if not override.startswith("--config."):
             parser.error(f"unrecognized argument: {override}")
     config = read_config(args.config, overrides)
 
-    from hmar_jax.training.loop import train  # after the arguments are known to be good: it imports for seconds
+    from hmar_jax.training import distributed  # after the arguments are known to be good: these import for seconds
+    from hmar_jax.training.loop import train
 
-    print(f"Trained. The model is in {train(config, args.workdir)}")
+    if not args.no_distributed:
+        distributed.join(args.coordinator, args.processes, args.process)
+    model = train(config, args.workdir, args.profile)
+    if distributed.is_first():
+        print(f"Trained. The model is in {model}")
+
+
+def _steps(text: str) -> range:
+    """`100:110` → the steps from 100 to 110."""
+    first, _, last = text.partition(":")
+    if not first.isdigit() or not last.isdigit() or not 0 < int(first) <= int(last):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, such as 100:110")
+    return range(int(first), int(last) + 1)
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:

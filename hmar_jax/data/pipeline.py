@@ -1,19 +1,21 @@
 """DataConfig → endless shuffled batches for training, or one pass in order for a token cache; both by grain.
 
-    source ─shuffle, repeat→ examples ─random crop, flip→ pictures ─batch→ batches ─this process's part→ steps
+    source ─shuffle, repeat→ examples ─random crop, flip→ pictures ─this process's rows→ batches ─ahead→ steps
 
 Every arrow is a function of (seed, global index) alone, so a batch depends neither on threads, workers and processes
 nor on where training was interrupted, and the position in the stream is one number.
 
-Axis letters: B global batch, b this process's part of it, H, W height and width of a picture as it is stored,
-S pixels a side for the model, L tokens.
+Axis letters: B global batch, b the rows of it that this process reads, H, W height and width of a picture as it is
+stored, S pixels a side for the model, L tokens.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent import futures
 from typing import Any, Protocol
 
 import grain
@@ -75,34 +77,31 @@ def batches(
     batch_size: int,
     image_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
     """Endless training batches; every epoch in another order, every visit with another crop.
-
-    The processes' parts, joined in order, are the same global batch for any `process_count`.
 
     Args:
       config: what to read, and how to crop it. batch_size: B. image_size: S, unused by tokens.
       seed: of order, crops, flips and glyphs, from 0 to 2^32-1.
-      process_index, process_count: this host among those that share a batch.
+      rows: which examples of every batch to read, from 0, in that order; all when None. They are the same ones
+        whichever other rows are read, so that every process of a job may read its own.
 
     Returns:
       An iterator of {"image": uint8 (b,S,S,3), "label": int32 (b,)} or {"tokens": int32 (b,L), "label": int32 (b,)}.
 
     Raises:
-      InputError: B does not divide among the processes, a setting is out of range, or the source is not usable. While
-        iterating: an example cannot be read.
+      InputError: B or a row is out of range, a setting is, or the source is not usable. While iterating: an example
+        cannot be read.
     """
-    if batch_size < 1 or batch_size % process_count:
+    rows = range(batch_size) if rows is None else rows
+    if batch_size < 1 or not rows or not all(0 <= row < batch_size for row in rows):
         raise InputError(
-            f"batch_size={batch_size} does not divide among {process_count} processes; use a multiple of that."
+            f"batch_size={batch_size}, rows={list(rows)}: expected 1 or more, and rows from 0 to below that."
         )
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index={process_index} is not one of {process_count} processes, counted from 0.")
     for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed)), config, seed)
-    parts = for_ever.random_map(_Visit(config, image_size)).batch(batch_size // process_count)
-    return Batches(parts[process_index::process_count], batch_size, config)
+    pictures = for_ever.random_map(_Visit(config, image_size))
+    return Batches(_Rows(pictures, batch_size, tuple(rows)).batch(len(rows)), batch_size, config)
 
 
 def example_indices(config: DataConfig, *, start: int, count: int, image_size: int, seed: int) -> list[int]:
@@ -171,6 +170,31 @@ def examples(
     return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in _Reader(batched))
 
 
+def ahead[T](data: Batches, put: Callable[[Batch], T], depth: int = 2) -> Generator[tuple[T, dict[str, int]]]:
+    """Batches made ready by `put`, on a thread, while those before them are in use.
+
+    Args:
+      data: to be read by nobody else meanwhile. put: e.g. sends a batch to the devices. depth: batches ahead.
+
+    Yields:
+      What `put` gave, and the state of `data` right after that batch.
+    """
+
+    def make() -> tuple[T, dict[str, int]]:
+        batch = next(data)
+        return put(batch), data.get_state()
+
+    with futures.ThreadPoolExecutor(1, "batches") as thread:
+        pending = collections.deque(thread.submit(make) for _ in range(depth))
+        try:
+            while True:
+                pending.append(thread.submit(make))
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
 class Batches(grain.DatasetIterator[Batch]):
     """The iterator that `batches` returns; also one that grain's and Orbax's checkpoint handlers take.
 
@@ -226,6 +250,23 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._reader is not None:
             self._reader.close()
         self._reader = None
+
+
+class _Rows(grain.MapDataset):
+    """The chosen rows of every run of `batch_size` elements, joined."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self.parents[0]) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, len(self._rows))
+        return self.parents[0][step * self._batch_size + self._rows[row]]
 
 
 class _Reader(Iterator[Batch]):

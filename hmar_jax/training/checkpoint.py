@@ -28,8 +28,16 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
+        """Opens them.
+
+        Args:
+          keep: how many of the newest to keep, and that this is the run that writes them: what a killed one left half
+            is removed. None only reads, perhaps while another process writes.
+        """
         self.folder = workdir.absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._saving: int | None = None
 

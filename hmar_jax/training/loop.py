@@ -1,15 +1,16 @@
 """train config + work directory → trained model: one training stage, from its data to its model directory.
 
-A work directory holds `config.json`, `checkpoints/`, `metrics.jsonl`, `samples/*.png` and, once done, `model/`. Running
-again goes on from the newest checkpoint, bit for bit as if it had not stopped.
+A work directory holds `config.json`, `checkpoints/`, `metrics.jsonl`, `samples/*.png`, `profile/` if steps were traced,
+and, once done, `model/`. Running again goes on from the newest checkpoint, bit for bit as if it had not stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import operator
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,91 +26,118 @@ from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole, writing
-from hmar_jax.model import Model
+from hmar_jax.model import Model, on_host
 from hmar_jax.params import Tree
 from hmar_jax.pretrained import read_config, save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training import sharding
+from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
-from hmar_jax.training.metrics import MetricsWriter
-from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts
+from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
+from hmar_jax.training.objectives import OBJECTIVES, Objective
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
 from hmar_jax.training.state import TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
+_NO_STEPS = range(0)
 
 
-def train(config: TrainConfig, workdir: Path) -> Path:
+def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path:
     """Trains one stage to its last step, resuming where the work directory has checkpoints.
+
+    All processes of a job call it together, with a work directory that they share; process 0 writes the files, but for
+    its own part of a checkpoint each does.
+
+    Args:
+      profile: steps to trace; the trace goes to `workdir/profile`.
 
     Returns:
       The model directory, `workdir/model`.
 
     Raises:
       InputError: config, data or disk don't allow it; or the loss is not finite.
+      SystemExit: code 0, where SIGTERM asked to stop; a checkpoint of the last step done is saved.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     with jax.set_mesh(mesh):
-        return _train(config, workdir, mesh)
+        return _train(config, workdir, mesh, profile)
 
 
-def _train(config: TrainConfig, workdir: Path, mesh: Mesh) -> Path:
+def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Path:
     objective = make_objective(config)
     _check_samples(config, objective.model_config)
-    size = objective.model_config.image_size
-    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, **host)
+    data = _batches(config, objective, mesh)
     checkpoints = _open_workdir(workdir, config)
     resumes = checkpoints.latest() is not None
     state, frozen, optimizer = _initial_state(config, objective, mesh, fresh=not resumes)
     if resumes:
-        state, position = checkpoints.restore(describe(state))
+        like = describe(state)
+        del state  # there may be no room for two
+        state, position = checkpoints.restore(like)
         data.set_state(position)
         logger.info("Resuming from step %d in %s.", int(state.step), workdir)
-    else:
-        logger.info("Parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+    else:  # statistics of parameters would need all processes
+        overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=jax.process_count() == 1)
+        logger.info("Parameters:\n%s", overview)
 
     # Without the layout of its result pinned, XLA chooses another, and compiles again for it.
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0, out_shardings=(layout, None))
+    layout = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0, out_shardings=layout)
     show = _sample_writer(config, objective, workdir)
     rate = learning_rate(config.optimizer, config.steps, config.batch_size)
     start = int(state.step)
+    feed = pipeline.ahead(data, functools.partial(sharding.put_batch, mesh=mesh))
     writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
-    check = _FiniteCheck(config, size, checkpoints)
+    check = _FiniteCheck(config, objective.model_config.image_size, checkpoints)
     origin = {"class_names": objective.model_config.class_names, "start": _start_of(config)}
-    timer, timed_from = time.perf_counter(), start
-    try:
+    goodput, profiler = Goodput(start), Profiler(profile, workdir / "profile")
+    told = False
+    with distributed.preemption() as asked, contextlib.ExitStack() as closing:
+        for resource in (checkpoints, data, feed, writer, profiler):  # closed from the last to the first
+            closing.callback(resource.close)
         for step in range(start + 1, config.steps + 1):
-            batch = sharding.put_batch(next(data), mesh)
-            state, metrics = step_fn(state, frozen, batch)
-            check(step, metrics)
+            with goodput.spent("data_wait"):
+                batch, position = next(feed)
+            first, last = step == start + 1, step == config.steps
+            told = asked(step) and not last
+            log = first or last or told or step % config.log_every == 0
+            sample = config.sample_every and (last or step % config.sample_every == 0)
+            save = last or told or step % config.checkpoint_every == 0
+            with goodput.spent("compile" if first else "step"), profiler(step):
+                state, metrics = step_fn(state, frozen, batch)
+                check(step, metrics)
+                if log or sample or save or profiler.ends(step):
+                    check.finish()
             writer.advance()
-            last = step == config.steps
-            if step % config.log_every == 0 or last or step == start + 1:
-                check.finish()
+            if save:  # the save before is on disk by now or waited for, so that a kill never loses two
+                with goodput.spent("checkpoint"):
+                    checkpoints.wait()
+            if profiler.ends(step):
+                profiler.close()
+            if log:
+                speed = goodput.speed(step, config.batch_size)
                 metrics = jax.device_get(metrics) | {"learning_rate": float(rate(step - 1))}
-                seconds = (time.perf_counter() - timer) / (step - timed_from)
-                if step > start + 1:  # the first step compiles
-                    metrics |= {"step_seconds": seconds, "images_per_second": config.batch_size / seconds}
-                writer.write(step, metrics)
-                timer, timed_from = time.perf_counter(), step
-            if config.sample_every and (step % config.sample_every == 0 or last):
+                writer.write(step, metrics if first else metrics | speed)
+            if sample:
                 show(step, objective.model_params(state.best, frozen))
-                timer, timed_from = time.perf_counter(), step
-            if step % config.checkpoint_every == 0 or last:
-                check.finish()
-                checkpoints.save(step, state, data.get_state() | origin, config)
-                timer, timed_from = time.perf_counter(), step
-        checkpoints.wait()
-    finally:
-        writer.close()
-        data.close()
-        checkpoints.close()
+            if save:
+                with goodput.spent("checkpoint"):
+                    checkpoints.save(step, state, position | origin, config)
+            if told:
+                break
+        with goodput.spent("checkpoint"):
+            checkpoints.wait()
+        if start < config.steps:
+            writer.write_goodput(goodput.summary())
+    if told:
+        logger.info("Told to stop, and saved step %d of %s; run the command again to go on.", step, workdir)
+        raise SystemExit(0)
     model, source, licences = _trained(config, objective, state, frozen)
-    return save_model(workdir / "model", model, source, licences=licences, replace=True)
+    if distributed.is_first():
+        save_model(workdir / "model", model, source, licences=licences, replace=True)
+    distributed.barrier("model saved")
+    return workdir / "model"
 
 
 def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = None) -> Objective:
@@ -141,7 +169,9 @@ def load_trained(workdir: Path) -> tuple[Model, str, list[str]]:
     config = checkpoints.config()
     _check_same_start(checkpoints, config, workdir)
     objective = make_objective(config, tuple(checkpoints.position()["class_names"]))
-    like, frozen, _ = _initial_state(config, objective, sharding.make_mesh(MeshConfig()), fresh=False)
+    mesh = sharding.make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        like, frozen, _ = _initial_state(config, objective, mesh, fresh=False)
     state, _ = checkpoints.restore(describe(like))
     checkpoints.close()
     return _trained(config, objective, state, frozen)
@@ -151,33 +181,38 @@ def _trained(
     config: TrainConfig, objective: Objective, state: TrainState, frozen: Tree
 ) -> tuple[Model, str, list[str]]:
     """The model that a state holds, in host memory, its source and its licences."""
-    model = Model(objective.model_config, jax.device_get(objective.model_params(state.best, frozen)))
+    model = Model(objective.model_config, jax.tree.map(on_host, objective.model_params(state.best, frozen)))
     run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
     # What a model starts from binds what it becomes.
     licences = read_config(Path(config.init_from))[1]["licences"] if config.init_from else []
     return model, f"trained by hmar-jax, {run}", licences
 
 
+def _batches(config: TrainConfig, objective: Objective, mesh: Mesh) -> pipeline.Batches:
+    """The part of the training batches that this process reads, from the first one on."""
+    size, rows = objective.model_config.image_size, sharding.host_rows(mesh, config.batch_size)
+    return pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, rows=rows)
+
+
 def _initial_state(
     config: TrainConfig, objective: Objective, mesh: Mesh, *, fresh: bool
 ) -> tuple[TrainState, Tree, Any]:
-    """The state at step 0 and the frozen parameters, on the mesh; and the optimizer.
+    """The state at step 0 and the frozen parameters, on the mesh from the moment they exist; and the optimizer.
 
     Args:
       fresh: whether training starts there; else the state is only something to restore into, and needs no data.
     """
     first: list[Any] = []
     if fresh and objective.start_batches:
-        size = objective.model_config.image_size
-        start = pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed)
-        first = [next(start) for _ in range(objective.start_batches)]
+        start = _batches(config, objective, mesh)
+        first = [sharding.put_batch(next(start), mesh) for _ in range(objective.start_batches)]
         start.close()
-    parts: Parts = objective.init(first)
+    parts = objective.init(first)
     optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
-    state = TrainState.create(config, parts, optimizer)
-    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
-    frozen = jax.device_put(parts.frozen, sharding.tree_shardings(parts.frozen, mesh))
-    return state, frozen, optimizer
+    create = functools.partial(TrainState.create, config, optimizer=optimizer)
+    changing = parts._replace(frozen={})
+    layout = sharding.tree_shardings(jax.eval_shape(create, changing), mesh)
+    return jax.jit(create, out_shardings=layout)(changing), parts.frozen, optimizer
 
 
 def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
@@ -188,7 +223,9 @@ def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
     if checkpoints.latest() is not None:
         _check_same_run(checkpoints.config(), config, workdir)
         _check_same_start(checkpoints, config, workdir)
-    write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
+    distributed.barrier("work directory checked")
+    if distributed.is_first():
+        write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
     return checkpoints
 
 
@@ -295,7 +332,7 @@ def _sample_writer(config: TrainConfig, objective: Objective, workdir: Path) -> 
         else:
             images = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
             picture = pictures.grid(images, 8, enlarge)
-        if jax.process_index() == 0:
+        if distributed.is_first():
             pictures.save_png(picture, workdir / "samples" / f"{step:08d}.png")
 
     return write

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,78 @@ import tqdm
 from hmar_jax.files import writing
 
 logger = logging.getLogger(__name__)
+
+
+class Goodput:
+    """Where the wall-clock time of a run goes, from when this is made.
+
+    Args:
+      start: steps done before this run.
+
+    Attributes:
+      seconds: of `compile` (the first step), `data_wait` (for the next batch, of which the device notices less, or
+        nothing: it still has the step before to do), `step` and `checkpoint`.
+    """
+
+    def __init__(self, start: int):
+        self.seconds = dict.fromkeys(("compile", "data_wait", "step", "checkpoint"), 0.0)
+        self._start = time.perf_counter()
+        self._steps, self._before = start, dict(self.seconds)
+
+    @contextlib.contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Counts the time of the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - start
+
+    def speed(self, step: int, batch_size: int) -> dict[str, float]:
+        """Metrics of the steps since this was last asked: seconds a step, images a second, share of data wait."""
+        steps, self._steps = step - self._steps, step
+        wait, work = (self.seconds[kind] - self._before[kind] for kind in ("data_wait", "step"))
+        self._before = dict(self.seconds)
+        total = max(wait + work, 1e-9)
+        return {
+            "step_seconds": total / steps,
+            "images_per_second": batch_size * steps / total,
+            "data_wait_share": wait / total,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Seconds of each, of all else (samples, logs) as `other`, and of all together as `total`."""
+        total = time.perf_counter() - self._start
+        return self.seconds | {"other": total - sum(self.seconds.values()), "total": total}
+
+
+class Profiler:
+    """Traces some steps with `jax.profiler`, for TensorBoard or Perfetto. Only process 0 does.
+
+    Args:
+      steps: which. folder: that the trace is written to.
+    """
+
+    def __init__(self, steps: range, folder: Path):
+        self._steps, self._folder, self._on = steps if jax.process_index() == 0 else range(0), folder, False
+
+    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """A block to run a step in; the first of those chosen begins the trace."""
+        if step in self._steps and not self._on:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def ends(self, step: int) -> bool:
+        """Whether the trace ends with this step, which is to be finished on the device before `close`."""
+        return self._on and step == self._steps[-1]
+
+    def close(self) -> None:
+        """Writes the trace, if one was begun."""
+        if self._on:
+            jax.profiler.stop_trace()
+            logger.info("A trace of steps %d to %d is in %s.", self._steps[0], self._steps[-1], self._folder)
+        self._on, self._steps = False, range(0)
 
 
 class MetricsWriter:
@@ -42,10 +116,7 @@ class MetricsWriter:
         if not self._main:
             return
         plain = {name: np.asarray(value, np.float64).round(7).tolist() for name, value in metrics.items()}
-        with writing(self._path), self._path.open("ab+") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")  # a killed run left half a line
-            file.write(json.dumps({"step": step} | plain).encode() + b"\n")
+        self._append({"step": step} | plain)
         shown = {name: plain[name] for name in ("loss", "accuracy", "images_per_second") if name in plain}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         if self._bar.disable:
@@ -53,11 +124,27 @@ class MetricsWriter:
         if self._board is not None:
             self._board.write_scalars(step, dict(_scalars(plain)))
 
+    def write_goodput(self, seconds: dict[str, float]) -> None:
+        """A line of its own, {"goodput": {…}}, for the run that ends."""
+        if not self._main:
+            return
+        self._append({"goodput": {name: round(value, 3) for name, value in seconds.items()}})
+        parts = dict(seconds)
+        total = parts.pop("total")
+        each = (f"{name.replace('_', ' ')} {value:.1f} s ({value / total:.1%})" for name, value in parts.items())
+        logger.info("Time spent: %s; %.1f s in all.", ", ".join(each), total)
+
     def close(self) -> None:
         """Closes files and bar."""
         self._bar.close()
         if self._board is not None:
             self._board.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with writing(self._path), self._path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a killed run left half a line
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def _scalars(plain: dict[str, Any]) -> Any:
@@ -78,9 +165,9 @@ def _tensorboard(workdir: Path) -> Any:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` in order of step; where a resumed run wrote a step again, the later line."""
+    """The lines of steps in a `metrics.jsonl`, in order; where a resumed run wrote a step again, the later line."""
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # half a line, left by a killed run
             lines.append(json.loads(text))
-    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+    return [line for _, line in sorted({line["step"]: line for line in lines if "step" in line}.items())]

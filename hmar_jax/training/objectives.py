@@ -19,13 +19,15 @@ from jax.lax import stop_gradient
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import Networks, init_params, networks
+from hmar_jax.model import Networks, init_params, networks, on_host
 from hmar_jax.params import Tree
 from hmar_jax.pictures import to_unit
-from hmar_jax.pretrained import from_pretrained
+from hmar_jax.pretrained import locate, open_model, read_config, read_params
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
+from hmar_jax.training import sharding
 from hmar_jax.transformer import teacher_forcing
+from hmar_jax.transformer.fused import Scores
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
@@ -46,8 +48,13 @@ class Objective(Protocol):
     model_config: ModelConfig
     start_batches: int
 
-    def init(self, first: list[Batch]) -> Parts:
-        """The state at step 0; `first` are `start_batches` batches of data."""
+    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
+        """The state at step 0, laid out on the mesh in use, if any.
+
+        Args:
+          first: `start_batches` batches of data.
+          start: the parameters of `init_from`; read from there when None.
+        """
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch)."""
@@ -59,6 +66,16 @@ class Objective(Protocol):
         """The parameters of a whole model, as `Model` takes them."""
 
 
+def _read_config(config: TrainConfig) -> ModelConfig:
+    """The config of the model in `init_from`."""
+    return read_config(locate(config.init_from))[0]
+
+
+def _read(config: TrainConfig, only: str = "") -> Tree:
+    """The parameters of `init_from`, laid out on the mesh in use, if any."""
+    return read_params(open_model(config.init_from), only, sharding.put)
+
+
 # ---------------------------------------------------------------------------------------------- stage `tokenizer`
 
 
@@ -66,37 +83,55 @@ class TokenizerObjective:
     """Pixels, VQ, perceptual and adversarial terms; the codebook is kept alive by k-means, revival and scale dropout.
 
     One scalar trains tokenizer and discriminator: `stop_gradient` keeps each from the other's terms.
+
+    Args:
+      start: config of the model in `init_from`; read from there when None.
+      judge: LPIPS's parameters, or their shapes; read from `tokenizer_loss.perceptual_weights` when None.
     """
 
-    def __init__(self, config: TrainConfig, class_names: tuple[str, ...]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        class_names: tuple[str, ...],
+        start: ModelConfig | None = None,
+        judge: Tree | None = None,
+    ):
         self.config, self.weights = config, config.tokenizer_loss
         self.model_config = ModelConfig(ScaleLadder(config.sides), config.tokenizer, None, class_names)
         if config.init_from:
-            start = from_pretrained(config.init_from)
-            self.model_config = dataclasses.replace(start.config, transformer=None, class_names=class_names)
-            self._start: Tree | None = start.params["tokenizer"]
-        else:
-            self._start = None
-        self.start_batches = 0 if self._start else self.weights.kmeans_batches
-        self._perceptual = None
-        if self.weights.perceptual and self.weights.perceptual_weights:
+            start = start or _read_config(config)
+            self.model_config = dataclasses.replace(start, transformer=None, class_names=class_names)
+        self.start_batches = 0 if config.init_from else self.weights.kmeans_batches
+        self._perceptual = judge
+        if self._perceptual is None and self.weights.perceptual and self.weights.perceptual_weights:
             self._perceptual = perceptual.load_perceptual(self.weights.perceptual_weights)
-        else:
+        if self._perceptual is None:
             logger.info("The perceptual term is off: tokenizer_loss.perceptual_weights names no file.")
 
-    def init(self, first: list[Batch]) -> Parts:
+    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
         seed, weights = self.config.seed, self.weights
-        params = self._start or init_params(self.model_config, seed, "tokenizer")
+        if self.config.init_from:
+            params = (start or _read(self.config, "tokenizer"))["tokenizer"]
+        else:
+            params = init_params(self.model_config, seed, "tokenizer", sharding.shardings_in_use)
         if first:
-            queries = jnp.concatenate([self._queries(params, batch["image"]) for batch in first])
+            queries = [on_host(self._queries(params, batch["image"])) for batch in first]
             size = self.model_config.tokenizer.codebook_size
-            params["quantizer"]["codebook"] = codebook.kmeans(queries, size, jax.random.key(seed))
+            codes = codebook.kmeans(jnp.concatenate(queries), size, jax.random.key(seed))
+            params["quantizer"]["codebook"] = sharding.put("quantizer.codebook", np.asarray(codes))
         trained = {"tokenizer": params}
         if weights.adversarial:
-            module = _discriminator(weights, self.config.dtype, seed)
-            trained["discriminator"] = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+            def create() -> Tree:
+                module = _discriminator(weights, self.config.dtype, seed)
+                return {"discriminator": nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+
+            trained |= jax.jit(create, out_shardings=sharding.shardings_in_use(jax.eval_shape(create)))()
         size = self.model_config.tokenizer.codebook_size
-        frozen = {} if self._perceptual is None else {"perceptual": self._perceptual}
+        frozen = {}
+        if self._perceptual is not None:
+            placed = {name: sharding.put(f"perceptual.{name}", leaf) for name, leaf in self._perceptual.items()}
+            frozen["perceptual"] = placed
         return Parts(trained, frozen, {"usage": jnp.full((size,), 1 / size, jnp.float32)})
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -109,7 +144,7 @@ class TokenizerObjective:
         return jnp.concatenate(pooled, axis=1).reshape(-1, latents.shape[-1])
 
     def _networks(self, params: Tree) -> Networks:
-        return networks(self.model_config, {"tokenizer": params}, self.config.dtype, "none")
+        return networks(self.model_config, {"tokenizer": params}, self.config.dtype)
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         images = to_unit(batch["image"])
@@ -228,14 +263,17 @@ def per_scale(values: jax.Array, weights: jax.Array, ladder: ScaleLadder) -> jax
 
 
 class _TransformerObjective:
-    """What both transformer stages share: the model they start from, class dropout, metrics per scale."""
+    """What both transformer stages share: the model they start from, class dropout, metrics per scale.
+
+    Args:
+      start: config of the model in `init_from`; read from there when None.
+    """
 
     start_batches = 0
 
-    def __init__(self, config: TrainConfig, class_names: tuple[str, ...]):
+    def __init__(self, config: TrainConfig, class_names: tuple[str, ...], start: ModelConfig | None = None):
         self.config = config
-        self._start = from_pretrained(config.init_from)
-        self.model_config = self._model_config(self._start.config, class_names)
+        self.model_config = self._model_config(start or _read_config(config), class_names)
         assert self.model_config.transformer is not None
         if class_names and len(class_names) != self.model_config.num_classes:
             raise InputError(
@@ -248,7 +286,7 @@ class _TransformerObjective:
 
     def _networks(self, trained: Tree, frozen: Tree) -> Networks:
         params = self.model_params(trained, frozen)
-        return networks(self.model_config, params, self.config.dtype, self.config.remat)
+        return networks(self.model_config, params, self.config.dtype, self.config.remat, self.config.scan_layers)
 
     def _drop_classes(self, labels: jax.Array, key: jax.Array) -> jax.Array:
         transformer = self.model_config.transformer
@@ -256,13 +294,11 @@ class _TransformerObjective:
         dropped = jax.random.bernoulli(key, transformer.class_dropout, labels.shape)
         return jnp.where(dropped, transformer.num_classes, labels)
 
-    def _metrics(self, logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Cross-entropy (B,L), and its mean and the accuracy in each scale over the counted tokens (B,L) float."""
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
-        correct = (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
+    def _metrics(self, scores: Scores, counted: jax.Array) -> Metrics:
+        """Mean cross-entropy and accuracy in each scale, and accuracy in all, over the counted tokens (B,L) float."""
+        entropy, correct = scores
         ladder = self.model_config.ladder
-        return entropy, {
+        return {
             "scale_loss": per_scale(entropy, counted, ladder),
             "scale_accuracy": per_scale(correct, counted, ladder),
             "accuracy": jnp.sum(correct * counted) / jnp.maximum(jnp.sum(counted), 1),
@@ -282,19 +318,20 @@ class NextScaleObjective(_TransformerObjective):
         transformer = dataclasses.replace(self.config.transformer, masked=False)
         return dataclasses.replace(start, transformer=transformer, class_names=class_names)
 
-    def init(self, first: list[Batch]) -> Parts:
-        fresh = init_params(self.model_config, self.config.seed, "transformer")
-        return Parts({"transformer": fresh}, {"tokenizer": self._start.params["tokenizer"]}, {})
+    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
+        fresh = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
+        tokenizer = (start or _read(self.config, "tokenizer"))["tokenizer"]
+        return Parts({"transformer": fresh}, {"tokenizer": tokenizer}, {})
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
         class_key, key = jax.random.split(key)
         labels = self._drop_classes(batch["label"], class_key)
         quantizer = nets.tokenizer.quantizer
-        logits = teacher_forcing.next_scale_logits(nets.transformer, quantizer, labels, tokens, key)
-        entropy, metrics = self._metrics(logits, tokens, jnp.ones(tokens.shape))
+        scores = teacher_forcing.next_scale_scores(nets.transformer, quantizer, labels, tokens, key)
         weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
-        return jnp.mean(jnp.sum(entropy * weights, axis=1)), (metrics, ())
+        metrics = self._metrics(scores, jnp.ones(tokens.shape))
+        return jnp.mean(jnp.sum(scores.entropy * weights, axis=1)), (metrics, ())
 
 
 class MaskedObjective(_TransformerObjective):
@@ -309,10 +346,10 @@ class MaskedObjective(_TransformerObjective):
         transformer = dataclasses.replace(start.transformer, masked=True, leak_free=self.config.objective.leak_free)
         return dataclasses.replace(start, transformer=transformer, class_names=class_names or start.class_names)
 
-    def init(self, first: list[Batch]) -> Parts:
-        params = dict(self._start.params)
+    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
+        params = dict(start or _read(self.config))
         if "masked" not in params["transformer"]:  # the branch starts as a copy of the next-scale one
-            fresh = init_params(self.model_config, self.config.seed, "transformer")
+            fresh = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
             branch = jax.tree.map(jnp.array, params["transformer"]["next_scale"])
             params["transformer"] = params["transformer"] | {"masked": branch, "mask_embed": fresh["mask_embed"]}
         return Parts(*trees.partition(params, _is_mask_branch), {})
@@ -329,13 +366,12 @@ class MaskedObjective(_TransformerObjective):
             # One mask for the whole batch, also where it is worked off in parts: `key` differs between them.
             step_key = jax.random.fold_in(jax.random.key(self.config.seed + 1), step)
             masked = jnp.broadcast_to(random_masks(step_key, ladder), tokens.shape)
-        logits = teacher_forcing.masked_logits(
+        scores = teacher_forcing.masked_scores(
             nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, key, leak_free=objective.leak_free
         )
         counted = masked.astype(jnp.float32)
-        entropy, metrics = self._metrics(logits, tokens, counted)
-        metrics["masked_share"] = jnp.mean(counted)
-        return jnp.sum(entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
+        metrics = self._metrics(scores, counted) | {"masked_share": jnp.mean(counted)}
+        return jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
 
 
 def _is_mask_branch(name: str) -> bool:

@@ -80,8 +80,9 @@ def make_train_step(
         key, after_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
         run = gradients if config.accumulate == 1 else accumulated
         grads, metrics, seen = run(state, frozen, batch, key)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):  # as profiles call it
+            updates, opt = optimizer.update(grads, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if config.optimizer.ema:  # follows closely at first: after n steps it reaches back over about n/9 of them
             decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))

@@ -5,7 +5,6 @@ Axis letters: B batch, L tokens, C width, H heads, D head size, V codebook.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -16,10 +15,10 @@ from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
+from hmar_jax.transformer import fused
 from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
-Remat = Literal["none", "dots", "all"]
-_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": None}
+Remat = Literal["dots", "all"]
 # VAR's cap on the learned temperature of QK-norm.
 _MAX_LOG_SCALE = math.log(100.0)
 
@@ -28,14 +27,6 @@ def weight_init(width: int, factor: float = 1.0) -> nnx.Initializer:
     """Normal of standard deviation sqrt(1/(3C)), times `factor`; VAR's truncation at ±2 lies beyond 39 deviations."""
     init = jax.nn.initializers.normal(math.sqrt(1 / (3 * width)))
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: factor * init(key, shape, dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """LN(x)(1+scale)+shift without affine parameters, eps 1e-6, in float32; scale and shift are (B,1,C)."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return x * (1 + scale) + shift
 
 
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
@@ -58,7 +49,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, init = config.width, weight_init(config.width)
-        self.pattern, self.heads, self.dtype = config.pattern, config.heads, dtype
+        self.pattern, self.heads = config.pattern, config.heads
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((width,)))
         self.v_bias = nnx.Param(jnp.zeros((width,)))
@@ -66,19 +57,29 @@ class Attention(nnx.Module):
         proj_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
         self.proj = nnx.Linear(width, width, kernel_init=proj_init, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, ladder: ScaleLadder, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
-        """(B,N,C) → (B,N,C), and the keys and values of these tokens; `past` are those of all tokens before them."""
-        bias = jnp.concatenate([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
-        qkv = self.qkv(x) + bias.astype(self.dtype)
+    def __call__(
+        self, x: jax.Array, scale: jax.Array, shift: jax.Array, ladder: ScaleLadder, past: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attention among modulated_norm(x, scale, shift), without the bias of `proj`, which `add_gated` adds.
+
+        Args:
+          x: (B,N,C). scale, shift: (B,1,C). past: keys and values of all tokens before x.
+
+        Returns:
+          As x; and the keys and values of its tokens.
+        """
+        q_bias, v_bias = (bias[...].astype(jnp.float32) for bias in (self.q_bias, self.v_bias))
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        qkv = fused.add_bias(fused.norm_linear(x, scale, shift, _kernel(self.qkv)), bias)
         qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
-        scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
+        q_scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
         own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
         if past is None:
-            attended = packed_scale_attention(qkv, ladder, pattern=self.pattern, q_scale=scale)
+            attended = packed_scale_attention(qkv, ladder, pattern=self.pattern, q_scale=q_scale)
         else:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
-            attended = scale_attention(qkv[:, :, 0], k, v, ladder, pattern=self.pattern, q_scale=scale)
-        return self.proj(attended.reshape(x.shape)), own
+            attended = scale_attention(qkv[:, :, 0], k, v, ladder, pattern=self.pattern, q_scale=q_scale)
+        return attended.reshape(x.shape) @ _kernel(self.proj), own
 
 
 class Block(nnx.Module):
@@ -90,7 +91,6 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, hidden = config.width, config.mlp_ratio * config.width
-        self.dtype = dtype
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.fc1 = nnx.Linear(width, hidden, kernel_init=weight_init(width), dtype=dtype, rngs=rngs)
         out_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
@@ -103,10 +103,15 @@ class Block(nnx.Module):
             self.adaln = nnx.Linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
             self.adaln.kernel[...] = init.reshape(width, 6 * width)
 
+    def modulation(self, cond: jax.Array) -> tuple[jax.Array, ...]:
+        """g1, g2, s1, s2, b1, b2, (B,1,C) float32 each, of SiLU(cond) (B,C) or its shared projection (B,6C)."""
+        six = self.adaln(cond) if hasattr(self, "adaln") else cond + self.adaln_offset[...].reshape(-1)
+        return tuple(fused.row_major(part) for part in jnp.split(six[:, None], 6, axis=-1))
+
     def __call__(
         self,
         x: jax.Array,
-        modulation: jax.Array,
+        modulation: tuple[jax.Array, ...],
         ladder: ScaleLadder,
         *,
         drop: tuple[jax.Array, jax.Array] | None = None,
@@ -116,30 +121,38 @@ class Block(nnx.Module):
 
         Args:
           x: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
-          modulation: SiLU(cond) (B,C), or with a shared AdaLN its projection (B,6C), float32.
+          modulation: what the method of that name gives.
           drop: rate and key of drop-path; None when not training.
           past: this block's keys and values of all tokens before x.
 
         Returns:
           As x; and the keys and values of its tokens.
         """
-        if hasattr(self, "adaln"):
-            six = self.adaln(modulation).reshape(x.shape[0], 6, 1, -1)
-        else:
-            six = (modulation.reshape(x.shape[0], 6, -1) + self.adaln_offset[...])[:, :, None]
-        g1, g2, s1, s2, b1, b2 = jnp.moveaxis(six, 1, 0)
-        h, own = self.attention(layer_norm(x, s1, b1).astype(self.dtype), ladder, past)
-        h = h * g1.astype(self.dtype)
-        x = x + (h if drop is None else drop_path(h, drop[0], jax.random.fold_in(drop[1], 0)))
-        h = self.fc1(layer_norm(x, s2, b2).astype(self.dtype))
-        h = self.fc2(nnx.gelu(h, approximate=True)) * g2.astype(self.dtype)
-        return x + (h if drop is None else drop_path(h, drop[0], jax.random.fold_in(drop[1], 1))), own
+        g1, g2, s1, s2, b1, b2 = modulation
+        if drop is not None:  # a dropped branch has closed gates
+            g1, g2 = (drop_path(gate, drop[0], jax.random.fold_in(drop[1], i)) for i, gate in enumerate((g1, g2)))
+        attended, own = self.attention(x, s1, b1, ladder, past)
+        proj_bias = _bias(self.attention.proj)
+        x, hidden = fused.add_norm_linear(x, attended, proj_bias, g1, s2, b2, _kernel(self.fc1))
+        out = fused.gelu_linear(hidden, _bias(self.fc1), _kernel(self.fc2))
+        return fused.add_gated(x, out, _bias(self.fc2), g2), own
+
+
+def _kernel(layer: nnx.Linear) -> jax.Array:
+    """The weights of a layer in its compute dtype."""
+    return layer.kernel[...].astype(layer.dtype)
+
+
+def _bias(layer: nnx.Linear) -> jax.Array:
+    assert layer.bias is not None
+    return layer.bias[...].astype(jnp.float32)
 
 
 class Stack(nnx.Module):
-    """Blocks run one after the other by `scan`; their parameters carry a leading axis of length `depth`.
+    """Blocks one after the other; their parameters carry a leading axis of length `depth`.
 
     Args:
+      remat: see `TrainConfig`. scan: run them as one loop in training too, as in sampling.
       first: index of the first block in the whole model, for its share of the linear drop-path ramp.
     """
 
@@ -151,9 +164,10 @@ class Stack(nnx.Module):
         *,
         dtype: DTypeLike,
         remat: Remat,
+        scan: bool,
         rngs: nnx.Rngs,
     ):
-        self.remat, self.depth = remat, depth
+        self.remat, self.scan, self.depth = remat, scan, depth
         ramp = max(config.depth - 1, 1)
         self.drop_rates = tuple(config.drop_path * (first + i) / ramp for i in range(depth))
         if depth:
@@ -168,14 +182,29 @@ class Stack(nnx.Module):
             return x
         graphdef, stacked = nnx.split(self.blocks)
         drops = None if key is None else (jnp.asarray(self.drop_rates), jax.random.split(key, self.depth))
+        layers = (stacked, self._modulations(modulation), drops)
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            params, drop = layer
-            return nnx.merge(graphdef, params)(x, modulation, ladder, drop=drop)[0], None
+            params, modulation, drop = layer
+            x, _ = nnx.merge(graphdef, params)(fused.row_major(x), modulation, ladder, drop=drop)
+            return jax.lax.optimization_barrier(x), None  # else XLA keeps a float32 twin of it
 
-        if self.remat != "none":
-            step = jax.checkpoint(step, policy=_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (stacked, drops))[0]
+        in_loop = self.scan or key is None
+        if self.remat == "all":
+            step = jax.checkpoint(step, prevent_cse=not in_loop)
+        if in_loop:
+            return jax.lax.scan(step, x, layers)[0]
+        step, (leaves, treedef) = jax.jit(step), jax.tree.flatten(layers)  # jitted, it is traced but once
+        for layer in zip(*map(jnp.unstack, leaves), strict=True):
+            x, _ = step(x, jax.tree.unflatten(treedef, layer))
+        return x
+
+    def _modulations(self, cond: jax.Array) -> tuple[jax.Array, ...]:
+        """`Block.modulation` of all blocks at once, with a leading depth axis."""
+        graphdef, stacked = nnx.split(self.blocks)
+        # Else XLA makes one product of all blocks' and transposes their weights for it.
+        conds = jax.lax.optimization_barrier(jnp.broadcast_to(cond, (self.depth, *cond.shape)))
+        return jax.vmap(lambda params, cond: nnx.merge(graphdef, params).modulation(cond))(stacked, conds)
 
     def extend(
         self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, cache: KeysValues
@@ -195,7 +224,7 @@ class Stack(nnx.Module):
 
         def step(carry: tuple[jax.Array, KeysValues], layer: tuple) -> tuple[tuple[jax.Array, KeysValues], None]:
             x, cache = carry
-            params, i = layer
+            params, modulation, i = layer
             here = (i, 0, 0, 0, 0)
             past = [jax.lax.dynamic_slice(c, here, (1, x.shape[0], known, *c.shape[3:]))[0] for c in cache]
             x, own = nnx.merge(graphdef, params)(x, modulation, ladder, past=KeysValues(*past))
@@ -204,18 +233,27 @@ class Stack(nnx.Module):
             pairs = zip(cache, own, strict=True)
             return (x, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], after) for c, o in pairs))), None
 
-        return jax.lax.scan(step, (x, cache), (stacked, jnp.arange(self.depth)))[0]
+        layers = (stacked, self._modulations(modulation), jnp.arange(self.depth))
+        return jax.lax.scan(step, (x, cache), layers)[0]
 
 
 class Head(nnx.Module):
-    """Logits in float32: LN(x)(1+scale)+shift with (scale, shift) = Linear(SiLU(cond)), then Linear(V)."""
+    """LN(x)(1+scale)+shift with (scale, shift) = Linear(SiLU(cond)), then Linear(V), which sums in float32."""
 
-    def __init__(self, config: TransformerConfig, codebook_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, codebook_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.width
-        linear = functools.partial(nnx.Linear, dtype=jnp.float32, rngs=rngs)
-        self.adaln = linear(width, 2 * width, kernel_init=weight_init(width, 0.5))
-        self.linear = linear(width, codebook_size, kernel_init=weight_init(width, 0.02))
+        self.adaln = nnx.Linear(width, 2 * width, kernel_init=weight_init(width, 0.5), dtype=jnp.float32, rngs=rngs)
+        self.linear = nnx.Linear(width, codebook_size, kernel_init=weight_init(width, 0.02), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        scale, shift = jnp.split(self.adaln(nnx.silu(cond))[:, None], 2, axis=-1)
-        return self.linear(layer_norm(x, scale, shift))
+        """Logits: (B,N,C), (B,C) → (B,N,V) float32."""
+        return fused.logits(*self._operands(x, cond))
+
+    def scores(self, x: jax.Array, cond: jax.Array, targets: jax.Array) -> fused.Scores:
+        """How the logits meet targets (B,N) int32."""
+        with jax.named_scope("head"):  # as profiles call it
+            return fused.scores(*self._operands(x, cond), targets)
+
+    def _operands(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale, shift = (fused.row_major(part) for part in jnp.split(self.adaln(nnx.silu(cond))[:, None], 2, axis=-1))
+        return fused.modulated_norm(x, scale, shift), _kernel(self.linear), _bias(self.linear)

@@ -15,16 +15,25 @@ from jax.typing import DTypeLike
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer.blocks import Head, KeysValues, Remat, Stack, weight_init
+from hmar_jax.transformer.fused import Scores
 
 
 class Branch(nnx.Module):
     """The last blocks and the head of one kind of prediction."""
 
     def __init__(
-        self, config: TransformerConfig, codebook_size: int, *, dtype: DTypeLike, remat: Remat, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        codebook_size: int,
+        *,
+        dtype: DTypeLike,
+        remat: Remat,
+        scan: bool,
+        rngs: nnx.Rngs,
     ):
-        self.stack = Stack(config, config.branch_depth, config.trunk_depth, dtype=dtype, remat=remat, rngs=rngs)
-        self.head = Head(config, codebook_size, rngs=rngs)
+        depth, first = config.branch_depth, config.trunk_depth
+        self.stack = Stack(config, depth, first, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
+        self.head = Head(config, codebook_size, dtype=dtype, rngs=rngs)
 
 
 class HMAR(nnx.Module):
@@ -33,8 +42,8 @@ class HMAR(nnx.Module):
     Args:
       config: its sizes. ladder: the scales it is built for.
       codebook_size, latent_channels: V and Z of its tokenizer.
-      dtype: compute dtype of the blocks; parameters, AdaLN, softmax and logits are float32.
-      remat: what the backward pass recomputes.
+      dtype: of matrix products; parameters, AdaLN, softmax and logits are float32.
+      remat, scan: as in `TrainConfig`; they change no result.
     """
 
     def __init__(
@@ -45,7 +54,8 @@ class HMAR(nnx.Module):
         codebook_size: int,
         latent_channels: int,
         dtype: DTypeLike = jnp.float32,
-        remat: Remat = "none",
+        remat: Remat = "dots",
+        scan: bool = True,
         rngs: nnx.Rngs,
     ):
         width, init = config.width, weight_init(config.width)
@@ -59,11 +69,11 @@ class HMAR(nnx.Module):
         self.word_bias = nnx.Param(jnp.zeros((width,)))
         if config.shared_adaln:
             self.adaln = nnx.Linear(width, 6 * width, kernel_init=init, dtype=jnp.float32, rngs=rngs)
-        self.trunk = Stack(config, config.trunk_depth, 0, dtype=dtype, remat=remat, rngs=rngs)
-        self.next_scale = Branch(config, codebook_size, dtype=dtype, remat=remat, rngs=rngs)
+        self.trunk = Stack(config, config.trunk_depth, 0, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
+        self.next_scale = Branch(config, codebook_size, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
         if config.masked:
             self.mask_embed = nnx.Param(init(rngs.params(), (width,)))
-            self.masked = Branch(config, codebook_size, dtype=dtype, remat=remat, rngs=rngs)
+            self.masked = Branch(config, codebook_size, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
 
     def condition(self, labels: jax.Array) -> jax.Array:
         """Class embeddings: (B,) int32 in [0, num_classes], the last being the null class → (B,C) float32."""
@@ -107,13 +117,25 @@ class HMAR(nnx.Module):
 
         With `key` it is training: drop-path is on.
         """
-        return self._logits(self.next_scale, x, cond, ladder, key)
+        return self.next_scale.head(self._features(self.next_scale, x, cond, ladder, key), cond)
 
     def masked_logits(
         self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
     ) -> jax.Array:
         """As `next_scale_logits`, from the mask branch."""
-        return self._logits(self.masked, x, cond, ladder, key)
+        return self.masked.head(self._features(self.masked, x, cond, ladder, key), cond)
+
+    def next_scale_scores(
+        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
+    ) -> Scores:
+        """How `next_scale_logits` meet targets (B,N) int32, in less memory than the logits take."""
+        return self.next_scale.head.scores(self._features(self.next_scale, x, cond, ladder, key), cond, targets)
+
+    def masked_scores(
+        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
+    ) -> Scores:
+        """As `next_scale_scores`, from the mask branch."""
+        return self.masked.head.scores(self._features(self.masked, x, cond, ladder, key), cond, targets)
 
     def empty_cache(self, batch: int) -> list[KeysValues]:
         """Room for the keys and values of all L tokens, in the blocks of the trunk and of the next-scale branch."""
@@ -141,11 +163,10 @@ class HMAR(nnx.Module):
         activated = nnx.silu(cond)
         return self.adaln(activated) if hasattr(self, "adaln") else activated
 
-    def _logits(
+    def _features(
         self, branch: Branch, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None
     ) -> jax.Array:
         modulation = self._modulation(cond)
         trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
         x = self.trunk(x, modulation, ladder, trunk_key)
-        x = branch.stack(x, modulation, ladder, branch_key)
-        return branch.head(x, cond)
+        return branch.stack(x, modulation, ladder, branch_key)

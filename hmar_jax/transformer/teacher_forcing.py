@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hmar_jax.tokenizer.quantizer import Quantizer
+from hmar_jax.transformer.fused import Scores
 from hmar_jax.transformer.hmar import HMAR
 
 
@@ -50,9 +51,16 @@ def next_scale_logits(
     model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
     """Teacher-forced logits of all scales: labels (B,), tokens (B,L) → (B,L,V) float32. With `key` it is training."""
-    cond = model.condition(labels)
-    x = model.inputs(cond, range(model.ladder.num_scales), teacher_inputs(quantizer, tokens).pooled)
+    x, cond = _next_scale_inputs(model, quantizer, labels, tokens)
     return model.next_scale_logits(x, cond, model.ladder, key)
+
+
+def next_scale_scores(
+    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, key: jax.Array | None = None
+) -> Scores:
+    """How `next_scale_logits` meet the tokens."""
+    x, cond = _next_scale_inputs(model, quantizer, labels, tokens)
+    return model.next_scale_scores(x, cond, model.ladder, tokens, key)
 
 
 def masked_logits(
@@ -70,8 +78,38 @@ def masked_logits(
     Args:
       leak_free: keep masked tokens out of their scale's own part of the input; the model's config says which.
     """
+    x, cond = _masked_inputs(model, quantizer, labels, tokens, masked, leak_free)
+    return model.masked_logits(x, cond, model.ladder, key)
+
+
+def masked_scores(
+    model: HMAR,
+    quantizer: Quantizer,
+    labels: jax.Array,
+    tokens: jax.Array,
+    masked: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    leak_free: bool,
+) -> Scores:
+    """How `masked_logits` meet the tokens, masked or not."""
+    x, cond = _masked_inputs(model, quantizer, labels, tokens, masked, leak_free)
+    return model.masked_scores(x, cond, model.ladder, tokens, key)
+
+
+def _next_scale_inputs(
+    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(B,L,C) and the condition (B,C)."""
+    cond = model.condition(labels)
+    return model.inputs(cond, range(model.ladder.num_scales), teacher_inputs(quantizer, tokens).pooled), cond
+
+
+def _masked_inputs(
+    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, masked: jax.Array, leak_free: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(B,L,C) and the condition (B,C)."""
     cond = model.condition(labels)
     pooled, current = teacher_inputs(quantizer, tokens, masked if leak_free else None)
     hidden = masked[:, model.ladder.lengths[0] :]
-    x = model.inputs(cond, range(model.ladder.num_scales), pooled, current, hidden)
-    return model.masked_logits(x, cond, model.ladder, key)
+    return model.inputs(cond, range(model.ladder.num_scales), pooled, current, hidden), cond

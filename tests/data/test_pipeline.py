@@ -14,7 +14,7 @@ from PIL import Image
 
 from hmar_jax.config import DataConfig
 from hmar_jax.data.glyphs import Glyphs
-from hmar_jax.data.pipeline import batches, example_indices, examples, open_source
+from hmar_jax.data.pipeline import ahead, batches, example_indices, examples, open_source
 from hmar_jax.data.tokens import write_token_cache
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
@@ -93,15 +93,39 @@ def test_the_stream_is_a_function_of_the_seed(config):
     assert not np.array_equal(take(config, 5)[key], take(config, 5, seed=8)[key])
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_the_processes_parts_joined_are_the_global_batch(config, process_count):
-    parts = [take(config, 3, process_index=i, process_count=process_count) for i in range(process_count)]
-    size = 4 // process_count
-    joined = {
-        key: np.concatenate([part[key][step * size :][:size] for step in range(3) for part in parts])
-        for key in parts[0]
-    }
-    assert_equal(joined, take(config, 3))
+@pytest.mark.parametrize("rows", [[0, 1], [3], [0, 2], [2, 1, 3], [0, 1, 2, 3]])
+def test_chosen_rows_are_those_of_the_global_batch(config, rows):
+    whole, size = take(config, 3), len(rows)
+    part = take(config, 3, rows=rows)
+    for step in range(3):
+        at = [4 * step + row for row in rows]
+        assert_equal(
+            {key: value[step * size :][:size] for key, value in part.items()}, {k: v[at] for k, v in whole.items()}
+        )
+
+
+def test_batches_made_ready_ahead_are_the_same_with_the_same_positions(config):
+    plain = batches(config, batch_size=4, image_size=S, seed=7)
+    data = batches(config, batch_size=4, image_size=S, seed=7)
+    made = []
+    feed = ahead(data, lambda batch: made.append(None) or batch)
+    for _ in range(5):
+        batch, position = next(feed)
+        assert_equal(batch, next(plain))
+        assert position == plain.get_state()
+    feed.close()
+    assert 5 <= len(made) <= 8
+    data.close()
+
+
+def test_a_failure_ahead_is_raised_in_its_turn(config):
+    data = batches(config, batch_size=4, image_size=S, seed=7)
+    numbers = itertools.count()
+    feed = ahead(data, lambda _: 1 / (2 - next(numbers)))
+    assert [next(feed)[0], next(feed)[0]] == [0.5, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(feed)
+    data.close()
 
 
 def test_a_restored_iterator_goes_on_bit_equal(config):
@@ -342,9 +366,9 @@ def test_a_bad_config_is_named(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size=6 does not divide among 4"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"process_index": 1}, "process_index=1"),
+        ({"rows": [0, 4]}, "rows from 0 to below"),
+        ({"rows": []}, "rows=\\[\\]"),
         ({"seed": -1}, "-1"),
         ({"seed": 2**32}, "seed"),
         ({"image_size": 8}, "8 pixels"),

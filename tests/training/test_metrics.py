@@ -1,6 +1,7 @@
 """What a run reports: JSON lines, the bar, TensorBoard where it is installed, sample pictures."""
 
 import errno
+import gzip
 import importlib.util
 import io
 import json
@@ -17,8 +18,8 @@ from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 
 from hmar_jax import pictures
 from hmar_jax.errors import InputError
-from hmar_jax.training import loop
-from hmar_jax.training.metrics import MetricsWriter, read_metrics
+from hmar_jax.training import loop, metrics
+from hmar_jax.training.metrics import Goodput, MetricsWriter, read_metrics
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def idle(monkeypatch):
 
 def test_a_line_has_losses_by_scale_speed_and_learning_rate(starts, tmp_path, idle):
     loop.train(next_scale_config(starts, steps=7, log_every=3, batch_size=4), tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 6, 7]
     for line in lines:
         assert len(line["scale_loss"]) == LADDER.num_scales
@@ -38,6 +39,58 @@ def test_a_line_has_losses_by_scale_speed_and_learning_rate(starts, tmp_path, id
     for line in lines[1:]:
         assert line["step_seconds"] > 0
         assert line["images_per_second"] == pytest.approx(4 / line["step_seconds"], rel=1e-2)
+
+
+def test_the_time_of_a_run_is_told_apart_in_a_line_of_its_own(starts, tmp_path, idle, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    loop.train(next_scale_config(starts, steps=4), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    spent = lines[-1]["goodput"]
+    assert list(spent) == ["compile", "data_wait", "step", "checkpoint", "other", "total"]
+    total = spent.pop("total")
+    assert sum(spent.values()) == pytest.approx(total, abs=5e-3)
+    assert min(spent.values()) >= 0
+    assert spent["compile"] > 0
+    assert spent["checkpoint"] > 0
+    assert "Time spent: compile " in caplog.text
+    assert "data_wait_share" not in lines[0]
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines[1:-1])
+    loop.train(next_scale_config(starts, steps=4), tmp_path)  # nothing is left to do
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_goodput_counts_each_kind_and_speeds_those_since_the_last_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    goodput = Goodput(start=10)
+
+    def spend(kind, seconds):
+        with goodput.spent(kind):
+            now[0] += seconds
+
+    spend("compile", 8)
+    goodput.speed(11, batch_size=4)
+    for _ in range(3):
+        spend("data_wait", 0.5)
+        spend("step", 1.5)
+    spend("checkpoint", 3)
+    now[0] += 1
+    speed = goodput.speed(14, batch_size=4)
+    assert speed == pytest.approx({"step_seconds": 2, "images_per_second": 2, "data_wait_share": 0.25})
+    expected = {"compile": 8, "data_wait": 1.5, "step": 4.5, "checkpoint": 3, "other": 1, "total": 18}
+    assert goodput.summary() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("window", "traced"), [(range(2, 4), {2, 3}), (range(4, 9), {4, 5}), (range(7, 9), set())])
+def test_the_chosen_steps_are_traced(starts, tmp_path, idle, window, traced):
+    loop.train(next_scale_config(starts, checkpoint_every=5), tmp_path, profile=window)
+    traces = list((tmp_path / "profile").rglob("*.trace.json.gz"))
+    assert len(traces) == bool(traced)
+    steps = set()
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        steps |= {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"}
+    assert steps == traced
 
 
 def test_a_step_that_was_written_again_counts_once_with_its_later_line(tmp_path):

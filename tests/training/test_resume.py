@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -19,14 +22,14 @@ from hmar_jax.pretrained import from_pretrained, save_model
 from hmar_jax.tokenizer import codebook
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
-from hmar_jax.training.metrics import read_metrics
+from hmar_jax.training.metrics import MetricsWriter, read_metrics
 
 CHANGES = {
     "tokenizer": {},
     "next_scale": {"optimizer": OptimizerConfig(base_lr=0.1, ema=0.9)},
     "masked": {"accumulate": 2},
 }
-TIMES = ("step_seconds", "images_per_second")
+TIMES = ("step_seconds", "images_per_second", "data_wait_share")
 
 
 class StopError(Exception):
@@ -121,6 +124,30 @@ def test_running_a_finished_run_again_changes_nothing(straight):
     before = {file: (workdir / file).read_bytes() for file in ("model/model.safetensors", "metrics.jsonl")}
     run(config, workdir)
     assert {file: (workdir / file).read_bytes() for file in before} == before
+
+
+# --- being told to stop
+
+
+def test_a_run_told_to_stop_saves_the_step_leaves_with_zero_and_goes_on(straight, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    config, _, end = straight("next_scale")
+    advance, steps = MetricsWriter.advance, itertools.count(1)
+
+    def advance_and_tell(self):
+        advance(self)
+        if next(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "advance", advance_and_tell)
+        with pytest.raises(SystemExit) as left:
+            loop.train(config, tmp_path)
+    assert left.value.code == 0
+    assert "Told to stop, and saved step 3" in caplog.text
+    assert Checkpoints(tmp_path).latest() == 3
+    assert not (tmp_path / "model").exists()
+    assert_bit_equal(run(config, tmp_path)["state"], end["state"])
 
 
 # --- what a work directory's run insists on

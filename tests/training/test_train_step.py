@@ -21,6 +21,7 @@ from hmar_jax.training.loop import make_objective
 from hmar_jax.training.objectives import scale_weights
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, make_train_step
+from hmar_jax.transformer.fused import Scores
 
 STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
 KEY = jax.random.key(5)
@@ -36,27 +37,26 @@ def batch(size, seed=0):
 def seen(starts, monkeypatch):
     """(stage, batch size, key, step, **config changes) → objective's loss, metrics, what it asked the transformer for.
 
-    The transformer is stood in for by fixed logits, so that all else can be computed here.
+    The transformer is stood in for by fixed scores, so that all else can be computed here.
     """
 
     def run(stage, size, key=KEY, step=0, **changes):
         asked = {}
 
         def record(model, quantizer, labels, tokens, masked=None, key=None, *, leak_free=None):
-            logits = jax.random.normal(jax.random.key(1), (*tokens.shape, TOKENIZER.codebook_size))
-            asked.update(labels=np.asarray(labels), leak_free=leak_free, logits=logits)
+            entropy = jax.random.exponential(jax.random.key(1), tokens.shape)
+            correct = jax.random.bernoulli(jax.random.key(2), 0.3, tokens.shape).astype(jnp.float32)
+            asked.update(labels=np.asarray(labels), leak_free=leak_free, entropy=np.asarray(entropy, np.float64))
+            asked["correct"] = np.asarray(correct)
             asked["masked"] = None if stage == "next_scale" else np.asarray(masked)
-            return logits
+            return Scores(entropy, correct)
 
-        monkeypatch.setattr(objectives.teacher_forcing, f"{stage}_logits", record)
+        monkeypatch.setattr(objectives.teacher_forcing, f"{stage}_scores", record)
         objective = make_objective(stage_config(stage, starts, **changes))
         parts = objective.init([])
         examples = batch(size)
         loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(step))
-        logprobs = np.asarray(jax.nn.log_softmax(asked["logits"]), np.float64)
-        entropy = -np.take_along_axis(logprobs, np.asarray(examples["tokens"])[..., None], axis=-1)[..., 0]
-        correct = logprobs.argmax(-1) == np.asarray(examples["tokens"])
-        return {"loss": loss, "metrics": metrics, "entropy": entropy, "correct": correct, "batch": examples} | asked
+        return {"loss": loss, "metrics": metrics, "batch": examples} | asked
 
     return run
 

@@ -1,0 +1,88 @@
+"""`hmar-jax compile-check`: config + devices that are not here → does it fit there, and how fast could it be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tqdm
+
+from hmar_jax.commands.train import read_config
+from hmar_jax.compile_check import ENVIRONMENT
+from hmar_jax.config import TrainConfig
+from hmar_jax.errors import InputError
+from hmar_jax.files import write_whole
+
+
+def run(argv: Sequence[str]) -> None:
+    """Compiles, prints a report, and exits with 1 where a program does not fit."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax compile-check",
+        description="Compile a stage's train step and sampler for TPUs or an H200 that need not be here, and report "
+        "memory, largest arrays, collectives, FLOPs and the time that a step takes at least. Exits with 1 where "
+        "something does not fit. Neither data nor init_from are read: sides and tokenizer are the config's.",
+        epilog="Any field of the config can be set: --config.mesh.fsdp=8 --config.remat=all "
+        "--config.sides='(1,2,3,4,6,9,13,18,24,32)'",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a config file, as for hmar-jax train")
+    parser.add_argument(
+        "--topology", required=True, help="such as v5e:16x16, v5p:4x4x8, v6e:8x8, v5e:16x16*2 (slices), h200, h200:8"
+    )
+    parser.add_argument(
+        "--sample-batch",
+        type=int,
+        help="pictures that the sampler draws; as many as the config's sample_labels by default, 0 for no sampler",
+    )
+    parser.add_argument("--output", type=Path, help="a .json file for all figures, or a .md file for a table of them")
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if not override.startswith("--config."):
+            parser.error(f"unrecognized argument: {override}")
+    if args.output is not None and args.output.suffix not in (".json", ".md"):
+        raise InputError(f"--output is {args.output}; expected a file that ends in .json or .md.")
+    if args.sample_batch is not None and args.sample_batch < 0:
+        raise InputError(f"--sample-batch is {args.sample_batch}; expected pictures, or 0 for no sampler.")
+    config = read_config(args.config, overrides)
+    if not check(args, config):
+        sys.exit(1)
+
+
+def check(args: argparse.Namespace, config: TrainConfig) -> bool:
+    """Compiles and reports; whether everything fits."""
+    os.environ.update(ENVIRONMENT)
+
+    from hmar_jax.compile_check import programs, report
+    from hmar_jax.compile_check.topology import open_topology
+
+    topology = open_topology(args.topology)
+    setup = programs.prepare(config, topology)
+    pictures = sampled(args.sample_batch, config, setup.ways)
+    found = []
+    with tqdm.tqdm(total=1 + bool(pictures), desc="compiling", disable=None, leave=False) as bar:
+        step = programs.compile_lowered(programs.lower_train_step(setup))
+        found.append(report.report(setup, topology, step))
+        bar.update()
+        if pictures:
+            sampler = programs.compile_lowered(programs.lower_sampler(setup, pictures))
+            found.append(report.report(setup, topology, sampler, pictures))
+            bar.update()
+    advice = [] if found[0].fits else report.remedies(setup, topology, found[0].memory.total)
+    print(report.text(setup, topology, found, advice))
+    if args.output is not None:
+        content = report.markdown(setup, topology, found, Path(args.config).stem)
+        if args.output.suffix == ".json":
+            content = json.dumps(report.as_json(setup, topology, found, advice), indent=1) + "\n"
+        write_whole(args.output, content.encode())
+    return all(program.fits for program in found)
+
+
+def sampled(asked: int | None, config: TrainConfig, ways: int) -> int:
+    """Pictures that the sampler draws: the config's, or as many as asked for, a multiple of the devices' parts."""
+    if config.stage == "tokenizer":
+        return 0
+    count = (len(config.sample_labels) if config.sample_every else 0) if asked is None else asked
+    return -(-count // ways) * ways

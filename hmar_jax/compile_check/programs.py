@@ -1,0 +1,186 @@
+"""train config, absent devices → its train step and its sampler, compiled for them.
+
+The programs are those that `hmar-jax train` runs, of shapes instead of arrays: neither data nor `init_from` nor
+perceptual weights are read. What they would tell is taken from the config, for all stages: `sides` and `tokenizer`, and
+in stage `masked` `transformer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hmar_jax.compile_check.topology import Topology
+from hmar_jax.config import ModelConfig, TrainConfig
+from hmar_jax.model import Options, sample, structure
+from hmar_jax.params import Tree
+from hmar_jax.sampling.schedule import Schedule
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer import perceptual
+from hmar_jax.training import sharding
+from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts
+from hmar_jax.training.optimizer import make_optimizer
+from hmar_jax.training.state import TrainState, make_train_step
+
+
+class Compiled(NamedTuple):
+    """A program, or the compiler's refusal.
+
+    Attributes:
+      executable: None where it does not fit. seconds: that compiling took.
+      needed: bytes of a device's memory, where the compiler refused for lack of it.
+    """
+
+    executable: Any | None
+    seconds: float
+    needed: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A stage on a mesh of absent devices: arrays are `ShapeDtypeStruct`s with shardings."""
+
+    config: TrainConfig
+    mesh: Mesh
+    objective: Objective
+    state: TrainState
+    frozen: Tree
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.objective.model_config
+
+    @property
+    def ways(self) -> int:
+        """Parts that a batch is split into."""
+        return self.mesh.size // self.mesh.shape.get("tensor", 1)
+
+
+def prepare(config: TrainConfig, topology: Topology) -> Setup:
+    """The objective, and the state as training would make it.
+
+    Raises:
+      InputError: mesh, batch and topology do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh, topology.devices)
+    sharding.check_batch(config, mesh)
+    start, params, judge = start_of(config)
+    build = functools.partial(OBJECTIVES[config.stage], class_names=(), start=start)
+
+    def create(params: Tree) -> tuple[TrainState, Tree]:
+        # Weights that are only passed on need not be here.
+        parts: Parts = build(_unjudged(config)).init([], params)
+        optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
+        return TrainState.create(config, parts, optimizer), parts.frozen
+
+    state, frozen = jax.eval_shape(create, params)
+    if judge is None:
+        return Setup(config, mesh, build(config), _place(state, mesh), _place(frozen, mesh))
+    frozen = frozen | {"perceptual": judge}
+    return Setup(config, mesh, build(config, judge=judge), _place(state, mesh), _place(frozen, mesh))
+
+
+def _unjudged(config: TrainConfig) -> TrainConfig:
+    """The config without LPIPS."""
+    return dataclasses.replace(config, tokenizer_loss=dataclasses.replace(config.tokenizer_loss, perceptual_weights=""))
+
+
+def _judge_shapes() -> Tree:
+    """LPIPS's parameters as shapes, laid out as `perceptual.load_perceptual` does."""
+
+    def turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[2:], shape[1], shape[0]) if name.startswith("features.") and len(shape) == 4 else shape
+
+    shapes = perceptual.file_shapes().items()
+    return {name: jax.ShapeDtypeStruct(turned(name, shape), jnp.float32) for name, shape in shapes}
+
+
+def start_of(config: TrainConfig) -> tuple[ModelConfig, Tree, Tree | None]:
+    """What a stage would read: config and shapes of the model that it starts from; of LPIPS's weights, if any."""
+    transformer = config.transformer if config.stage == "masked" else None
+    model = ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(structure(model)[1])
+    )
+    loss = config.tokenizer_loss
+    judged = config.stage == "tokenizer" and loss.perceptual and loss.perceptual_weights
+    return model, params, _judge_shapes() if judged else None
+
+
+def lower_train_step(setup: Setup) -> jax.stages.Lowered:
+    """The step that `hmar-jax train` jits: objective, optimizer and all, with the state donated."""
+    config, mesh = setup.config, setup.mesh
+    optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, setup.state.params)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, setup.state), sharding.replicated(mesh)
+    step = make_train_step(config, setup.objective, optimizer)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(setup.state, setup.frozen, _batch(setup))
+
+
+def lower_sampler(setup: Setup, batch: int) -> jax.stages.Lowered:
+    """Label to picture in one program, with the config's schedule and the parameters laid out as in training."""
+    schedule = schedule_of(setup)
+    options = Options(setup.model, setup.config.dtype, schedule.plan)
+    params = setup.objective.model_params(setup.state.best, setup.frozen)
+    everywhere = sharding.replicated(setup.mesh)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(setup.mesh))
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
+    controls = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), schedule.controls
+    )
+    with jax.set_mesh(setup.mesh):
+        return sample.lower(options, params, labels, controls, seed)
+
+
+def schedule_of(setup: Setup) -> Schedule:
+    """The config's sample schedule."""
+    transformer = setup.model.transformer
+    assert transformer is not None
+    return Schedule.preset(setup.config.sample_schedule, setup.model.ladder, transformer.depth)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+    """The program for its devices, or the compiler's refusal for lack of memory; other errors are raised."""
+    start = time.perf_counter()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_needed(str(error))
+        if not needed:
+            raise
+        return Compiled(None, time.perf_counter() - start, needed)
+    return Compiled(executable, time.perf_counter() - start)
+
+
+def memory_needed(refusal: str) -> float:
+    """Bytes out of a compiler's refusal for lack of memory; 0 where it refused for another reason."""
+    if "RESOURCE_EXHAUSTED" not in refusal:
+        return 0.0
+    for form in (r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"):
+        if found := re.search(form, refusal):
+            return float(found[1]) * 2.0 ** (10 * " KMGT".index(found[2] or " "))
+    return 0.0
+
+
+def _batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data pipeline gives it."""
+    size, model, split = setup.config.batch_size, setup.model, sharding.batch_sharding(setup.mesh)
+    label = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+    if setup.config.stage != "tokenizer":
+        return {"tokens": jax.ShapeDtypeStruct((size, model.ladder.length), jnp.int32, sharding=split), "label": label}
+    pixels = (size, model.image_size, model.image_size, 3)
+    return {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=split), "label": label}
+
+
+def _place(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings that training gives them."""
+    shardings = sharding.tree_shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

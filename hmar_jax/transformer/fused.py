@@ -1,0 +1,238 @@
+"""What stands between the matrix products of a block, with gradients that keep little and pass over memory seldom.
+
+As soon as matrix products run at full speed, training waits for memory. A normalised or activated copy of the tokens
+costs more to keep and to read again than to compute again, so that a product here keeps the arrays which its operand is
+made from. Biases are added by the step after a product, whose backward pass sums their gradients on its way.
+
+Arithmetic is float32 between products; what is handed on has the dtype of the tokens. Where the code says
+`optimization_barrier`, XLA is to write one array once, or to compute it a second time, against its own judgement.
+
+Axis letters: B batch, L tokens, C width, F features, V codebook.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.lax import optimization_barrier
+
+_EPS = 1e-6
+_GELU_SCALE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+_EXACT = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, laid out as its shape says: XLA would transpose all tokens to suit a small product that they feed."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------- products of what is recomputed
+
+
+def norm_linear(x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array) -> jax.Array:
+    """modulated_norm(x, scale, shift) @ kernel: (B,L,C), twice (B,1,C), (C,F) → (B,L,F)."""
+    return _linear(_norm, (x, scale, shift), kernel)[0]
+
+
+def add_norm_linear(
+    x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum add_gated(x, y, bias, gate), and `norm_linear` of it: → (B,L,C), (B,L,F)."""
+    product, total = _linear(_add_norm, (x, y, bias, gate, scale, shift), kernel)
+    return total, product
+
+
+def gelu_linear(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
+    """biased_gelu(x, bias) @ kernel: (B,L,F), (F,), (F,C) → (B,L,C)."""
+    return _linear(_gelu, (x, bias), kernel)[0]
+
+
+def _norm(*inputs: jax.Array) -> tuple[jax.Array, None]:
+    return modulated_norm(*inputs), None
+
+
+def _add_norm(
+    x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array, scale: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    total = add_gated(x, y, bias, gate)
+    return modulated_norm(total, scale, shift), total
+
+
+def _gelu(*inputs: jax.Array) -> tuple[jax.Array, None]:
+    return biased_gelu(*inputs), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax.Array) -> tuple[jax.Array, Any]:
+    """With operand, passed = make(*inputs): operand @ kernel, and passed; the gradient keeps `inputs` alone."""
+    operand, passed = make(*inputs)
+    return operand @ kernel, passed
+
+
+def _linear_forward(
+    make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax.Array
+) -> tuple[tuple[jax.Array, Any], Any]:
+    return _linear(make, inputs, kernel), (inputs, kernel)
+
+
+def _linear_backward(make: Callable[..., Any], kept: Any, grads: tuple[jax.Array, Any]) -> tuple[Any, jax.Array]:
+    (inputs, kernel), (dproduct, dpassed) = kept, grads
+    # Else XLA finds what the forward pass made of them, and keeps that, or makes it long before it is needed.
+    inputs, dproduct = optimization_barrier((inputs, dproduct))
+    (operand, _), pull = jax.vjp(make, *inputs)
+    dkernel = jnp.einsum("blc,blf->cf", operand, dproduct)
+    doperand = jnp.einsum("blf,cf->blc", dproduct, kernel)
+    return pull((doperand, dpassed)), dkernel
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+# -------------------------------------------------------------------------------------------- between products
+
+
+@jax.custom_vjp
+def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """LN(x)(1+scale)+shift without affine parameters, eps 1e-6: (B,L,C), twice (B,1,C) float32 → (B,L,C)."""
+    n = _wide(x)
+    n = n - n.mean(axis=-1, keepdims=True)
+    n = n * jax.lax.rsqrt(jnp.mean(n * n, axis=-1, keepdims=True) + _EPS)
+    return (n * (1 + scale) + shift).astype(x.dtype)
+
+
+def _modulated_norm_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, ...]:
+    """One pass for four sums of each row; one for dx and the sums over the tokens of each sample."""
+    given, scale = kept
+    x, dn = _wide(given), dy * (1 + scale)
+    sums = [jnp.mean(of_row, axis=-1, keepdims=True) for of_row in (x, x * x, dn, dn * x)]
+    dy, (mean, square, dn_mean, dn_x) = optimization_barrier((dy, sums))
+    inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + _EPS)
+    n = (x - mean) * inverse
+    dx = inverse * (dy * (1 + scale) - dn_mean - n * (inverse * (dn_x - mean * dn_mean)))
+    dscale, dshift = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dy * n, dy))
+    return dx.astype(given.dtype), dscale, dshift
+
+
+modulated_norm.defvjp(lambda x, scale, shift: (modulated_norm(x, scale, shift), (x, scale)), _modulated_norm_backward)
+
+
+@jax.custom_vjp
+def add_gated(x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
+    """Residual branch: x + gate·(y + bias), for twice (B,L,C), (C,), (B,1,C) float32 → (B,L,C)."""
+    return (x + gate * (y + bias)).astype(x.dtype)
+
+
+def _add_gated_backward(kept: tuple[jax.Array, ...], dx: jax.Array) -> tuple[jax.Array, ...]:
+    y, bias, gate = kept
+    total, product = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dx, _wide(dx) * y))
+    return dx, (gate * dx).astype(y.dtype), jnp.sum(gate * total, axis=(0, 1)), product + bias * total
+
+
+add_gated.defvjp(lambda x, y, bias, gate: (add_gated(x, y, bias, gate), (y, bias, gate)), _add_gated_backward)
+
+
+@jax.custom_vjp
+def biased_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """GELU of x + bias by its tanh approximation: (B,L,F), (F,) → (B,L,F)."""
+    z = x + bias
+    return (z * _gelu_gate(z)).astype(x.dtype)
+
+
+def _gelu_gate(z: jax.Array) -> jax.Array:
+    """(1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
+    an inverse root but many for a tanh or a division.
+    """  # fmt: skip
+    return jnp.square(jax.lax.rsqrt(1 + jnp.exp(-_GELU_SCALE * (z + _GELU_CUBE * z * z * z))))
+
+
+def _biased_gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, bias = kept
+    z = x + bias
+    gate = _gelu_gate(z)
+    slope = gate + z * gate * (1 - gate) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * z * z)
+    return _with_sum((dy * slope).astype(x.dtype))
+
+
+biased_gelu.defvjp(lambda x, bias: (biased_gelu(x, bias), (x, bias)), _biased_gelu_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """As +, for (B,L,F) and (F,)."""
+    return (x + bias).astype(x.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: _with_sum(dy))
+
+
+def _with_sum(dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B,L,F) → itself, and its sum (F,) float32 over the tokens, which are summed before they go anywhere else."""
+    dy = optimization_barrier(dy)
+    dy, of_sample = optimization_barrier((dy, jnp.sum(dy, axis=1, dtype=jnp.float32)))
+    return dy, jnp.sum(of_sample, axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+
+
+class Scores(NamedTuple):
+    """How logits meet their targets, both (B,L) float32: cross-entropy, and 1 where no logit exceeds the target's."""
+
+    entropy: jax.Array
+    correct: jax.Array
+
+
+def logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Affine: x @ kernel + bias, summed in float32, for (B,L,C), (C,V), (V,) → (B,L,V) float32."""
+    return jnp.matmul(x, kernel, **_EXACT) + bias
+
+
+@jax.custom_vjp
+def scores(x: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array) -> Scores:
+    """Scores of `logits` for targets (B,L) int; the gradient keeps one array of that shape, in the dtype of x."""
+    return _scores_and_errors(x, kernel, bias, targets)[0]
+
+
+def _scores_and_errors(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array
+) -> tuple[Scores, jax.Array]:
+    z = logits(x, kernel, bias)
+    is_target = targets[..., None] == jnp.arange(z.shape[-1])
+    highest = jnp.max(z, axis=-1, keepdims=True)
+    of_target = jnp.max(jnp.where(is_target, z, -jnp.inf), axis=-1, keepdims=True)
+    highest, of_target = optimization_barrier((highest, of_target))
+    total = optimization_barrier(jnp.sum(jnp.exp(z - highest), axis=-1, keepdims=True))
+    log_total = jnp.log(total) + highest
+    found = Scores((log_total - of_target)[..., 0], (of_target == highest)[..., 0].astype(jnp.float32))
+    return found, (jnp.exp(z - log_total) - is_target).astype(x.dtype)
+
+
+def _scores_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array) -> tuple[Scores, Any]:
+    found, errors = _scores_and_errors(x, kernel, bias, targets)
+    return found, (x, kernel, errors)
+
+
+def _scores_backward(kept: tuple[jax.Array, ...], grads: Scores) -> tuple[jax.Array | None, ...]:
+    """The errors are softmax - target; a token's share in the loss scales x and the products, which are smaller."""
+    (x, kernel, errors), share = kept, grads.entropy[..., None]
+    dx = share * jnp.einsum("blv,cv->blc", errors, kernel, **_EXACT)
+    dkernel = jnp.einsum("blc,blv->cv", (share * x).astype(x.dtype), errors, **_EXACT)
+    return (
+        dx.astype(x.dtype),
+        dkernel.astype(kernel.dtype),
+        jnp.sum(share * errors, axis=(0, 1), dtype=jnp.float32),
+        None,
+    )
+
+
+scores.defvjp(_scores_forward, _scores_backward)

@@ -1,0 +1,293 @@
+"""Several processes train as one: two of four simulated devices each, over loopback, against one of one device."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny_training import LOSS, next_scale_config, once, shared_folder, tokenizer_config
+
+from hmar_jax.commands.main import main
+from hmar_jax.config import MeshConfig
+from hmar_jax.errors import InputError
+from hmar_jax.training import distributed, loop
+from hmar_jax.training.checkpoint import Checkpoints
+from hmar_jax.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+MESH = MeshConfig(data=-1, fsdp=2)
+STEPS = 6
+START = """
+import json, os, signal, sys, time
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from hmar_jax.training import distributed
+process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
+import jax
+from test_hosts import MESH, STEPS, moved_config, one_step
+from tiny_training import quick_compilation
+from hmar_jax.data import pipeline
+from hmar_jax.training import loop
+assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+quick_compilation(starts.parent / "compiled").__enter__()
+steps, put = iter(range(100)), loop.sharding.put_batch
+
+def at_step(number, act):
+    \"\"\"Calls `act` when the batch of that step is made ready.\"\"\"
+    global steps
+    steps = iter(range(1, 100))
+
+    def counted(batch, mesh):
+        if next(steps) == number:
+            act()
+        return put(batch, mesh)
+
+    loop.sharding.put_batch = counted
+"""
+# Batches on meshes as TPU pods have them; a tokenizer with sample pictures and its model; then a run in which process 1
+# dies with checkpoint 4 on disk.
+FIRST = """
+import numpy as np
+from jax.sharding import Mesh
+from hmar_jax.model import on_host
+devices, placed = np.asarray(jax.devices()).reshape(2, 4), {}
+for name, order in {"in turn": devices.T.reshape(8, 1, 1), "tensor over both": devices.T.reshape(4, 1, 2)}.items():
+    mesh = Mesh(order, loop.sharding.AXES)
+    rows = loop.sharding.host_rows(mesh, 16)
+    batch = loop.sharding.put_batch({"row": np.array(rows)}, mesh)
+    placed[name] = [rows, on_host(batch["row"]).tolist()]
+(out / f"placed{process}.json").write_text(json.dumps(placed))
+read, rows = pipeline.batches, []
+def recorded(*args, **kwargs):
+    rows.append(kwargs.get("rows") and list(kwargs["rows"]))
+    return read(*args, **kwargs)
+pipeline.batches = recorded
+loop.train(one_step(mesh=MESH), out / "tokenizer")
+(out / f"rows{process}.json").write_text(json.dumps(rows))
+
+def die():
+    while not (out / "moved" / "checkpoints" / "4").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+at_step(STEPS, die if process == 1 else lambda: None)
+loop.train(moved_config(starts, mesh=MESH), out / "moved")
+"""
+# The same run goes on; process 1 alone is told to stop.
+SECOND = """
+at_step(1, (lambda: os.kill(os.getpid(), signal.SIGTERM)) if process == 1 else lambda: None)
+loop.train(moved_config(starts, mesh=MESH, steps=100_000, checkpoint_every=100_000), out / "told")
+"""
+
+
+def moved_config(starts, **changes):
+    return next_scale_config(starts, **({"steps": STEPS} | changes))
+
+
+def one_step(**changes):
+    loss = dataclasses.replace(LOSS, adversarial=0.0)  # the discriminator takes long to compile
+    return tokenizer_config(steps=1, sample_every=1, tokenizer_loss=loss, **changes)
+
+
+def pair(script, *arguments):
+    """Runs a script in two processes; their exit codes and what they wrote to standard error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    code = START.format(here=str(HERE)) + textwrap.dedent(script)
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", code]
+    options = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(i), str(port), *map(str, arguments)], **options) for i in range(2)]
+    said = [process.communicate(timeout=400)[1] for process in both]
+    return [process.returncode for process in both], said
+
+
+@pytest.fixture(scope="module")
+def hosts(starts, tmp_path_factory):
+    """Work directories of two processes: `tokenizer`, done; `killed`, in which one died; `told`, which was to stop."""
+
+    def run(out):
+        codes, said = pair(FIRST, starts, out)
+        (out / "codes.json").write_text(json.dumps(codes))
+        assert codes[1] == -signal.SIGKILL, said[1][-3000:]
+        assert (out / "rows0.json").exists(), said[0][-3000:]
+        shutil.copytree(out / "moved", out / "told")
+        codes, said = pair(SECOND, starts, out)
+        assert codes == [0, 0], "\n".join(text[-3000:] for text in said)
+
+    return once(shared_folder(tmp_path_factory) / "hosts", run)
+
+
+@pytest.fixture(scope="module")
+def straight(starts, tmp_path_factory):
+    """Work directory of the same run on one device, which nothing stopped."""
+    workdir = tmp_path_factory.mktemp("straight")
+    loop.train(moved_config(starts), workdir)
+    return workdir
+
+
+def assert_close(ours, theirs):
+    """Losses and models of two work directories, within the bound of float32 sums in another order."""
+    for a, b in zip(read_metrics(ours / "metrics.jsonl"), read_metrics(theirs / "metrics.jsonl"), strict=True):
+        assert a["step"] == b["step"]
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    a, b = (safetensors.numpy.load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_allclose(value, b[name], atol=2e-5, err_msg=name)
+
+
+def test_every_process_reads_its_own_part_of_the_data(hosts):
+    parts = [json.loads((hosts / f"rows{i}.json").read_text()) for i in range(2)]
+    for rows in zip(*parts, strict=True):
+        if rows[0] is None:  # the pictures held out for samples, which are the same for all
+            assert rows[1] is None
+        else:
+            assert sorted(rows[0] + rows[1]) == list(range(8))
+            assert len(rows[0]) == len(rows[1]) == 4
+
+
+def test_rows_find_their_places_however_the_devices_of_a_process_lie_in_the_mesh(hosts):
+    placed = [json.loads((hosts / f"placed{i}.json").read_text()) for i in range(2)]
+    assert placed[0]["in turn"][0] == [0, 1, 4, 5, 8, 9, 12, 13]
+    assert placed[1]["in turn"][0] == [2, 3, 6, 7, 10, 11, 14, 15]
+    assert placed[0]["tensor over both"][0] == placed[1]["tensor over both"][0] == list(range(16))
+    for of_process in placed:
+        for _, whole in of_process.values():
+            assert whole == list(range(16))
+
+
+def test_what_two_processes_write_is_there_once_and_whole(hosts, starts, tmp_path):
+    workdir = hosts / "tokenizer"
+    assert {path.name for path in workdir.iterdir()} >= {"config.json", "metrics.jsonl", "samples", "model"}
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == [1]
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2  # the step, and the goodput of process 0
+    assert [path.name for path in (workdir / "samples").iterdir()] == ["00000001.png"]
+    loop.train(one_step(), tmp_path)
+    assert_close(workdir, tmp_path)
+
+
+def test_a_process_that_dies_ends_the_other_and_what_was_saved_goes_on_elsewhere(hosts, straight, starts, tmp_path):
+    survivor, dead = json.loads((hosts / "codes.json").read_text())
+    assert dead == -signal.SIGKILL
+    assert survivor != 0
+    shutil.copytree(hosts / "moved", tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").latest() == 4
+    loop.train(moved_config(starts), tmp_path / "run")
+    assert_close(tmp_path / "run", straight)
+
+
+def test_all_processes_stop_at_the_same_step_when_one_is_told_to(hosts):
+    checkpoints = Checkpoints(hosts / "told")
+    step, position = checkpoints.latest(), checkpoints.position()
+    checkpoints.close()
+    assert 4 < step < 100_000
+    assert position["examples"] == 8 * step
+    assert not (hosts / "told" / "model").exists()
+
+
+# --- a job that does not come together
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"coordinator": "127.0.0.1:99"}, "give all three"),
+        ({"coordinator": "127.0.0.1:99", "processes": 2, "process": 2}, "counted from 0"),
+        ({"coordinator": "nowhere", "processes": 2, "process": 1}, "expected HOST:PORT"),
+        ({"coordinator": "127.0.0.1:70000", "processes": 2, "process": 1}, "expected HOST:PORT"),
+        ({"coordinator": "no.such.host.invalid:99", "processes": 2, "process": 1}, "invalid:99 is not reachable"),
+        ({"coordinator": f"127.0.0.1:{free_port()}", "processes": 2, "process": 1}, "is not reachable .*refused"),
+    ],
+)
+def test_a_coordinator_that_is_none_is_a_sentence(arguments, expected):
+    with pytest.raises(InputError, match=expected) as caught:
+        distributed.join(**arguments, patience=0.2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_port_in_use_is_a_sentence():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on port {port} .*choose another"):
+            distributed.join(f"127.0.0.1:{port}", 2, 0, patience=0.2)
+
+
+def test_a_process_whose_peers_do_not_come_says_so_and_ends():
+    code = f"""
+    from hmar_jax.training import distributed
+    distributed.join("127.0.0.1:{free_port()}", 2, 0, patience=1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "Process 0 of 2 met not all others" in done.stderr
+
+
+def test_without_a_cluster_a_process_is_alone_and_told_by_a_signal():
+    distributed.join()
+    assert distributed.is_first()
+    with distributed.preemption() as asked:
+        assert not asked(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked(2)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_slurm_step_is_recognised():
+    code = """
+    from hmar_jax.training import distributed
+    distributed.join(patience=60)
+    import jax
+    print(jax.distributed.is_initialized(), jax.process_index(), jax.process_count(), distributed.is_first())
+    """
+    names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    values = (str(os.getpid()), "localhost", "1", "0", "0")  # JAX makes the port of the job's number
+    env = os.environ | {f"SLURM_{name}": value for name, value in zip(names, values, strict=True)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.stdout.split() == ["True", "0", "1", "True"], done.stderr[-2000:]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Of a training whose work directory cannot be made."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from hmar_jax.config import TrainConfig, to_config_dict\n"
+        "def get_config():\n    return to_config_dict(TrainConfig(stage='tokenizer'))\n"
+    )
+    return ["train", f"--config={file}", f"--workdir={file}/run"]
+
+
+def test_the_command_joins_the_job_unless_told_not_to(command, capsys, monkeypatch):
+    assert main([*command, "--coordinator=x", "--processes=2"]) == 2
+    assert "--coordinator=x, --processes=2, --process=None: give all three" in capsys.readouterr().err
+    joined = []
+    monkeypatch.setattr(distributed, "join", lambda *arguments: joined.append(arguments))
+    for arguments in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
+        assert main([*command, *arguments]) == 2
+        assert "Could not write" in capsys.readouterr().err
+    assert joined == [(None, None, None), ("h:1", 3, 2)]
+
+
+@pytest.mark.parametrize("steps", ["3", "3:2", "0:2", "a:b", "1:2:3"])
+def test_steps_to_trace_that_are_none_are_refused(command, steps, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*command, f"--profile={steps}"])
+    assert left.value.code == 2
+    assert f"'{steps}' is not FIRST:LAST, such as 100:110" in capsys.readouterr().err

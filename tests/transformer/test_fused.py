@@ -1,0 +1,148 @@
+"""The steps between a block's products: values and gradients against JAX's own ones of the plain formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmar_jax.transformer import fused
+
+# Relative error of a norm; bfloat16 rounds operands, results and gradients once each.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+B, L, C, F, V = 3, 10, 24, 40, 17
+
+
+def norm(x, scale, shift):
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
+    return x * (1 + scale) + shift
+
+
+def add(x, y, bias, gate):
+    return x + gate * (y + bias)
+
+
+def gelu(x, bias):
+    return jax.nn.gelu(x + bias, approximate=True)
+
+
+def add_norm_linear(x, y, bias, gate, scale, shift, kernel):
+    total = add(x, y, bias, gate)
+    return total, norm(total, scale, shift) @ kernel
+
+
+def scores(x, kernel, bias, targets):
+    logits = x @ kernel + bias
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    correct = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
+    return fused.Scores(jax.nn.logsumexp(logits, axis=-1) - of_target, correct)
+
+
+# name → the plain formula, and its arguments: lower case is float32 whatever the compute dtype.
+CASES = {
+    "modulated_norm": (norm, {"X": (B, L, C), "scale": (B, 1, C), "shift": (B, 1, C)}),
+    "add_gated": (add, {"X": (B, L, C), "Y": (B, L, C), "bias": (C,), "gate": (B, 1, C)}),
+    "biased_gelu": (gelu, {"X": (B, L, F), "bias": (F,)}),
+    "add_bias": (jnp.add, {"X": (B, L, F), "bias": (F,)}),
+    "norm_linear": (
+        lambda x, scale, shift, kernel: norm(x, scale, shift) @ kernel,
+        {"X": (B, L, C), "scale": (B, 1, C), "shift": (B, 1, C), "KERNEL": (C, F)},
+    ),
+    "add_norm_linear": (
+        add_norm_linear,
+        {
+            "X": (B, L, C),
+            "Y": (B, L, C),
+            "bias": (C,),
+            "gate": (B, 1, C),
+            "scale": (B, 1, C),
+            "shift": (B, 1, C),
+            "KERNEL": (C, F),
+        },
+    ),
+    "gelu_linear": (lambda x, bias, kernel: gelu(x, bias) @ kernel, {"X": (B, L, F), "bias": (F,), "KERNEL": (F, C)}),
+    "scores": (scores, {"X": (B, L, C), "KERNEL": (C, V), "bias": (V,), "targets": (B, L)}),
+}
+
+
+@functools.cache
+def arguments(name, dtype, offset=0.0):
+    """Random ones, the rounded ones also as float32: what the plain formula is given."""
+    rng = np.random.default_rng(0)
+    made = []
+    for arg, shape in CASES[name][1].items():
+        if arg == "targets":
+            made.append(jnp.asarray(rng.integers(0, V, shape), jnp.int32))
+        else:
+            scale = 0.3 if arg == "KERNEL" else 1.0
+            array = jnp.asarray(scale * rng.normal(size=shape) + (offset if arg == "X" else 0), jnp.float32)
+            made.append(array.astype(dtype) if arg.isupper() else array)
+    return made, [x.astype(jnp.float32) if x.dtype == jnp.dtype(dtype) else x for x in made]
+
+
+def error(got, expected):
+    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def cotangents(outputs):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), outputs)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", list(CASES))
+def test_values_and_gradients_are_those_of_the_plain_formula(name, dtype):
+    given, plain = arguments(name, dtype)
+    expected, pull_plain = jax.vjp(CASES[name][0], *plain)
+    got, pull = jax.vjp(jax.jit(getattr(fused, name)), *given)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert error(one, other) < TOLERANCE[dtype]
+    cotangent = cotangents(expected)
+    gradients = pull(jax.tree.map(lambda given, made: given.astype(made.dtype), cotangent, got))
+    for arg, array, one, other in zip(CASES[name][1], given, gradients, pull_plain(cotangent), strict=True):
+        if arg != "targets":
+            assert one.dtype == array.dtype
+            assert error(one, other) < TOLERANCE[dtype], arg
+
+
+def test_a_norm_stays_exact_on_tokens_far_from_zero():
+    """Its backward pass has the variance as the mean of squares less the squared mean, which cancel."""
+    (x, scale, shift), _ = arguments("modulated_norm", "float32", offset=10.0)
+    cotangent = cotangents(x)
+    expected, got = (jax.vjp(f, x, scale, shift)[1](cotangent) for f in (norm, fused.modulated_norm))
+    for one, other in zip(got, expected, strict=True):
+        assert error(one, other) < 1e-4
+
+
+def test_a_norm_of_equal_channels_has_finite_gradients():
+    x = jnp.broadcast_to(jnp.asarray([0.1, 100.1, 3333.3]).reshape(1, 3, 1), (1, 3, C))
+    zero = jnp.zeros((1, 1, C))
+    _, pull = jax.vjp(fused.modulated_norm, x, zero, zero)
+    assert all(np.isfinite(gradient).all() for gradient in pull(cotangents(x)))
+
+
+def test_gelu_is_flat_far_below_zero_and_the_identity_far_above():
+    x = jnp.asarray([-1e4, -40.0, -8.0, 0.0, 8.0, 40.0, 1e4]).reshape(1, 1, -1)
+    value, pull = jax.vjp(lambda x: fused.biased_gelu(x, jnp.zeros(x.shape[-1])), x)
+    np.testing.assert_allclose(value[0, 0], [0, 0, 0, 0, 8, 40, 1e4], atol=1e-4)
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0][0, 0], [0, 0, 0, 0.5, 1, 1, 1], atol=1e-4)
+
+
+def kept(name, dtype="bfloat16"):
+    """Shapes and dtypes that the gradient of a step keeps, its arguments left out."""
+    given, _ = arguments(name, dtype)
+    _, pull = jax.vjp(getattr(fused, name), *given)
+    inputs = {(x.shape, x.dtype.name) for x in given}
+    return {(x.shape, x.dtype.name) for x in jax.tree.leaves(pull) if isinstance(x, jax.Array)} - inputs
+
+
+@pytest.mark.parametrize("name", ["norm_linear", "add_norm_linear", "gelu_linear", "biased_gelu", "add_gated"])
+def test_gradients_keep_nothing_but_arguments(name):
+    assert not kept(name)
+
+
+def test_no_float32_array_of_logits_outlives_the_forward_pass():
+    assert kept("scores") == {((B, L, V), "bfloat16")}
