@@ -12,6 +12,7 @@ Result:   none is published for d16 at 512 pixels; d24 has FID 2.99, IS 304.1
 import ml_collections
 
 from hmar_jax.config import DataConfig, OptimizerConfig, Stage, TrainConfig, TransformerConfig, to_config_dict
+from hmar_jax.scales import ScaleLadder
 
 IMAGES = 1_281_167  # of ImageNet's training set: an epoch
 
@@ -24,6 +25,7 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             stage=stage,
             steps=(100 if masked else 200) * IMAGES // 768,
             batch_size=768,
+            sides=ScaleLadder.preset("512").sides,  # training takes them from init_from, compile-check from here
             init_from="runs/imagenet512_d16/model" if masked else "runs/imagenet512_tokenizer/model",
             transformer=TransformerConfig.preset("d16", masked=False),
             data=DataConfig("tokens", path="runs/imagenet512_tokens"),

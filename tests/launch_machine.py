@@ -58,6 +58,7 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_signals,
         )
 
     def run(self, script: Path | str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,12 @@ class Machine:
         file = self.folder / "calls"
         lines = file.read_text().splitlines() if file.exists() else []
         return [call for call in (line.split("\x1f") for line in lines) if call[0] != "sleep"]
+
+
+def _heed_signals() -> None:
+    """Undoes what a test run in the background inherits: bash cannot trap a signal that was ignored when it started."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:

@@ -21,9 +21,9 @@ from hmar_jax.compile_check.topology import Topology
 
 GIB = 2.0**30
 _LISTED = 8
-# Activations that each remat policy keeps for a token and block, in widths: with "dots" the input and the products (qkv
-# 3, proj 1, fc1 4, fc2 1), with "all" the input.
-_KEPT = {"dots": 10, "all": 1}
+# Activations that each remat policy keeps for a token and block, in widths: with "dots" the input, what was attended to
+# and the products (qkv 3, proj 1, fc1 4, fc2 1), with "all" the input.
+_KEPT = {"dots": 11, "all": 1}
 
 
 @dataclasses.dataclass(frozen=True)

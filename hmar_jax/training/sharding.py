@@ -27,9 +27,9 @@ from jax.typing import ArrayLike
 
 from hmar_jax.config import MeshConfig, TrainConfig
 from hmar_jax.errors import InputError
+from pallas_kernels.scale_attention import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
 
 # The end of a dotted name → the mesh axes of the array's last axes. Axes before those, such as the depth of stacked
 # layers, are whole. An axis that its mesh axis does not divide is whole too.
@@ -131,7 +131,7 @@ def put(name: str, array: ArrayLike) -> jax.Array:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch lives: split by example, the first axis of its arrays."""
-    return NamedSharding(mesh, P(BATCH))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -166,7 +166,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def _ways(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _host_parts(mesh: Mesh) -> list[int]:

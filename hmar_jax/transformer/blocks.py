@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import fused
-from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
+from pallas_kernels.scale_attention import BATCH_AXES, packed_scale_attention, scale_attention
 
 Remat = Literal["dots", "all"]
 # VAR's cap on the learned temperature of QK-norm.
@@ -33,6 +34,22 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     """Stochastic depth: zeroes a branch for a share `rate` of the samples, scaling the others to keep the mean."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+
+
+def split_by_sample[T](arrays: T) -> T:
+    """A tree of arrays (B,…), each split over the mesh in use as a batch is, where there is one and it divides.
+
+    XLA, left to choose, may split them as the parameters are instead, and then exchanges activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(axis for axis, kind in kinds if axis in BATCH_AXES and kind == AxisType.Auto)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+
+    def split(x: jax.Array) -> jax.Array:
+        return x if ways == 1 or x.shape[0] % ways else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+    return jax.tree.map(split, arrays)
 
 
 class KeysValues(NamedTuple):
@@ -186,6 +203,7 @@ class Stack(nnx.Module):
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             params, modulation, drop = layer
+            x, modulation = split_by_sample((x, modulation))
             x, _ = nnx.merge(graphdef, params)(fused.row_major(x), modulation, ladder, drop=drop)
             return jax.lax.optimization_barrier(x), None  # else XLA keeps a float32 twin of it
 

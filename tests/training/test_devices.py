@@ -27,6 +27,9 @@ from tiny_training import (
 )
 
 from hmar_jax import params as trees
+from hmar_jax.compile_check import costs, programs
+from hmar_jax.compile_check.hlo import Program
+from hmar_jax.compile_check.topology import CHIPS, Topology
 from hmar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import structure
@@ -44,6 +47,26 @@ SHORT = {
     "tokenizer": {"steps": 3, "tokenizer_loss": dataclasses.replace(LOSS, adversarial=0.0)},
 }
 LABELS = [0, 1, 2, 1, 0]
+
+
+def sent_by_fsdp():
+    """Bytes of a train step's parameters, and kind → payload of its collectives, where `fsdp` splits all."""
+    config = stage_config(
+        "next_scale",
+        Path("nowhere"),
+        batch_size=128,
+        sides=(1, 2, 4),
+        tokenizer=TokenizerConfig(channels=4, norm_groups=2, codebook_size=64, latent_channels=4),
+        transformer=TransformerConfig(3, 128, 4, num_classes=10, branch_depth=1),
+        mesh=MeshConfig(fsdp=8),
+        scan_layers=True,
+    )
+    setup = programs.prepare(config, Topology("here", CHIPS["v5e"], tuple(jax.devices())))
+    text = programs.lower_train_step(setup).compile().as_text()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.state.params))
+    return size, {kind: sums.payload for kind, sums in costs.collectives(Program(text)).items()}
+
+
 # The meshes of a run: a second one takes over after checkpoint 2. All axes but 2 heads divide by 4.
 RUNS = {
     "moved": ("next_scale", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]),
@@ -58,7 +81,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
-from test_devices import LABELS, RUNS, SHORT
+from test_devices import LABELS, RUNS, SHORT, sent_by_fsdp
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
@@ -68,6 +91,7 @@ from hmar_jax.training.checkpoint import Checkpoints
 
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
 assert jax.device_count() == 8
+sent = sent_by_fsdp()
 report, seen = {}, {}
 save, put = Checkpoints.save, loop.sharding.put_batch
 def spy(self, step, state, *rest):
@@ -135,7 +159,7 @@ for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh"
         sentences.append(str(error))
 steps = [str(name) for name in compiled if "train_step" in str(name)]
 written = (out / "refused").exists()
-facts = {"sizes": report, "whole": whole[0], "compiled": len(steps), "tokens": tokens}
+facts = {"sizes": report, "whole": whole[0], "compiled": len(steps), "tokens": tokens, "sent": sent}
 print(json.dumps(facts | {"sentences": sentences, "written": written}))
 """
 
@@ -202,6 +226,14 @@ def test_samples_do_not_depend_on_the_mesh(eight, starts):
     with sound_argmax():
         one = from_pretrained(starts / "next_scale").sample(LABELS, seed=3)
     assert one.tokens.tolist() == eight[1]["tokens"]
+
+
+def test_fsdp_gathers_weights_twice_and_sends_no_activations(eight):
+    size, sent = eight[1]["sent"]
+    metrics = 4096  # a few scalars
+    assert sent["all-gather"] <= 2 * size  # forward, and backward
+    assert sent["all-reduce"] < size + metrics  # how a CPU scatters the gradients
+    assert sum(sent.values()) < 3.1 * size
 
 
 def test_each_run_compiles_its_step_once(eight):
