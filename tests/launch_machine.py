@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,13 @@ STAND_INS = ("gcloud", "xpk", "sbatch", "srun", "scontrol", "gcsfuse", "mountpoi
 STAND_IN = """#!/bin/bash
 IFS=$'\\037'; printf '%s\\n' "${0##*/}${1+$IFS$*}" >> "$CALLS"; unset IFS
 line="DO_${0##*/}"; eval "${!line-}"
+"""
+# Undoes what a test run in the background inherits: bash cannot trap a signal that was ignored when it started.
+HEED_SIGNALS = """
+import os, signal, sys
+for name in ("INT", "HUP", "TERM", "PIPE"):
+    signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -50,7 +58,7 @@ class Machine:
 
     def start(self, script: Path | str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [BASH, str(ROOT / "launch" / script), *arguments],
+            [sys.executable, "-ISc", HEED_SIGNALS, BASH, str(ROOT / "launch" / script), *arguments],
             cwd=self.folder,
             env=self.variables | variables,
             stdin=subprocess.DEVNULL,
@@ -58,7 +66,6 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=_heed_signals,
         )
 
     def run(self, script: Path | str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -72,12 +79,6 @@ class Machine:
         file = self.folder / "calls"
         lines = file.read_text().splitlines() if file.exists() else []
         return [call for call in (line.split("\x1f") for line in lines) if call[0] != "sleep"]
-
-
-def _heed_signals() -> None:
-    """Undoes what a test run in the background inherits: bash cannot trap a signal that was ignored when it started."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
