@@ -8,95 +8,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import sampler
-from hmar_jax.sampling.schedule import Controls, Plan, Schedule
-from hmar_jax.tokenizer.tokenizer import Tokenizer
+from hmar_jax.networks import networks
+from hmar_jax.sampling import program
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.transformer import teacher_forcing
-from hmar_jax.transformer.blocks import Remat
 from hmar_jax.transformer.hmar import HMAR
-
-
-class Networks(nnx.Module):
-    """The tokenizer and, unless the config has none, the transformer: one tree of parameters."""
-
-    def __init__(
-        self, config: ModelConfig, *, dtype: DTypeLike, remat: Remat = "dots", scan: bool = True, rngs: nnx.Rngs
-    ):
-        self.tokenizer = Tokenizer(config.tokenizer, config.ladder, dtype=dtype, rngs=rngs)
-        if config.transformer is not None:
-            self.transformer = HMAR(
-                config.transformer,
-                config.ladder,
-                codebook_size=config.tokenizer.codebook_size,
-                latent_channels=config.tokenizer.latent_channels,
-                dtype=dtype,
-                remat=remat,
-                scan=scan,
-                rngs=rngs,
-            )
-
-
-@functools.cache
-def structure(
-    config: ModelConfig, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """The networks without values: graph definition, and parameters as shapes."""
-
-    def create() -> Networks:
-        return Networks(config, dtype=jnp.dtype(dtype), remat=remat, scan=scan, rngs=nnx.Rngs(0))
-
-    return nnx.split(nnx.eval_shape(create))
-
-
-def networks(
-    config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
-) -> Networks:
-    """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
-    graphdef, abstract = structure(config, dtype, remat, scan)
-    state = nnx.State(abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
-
-
-def init_params(
-    config: ModelConfig, seed: int, only: str | None = None, place: Callable[[Any], Any] | None = None
-) -> dict[str, Any]:
-    """Fresh parameters, float32, as nested dicts; a function of the seed.
-
-    Args:
-      only: `tokenizer` or `transformer`, to have that network's parameters alone.
-      place: shapes of all parameters → their shardings, or None for the default device; they are made with these, so
-        that no device ever holds more than its part.
-    """
-
-    def create(key: jax.Array) -> dict[str, Any]:
-        module = Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(params=key))
-        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-        return params if only is None else params[only]
-
-    key = jax.random.key(seed)
-    shardings = place(nnx.to_pure_dict(structure(config)[1])) if place else None
-    if shardings is not None and only is not None:
-        shardings = shardings[only]
-    # It runs once; XLA:CPU would spend three times as long on optimising hundreds of random draws. Where it is traced
-    # as a part of another program, the options are that one's.
-    alone = not isinstance(key, jax.core.Tracer)
-    quick = {"xla_backend_optimization_level": 0} if alone and jax.default_backend() == "cpu" else None
-    return jax.jit(create, out_shardings=shardings, compiler_options=quick)(key)
 
 
 class DrawRecord(NamedTuple):
@@ -189,17 +116,19 @@ class Model:
         top_p: Any = None,
         noise: Any = None,
         seed: int = 0,
+        numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
     ) -> Sample:
-        """Samples pictures; sample i depends on (seed, i, label i) alone, whatever the batch and the devices.
+        """Samples pictures; each depends on (seed, its number, its label) alone, whatever the batch and the devices.
 
         Args:
           labels: (B,) int in [0, num_classes).
           schedule: a `Schedule` or the name of a preset; names bring the published guidance of the model's depth.
           cfg, temperature, top_k, top_p, noise: override the schedule's, as in `Schedule.from_counts`; changing them
             compiles nothing, unless guidance appears or vanishes in a pass.
-          seed: of the random numbers. greedy: argmax of the guided logits, no filters.
+          seed: of the random numbers. numbers: (B,) int in [0, 2³²), which of the seed's samples each is; 0 to B-1 by
+            default. greedy: argmax of the guided logits, no filters.
           record: give every pass's draw.
         """
         labels, _ = self._check(labels, classes=self.config.num_classes - 1)
@@ -213,11 +142,12 @@ class Model:
         if not 0 <= seed < 2**32:
             raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
         number = labels.shape[0]
-        options = Options(self.config, self.dtype, schedule.plan, greedy, record)
+        numbers = np.arange(number, dtype=np.uint32) if numbers is None else _check_numbers(numbers, number)
+        options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
         mesh = _mesh()
         with jax.set_mesh(mesh):
-            spread = _over_devices(labels, mesh)
-            images, tokens, draws = sample(options, self.params, spread, schedule.controls, np.uint32(seed))
+            spread = [_over_devices(array, mesh) for array in (labels, numbers)]
+            images, tokens, draws = program.sample(options, self.params, *spread, schedule.controls, np.uint32(seed))
         records = None
         if record:
             passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
@@ -263,45 +193,6 @@ def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
         raise InputError(f"Tokens range from {tokens.min()} to {tokens.max()}; the codebook has 0 to {size - 1}.")
     return jnp.asarray(tokens, jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """All that a compiled sampler depends on, beside the shape of its labels."""
-
-    config: ModelConfig
-    dtype: str
-    plan: Plan
-    greedy: bool = False
-    record: bool = False
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def sample(
-    options: Options, params: Any, labels: jax.Array, controls: Controls, seed: jax.Array
-) -> tuple[jax.Array, jax.Array, list[sampler.Draw]]:
-    """Label to picture as one program: (B,) → images (B,S,S,3) in [0,1], tokens (B,L), recorded draws."""
-    config = options.config
-    assert config.transformer is not None
-    nets = networks(config, params, options.dtype)
-    key = jax.random.key(seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(labels.shape[0]))
-    null_label = config.transformer.num_classes
-    if config.transformer.pattern == "block_causal":
-        predict = sampler.cached_predictor(nets.transformer, labels, null_label, options.plan)
-    else:
-        predict = sampler.predictor(nets.transformer, labels, null_label)
-    tokens, latents, draws = sampler.sample_tokens(
-        predict,
-        nets.tokenizer.quantizer,
-        options.plan,
-        controls,
-        keys,
-        greedy=options.greedy,
-        leak_free=config.transformer.leak_free,
-    )
-    images = (nets.tokenizer.decode_latents(latents) + 1) / 2
-    return images, tokens, draws if options.record else []
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -351,10 +242,19 @@ def _mesh() -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def _over_devices(labels: jax.Array, mesh: Mesh) -> jax.Array:
-    """Labels split as batches are; padded with repeats so that they divide, which no sample notices."""
+def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:
+    """Numbers of samples as uint32."""
+    array = np.asarray(numbers)
+    if array.shape != (batch,) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= 2**32:
+        raise InputError(f"numbers are {numbers!r}; expected {batch} integers from 0 to {2**32 - 1}, one a label.")
+    return array.astype(np.uint32)
+
+
+def _over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
+    """An array (B,…) split as batches are; padded with repeats so that it divides, which no sample notices."""
+    array = np.asarray(array)
     axes = tuple(name for name in mesh.axis_names if name != "tensor")
     ways = math.prod(mesh.shape[name] for name in axes)
-    padded = np.resize(labels, (-(-labels.shape[0] // ways) * ways,))
+    padded = np.resize(array, (-(-array.shape[0] // ways) * ways, *array.shape[1:]))
     sharding = NamedSharding(mesh, PartitionSpec(axes))
     return jax.make_array_from_callback(padded.shape, sharding, lambda index: padded[index])

@@ -16,7 +16,7 @@ from flax import nnx
 
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import structure
+from hmar_jax.networks import structure
 from hmar_jax.scales import ScaleLadder
 
 Kind = Literal["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"]

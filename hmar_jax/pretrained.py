@@ -28,7 +28,8 @@ from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy
-from hmar_jax.model import Model, structure
+from hmar_jax.model import Model
+from hmar_jax.networks import structure
 from hmar_jax.tensors import Tensor
 
 FORMAT = 1

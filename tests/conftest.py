@@ -22,7 +22,8 @@ from tiny_models import TINY, lively_model, tiny
 
 from hmar_jax import from_pretrained
 from hmar_jax.convert import convert
-from hmar_jax.model import Model, networks
+from hmar_jax.model import Model
+from hmar_jax.networks import networks
 from hmar_jax.scales import ScaleLadder
 
 # Examples compile, so that time says nothing; the same examples on every run.

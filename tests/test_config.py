@@ -25,7 +25,7 @@ from hmar_jax.config import (
     to_plain,
 )
 from hmar_jax.errors import InputError
-from hmar_jax.model import structure
+from hmar_jax.networks import structure
 from hmar_jax.scales import ScaleLadder
 
 TRAIN = TrainConfig(

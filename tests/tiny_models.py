@@ -8,7 +8,8 @@ from flax import nnx
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
-from hmar_jax.model import Model, structure
+from hmar_jax.model import Model
+from hmar_jax.networks import structure
 from hmar_jax.scales import ScaleLadder
 
 TINY = ModelConfig(

@@ -195,7 +195,7 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
 def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
     """Objective, state, frozen parameters and optimizer of a stage that starts from random weights."""
-    from hmar_jax.model import init_params
+    from hmar_jax.networks import init_params
     from hmar_jax.training import sharding
     from hmar_jax.training.objectives import OBJECTIVES
     from hmar_jax.training.optimizer import make_optimizer

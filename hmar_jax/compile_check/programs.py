@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 
 from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
-from hmar_jax.model import Options, sample, structure
+from hmar_jax.networks import structure
 from hmar_jax.params import Tree
+from hmar_jax.sampling.program import Options, sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
@@ -132,12 +133,13 @@ def lower_sampler(setup: Setup, batch: int) -> jax.stages.Lowered:
     params = setup.objective.model_params(setup.state.best, setup.frozen)
     everywhere = sharding.replicated(setup.mesh)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(setup.mesh))
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=labels.sharding)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
     controls = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), schedule.controls
     )
     with jax.set_mesh(setup.mesh):
-        return sample.lower(options, params, labels, controls, seed)
+        return sample.lower(options, params, labels, numbers, controls, seed)
 
 
 def schedule_of(setup: Setup) -> Schedule:

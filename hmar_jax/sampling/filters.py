@@ -51,12 +51,13 @@ def _probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
 
 
-def least_confident(confidence: jax.Array, candidates: jax.Array, number: int) -> jax.Array:
+def least_confident(confidence: jax.Array, candidates: jax.Array, number: jax.Array | int) -> jax.Array:
     """Which `number` of the candidates have the least confidence, the lowest index first among ties: (B,N) bool.
 
     Args:
-      confidence: (B,N) float32. candidates: (B,N) bool with at least `number` true in every row.
+      confidence: (B,N) float32. candidates: (B,N) bool. number: int32 () or (B,), at most a row's candidates.
     """
     order = jnp.lexsort((confidence, ~candidates), axis=-1)  # candidates first, whatever the others' confidence
     rows = jnp.arange(confidence.shape[0])[:, None]
-    return jnp.zeros_like(candidates).at[rows, order[:, :number]].set(True)
+    among_least = jnp.arange(confidence.shape[1]) < jnp.asarray(number)[..., None]
+    return jnp.zeros_like(candidates).at[rows, order].set(among_least)

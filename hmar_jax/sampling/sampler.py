@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from hmar_jax.sampling import filters
 from hmar_jax.sampling.schedule import Controls, Pass, Plan
 from hmar_jax.tokenizer.quantizer import Quantizer
-from hmar_jax.transformer.hmar import HMAR
 
 
 class ScaleInputs(NamedTuple):
@@ -33,6 +32,13 @@ class Draw(NamedTuple):
     masked: jax.Array
 
 
+class Kept(NamedTuple):
+    """What editing leaves as it is: tokens (B,L) int32 where keep (B,L) bool; the others are drawn."""
+
+    tokens: jax.Array
+    keep: jax.Array
+
+
 # (scale, inputs, cfg) → guided logits (B,N,V) float32; cfg is None where the pass is not guided.
 Predict = Callable[[int, ScaleInputs, jax.Array | None], jax.Array]
 
@@ -46,6 +52,7 @@ def sample_tokens(
     *,
     greedy: bool = False,
     leak_free: bool = False,
+    kept: Kept | None = None,
 ) -> tuple[jax.Array, jax.Array, list[Draw]]:
     """Samples all scales.
 
@@ -53,6 +60,8 @@ def sample_tokens(
       keys: (B,) one random key a sample, so that a picture depends on nothing but its own.
       greedy: argmax in place of filters and draw.
       leak_free: masked tokens are kept out of their scale's part of masked inputs, as in training.
+      kept: tokens that stand from the start of their scale on; the steps share out those that are left, in the
+        plan's proportions, rounded so that the first commit least.
 
     Returns:
       tokens (B,L) int32; the latent map f (B,h,h,Z) float32; every pass's draw, in order.
@@ -62,8 +71,12 @@ def sample_tokens(
     committed, draws = [], []
     for scale in range(len(plan.counts)):
         pooled = quantizer.pool(latents, scale)
-        tokens = jnp.zeros(pooled.shape[:2], jnp.int32)
-        masked = jnp.ones(pooled.shape[:2], bool)
+        if kept is None:
+            tokens, masked = jnp.zeros(pooled.shape[:2], jnp.int32), jnp.ones(pooled.shape[:2], bool)
+        else:
+            where = quantizer.ladder.slices[scale]
+            tokens, masked = kept.tokens[:, where], ~kept.keep[:, where]
+        to_draw = jnp.sum(masked, axis=1)
         for step in plan.passes(scale):
             inputs = ScaleInputs(pooled)
             if step.step:
@@ -73,7 +86,8 @@ def sample_tokens(
             drawn, confidence = _draw(logits, step, controls, keys, greedy)
             draws.append(Draw(drawn, masked))
             tokens = jnp.where(masked, drawn, tokens)
-            masked = filters.least_confident(confidence, masked, step.remaining)
+            remaining = -(-step.remaining * to_draw // masked.shape[1])  # all of them, unless some are kept
+            masked = filters.least_confident(confidence, masked, remaining)
         committed.append(tokens)
         latents = latents + quantizer.lift(tokens, scale)
     return jnp.concatenate(committed, axis=1), latents, draws
@@ -95,49 +109,3 @@ def _draw(
         noisy = jnp.log(confidence) + controls.noise[i] * gumbel
         confidence = jnp.where(controls.noise[i] > 0, noisy, confidence)
     return tokens, confidence
-
-
-def predictor(model: HMAR, labels: jax.Array, null_label: int) -> Predict:
-    """The model as a function of logits; the null half runs in the same batch, where there is guidance at all."""
-    ladder = model.ladder
-
-    def predict(scale: int, inputs: ScaleInputs, cfg: jax.Array | None) -> jax.Array:
-        if cfg is None:
-            both, tiled = labels, inputs
-        else:
-            both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-            tiled = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
-        cond = model.condition(both)
-        pooled = tiled.pooled if scale else tiled.pooled[:, :0]
-        x = model.inputs(cond, range(scale, scale + 1), pooled, tiled.current, tiled.masked)
-        run = model.next_scale_logits if inputs.masked is None else model.masked_logits
-        logits = run(x, cond, ladder.only(scale))
-        if cfg is None:
-            return logits
-        cond_logits, null_logits = jnp.split(logits, 2)
-        return filters.guide(cond_logits, null_logits, cfg)
-
-    return predict
-
-
-def cached_predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Predict:
-    """As `predictor`, for VAR: a scale's tokens see the coarser ones, whose keys and values are kept between passes.
-
-    Scales are to be asked for in order, once each. Where any pass is guided all run the null half, which has its own
-    keys and values.
-    """
-    guided = any(any(steps) for steps in plan.guided)
-    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)]) if guided else labels
-    cond, cache = model.condition(both), model.empty_cache(both.shape[0])
-
-    def predict(scale: int, inputs: ScaleInputs, cfg: jax.Array | None) -> jax.Array:
-        nonlocal cache
-        pooled = jnp.concatenate([inputs.pooled] * 2) if guided else inputs.pooled
-        x = model.inputs(cond, range(scale, scale + 1), pooled if scale else pooled[:, :0])
-        logits, cache = model.extend(x, cond, model.ladder.until(scale), cache)
-        if not guided:
-            return logits
-        cond_logits, null_logits = jnp.split(logits, 2)
-        return cond_logits if cfg is None else filters.guide(cond_logits, null_logits, cfg)
-
-    return predict

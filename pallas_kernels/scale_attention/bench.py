@@ -114,16 +114,18 @@ class Rates:
 
 
 def measure_rates(dtype: str, repeats: int) -> Rates:
-    """The device's rates in `dtype`, with arrays too large for any cache."""
-    with _products_in(dtype):
-        small = jax.default_backend() == "cpu"
-        array = jnp.ones((2**25 if small else 2**29) // jnp.dtype(dtype).itemsize, dtype)
-        side = 1024 if small else 8192
+    """The device's rates, of products in `dtype`, with arrays too large for any cache."""
+    small = jax.default_backend() == "cpu"
+    array = jnp.ones((2**25 if small else 2**29) // 4, jnp.float32)
+    negate, product = jax.jit(jnp.negative), jax.jit(jnp.matmul)  # a mere copy might be optimised away
+    copying = time_calls(lambda: negate(array), jax.block_until_ready, repeats)
+
+    def multiply(side: int) -> float:
         square = jax.random.normal(jax.random.key(0), (side, side), dtype)
-        negate, product = jax.jit(jnp.negative), jax.jit(jnp.matmul)  # a mere copy might be optimised away
-        copying = time_calls(lambda: negate(array), jax.block_until_ready, repeats)
-        multiplying = time_calls(lambda: product(square, square), jax.block_until_ready, repeats)
-        return Rates(2 * array.nbytes / copying.median, 2 * side**3 / multiplying.median)
+        return 2 * side**3 / time_calls(lambda: product(square, square), jax.block_until_ready, repeats).median
+
+    with _products_in(dtype):  # the larger product is not always the faster one: it heats more
+        return Rates(2 * array.nbytes / copying.median, max(map(multiply, (512, 1024) if small else (4096, 8192))))
 
 
 def _products_in(dtype: str) -> Any:
@@ -183,29 +185,32 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
         jax.random.normal(key, shape, setting.dtype) for key in jax.random.split(jax.random.key(seed), 4)
     )
     scale = jnp.linspace(3, 5, setting.heads) if setting.norm else None
-    # Tuning the many float32 products of the truth would take longer than all that is measured.
-    quickly = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
-    find = jax.jit(_truth, static_argnums=0, compiler_options=quickly)
-    truth = [x for x in find(setting.runs, qkv, scale, cotangent) if x is not None]
+    truth = [x for x in _truth(setting.key_ranges, qkv, scale, cotangent) if x is not None]
     return Case(setting, tuple(qkv) if scale is None else (*qkv, scale), cotangent, truth)
 
 
-def _truth(runs: tuple[Run, ...], qkv: Any, scale: jax.Array | None, cotangent: jax.Array) -> tuple[Any, ...]:
-    """Output and gradients by the reference in float32, head by head: the logits of all heads might not fit."""
+@jax.jit
+def _truth(key_ranges: jax.Array, qkv: Any, scale: jax.Array | None, cotangent: jax.Array) -> tuple[Any, ...]:
+    """Output and gradients by the reference in float32, one head of one sequence after the other.
+
+    The logits of all might not fit, and XLA tunes each product for a GPU: a few dense ones are ready in seconds, those
+    of all scales in minutes.
+    """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None) -> jax.Array:
-        parts = []
-        for first, last, start, end in runs:
-            everything = np.tile([[0, end - start]], (last - first, 1))
-            seen = k[:, start:end], v[:, start:end]
-            parts.append(reference_attention(q[:, first:last], *seen, everything, scale))
-        return jnp.concatenate(parts, axis=1)
+        return reference_attention(q, k, v, key_ranges, scale)
 
     def one_head(inputs: Any) -> tuple[Any, ...]:
-        (q, k, v, g), scale = inputs  # (B,N,D), ()
-        q, k, v, g = (x.astype(jnp.float32)[:, :, None] for x in (q, k, v, g))
-        out, pull = jax.vjp(attend, q, k, v, None if scale is None else scale[None])
-        return tuple(None if x is None else x.squeeze(-2 if x.ndim == 4 else 0) for x in (out, *pull(g)))
+        tensors, scale = inputs  # each (B,N,D), ()
+
+        def one_sequence(inputs: Any) -> tuple[Any, ...]:
+            q, k, v, g = (x.astype(jnp.float32)[None, :, None] for x in inputs)  # (1,N,1,D)
+            out, pull = jax.vjp(attend, q, k, v, None if scale is None else scale[None])
+            *found, dscale = out, *pull(g)
+            return *(x[0, :, 0] for x in found), dscale
+
+        *found, dscale = jax.lax.map(one_sequence, tensors)
+        return *found, None if dscale is None else dscale.sum()
 
     heads_first = [jnp.moveaxis(x, 2, 0) for x in (*qkv, cotangent)]
     *tensors, dscale = jax.lax.map(one_head, (heads_first, scale))

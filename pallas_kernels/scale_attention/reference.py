@@ -11,7 +11,7 @@ import numpy as np
 
 
 def reference_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: np.ndarray, q_scale: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: np.ndarray | jax.Array, q_scale: jax.Array | None
 ) -> jax.Array:
     """Every query i attends to the keys in [key_ranges[i,0], key_ranges[i,1]).
 
@@ -29,9 +29,7 @@ def reference_attention(
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest")
     keys = np.arange(k.shape[1])
     visible = (keys >= key_ranges[:, :1]) & (keys < key_ranges[:, 1:])
-    if not visible.all():
-        logits = jnp.where(visible, logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v.astype(jnp.float32), precision="highest").astype(dtype)
 
 

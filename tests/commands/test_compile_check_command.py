@@ -25,7 +25,7 @@ from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology, open_topology
 from hmar_jax.config import MeshConfig
-from hmar_jax.model import init_params
+from hmar_jax.networks import init_params
 from hmar_jax.training import objectives
 from hmar_jax.training.objectives import OBJECTIVES
 from hmar_jax.training.optimizer import make_optimizer

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from tiny_models import TINY
 
-import hmar_jax.model
+import hmar_jax
 from hmar_jax.pretrained import save_model
+from hmar_jax.sampling import program
 from hmar_jax.sampling.sampler import sample_tokens
 from hmar_jax.sampling.schedule import Schedule
 
@@ -201,6 +202,16 @@ def test_same_seed_same_picture_for_any_batch_size(model):
     assert ((other.tokens != sixteen.tokens).any(1)).all()
 
 
+def test_a_sample_is_a_function_of_seed_number_and_label(model):
+    sixteen = model.sample(LABELS, MASKED_STEPS, seed=11)
+    chosen = [13, 2, 7]
+    some = model.sample(LABELS[chosen], MASKED_STEPS, seed=11, numbers=chosen)
+    np.testing.assert_array_equal(some.tokens, sixteen.tokens[chosen])
+    for wrong in ([1, 2], [[1, 2, 3]], [1, 2, -1], [1, 2, 2**32], [1.0, 2.0, 3.0]):
+        with pytest.raises(hmar_jax.InputError, match=r"numbers are .* expected 3 integers"):
+            model.sample(LABELS[chosen], MASKED_STEPS, numbers=wrong)
+
+
 _ON_EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
@@ -268,7 +279,7 @@ def test_recorded_draws_tell_the_whole_story(model):
 def test_scalars_change_the_picture_and_compile_nothing(model):
     schedule = Schedule.from_counts(COUNTS, **BASE)
     base = model.sample(LABELS, schedule)
-    compiled = hmar_jax.model.sample._cache_size()
+    compiled = program.sample._cache_size()
     changes = {"cfg": 4.0, "temperature": 0.5, "top_k": 2, "top_p": 0.4, "noise": 20.0, "seed": 1}
     for name, value in changes.items():
         changed = model.sample(LABELS, schedule, **{name: value})
@@ -276,15 +287,15 @@ def test_scalars_change_the_picture_and_compile_nothing(model):
     cooler = model.sample(LABELS, schedule, temperature=[[1.0], [1.0, 1.0], [1.0, 1.0, 0.3]])
     assert (cooler.tokens != base.tokens).any()
     np.testing.assert_array_equal(cooler.tokens[:, :5], base.tokens[:, :5])  # only the last pass was cooler
-    assert hmar_jax.model.sample._cache_size() == compiled
+    assert program.sample._cache_size() == compiled
 
 
 def test_the_null_half_costs_nothing_where_there_is_no_guidance(model):
     def flops(cfg):
         schedule = Schedule.from_counts([[1], [4], [1, 8]], cfg=cfg)
-        options = hmar_jax.model.Options(TINY, "float32", schedule.plan)
+        options = program.Options(TINY, "float32", schedule.plan)
         labels = jnp.zeros(4, jnp.int32)
-        lowered = hmar_jax.model.sample.lower(options, model.params, labels, schedule.controls, 0)
+        lowered = program.sample.lower(options, model.params, labels, labels, schedule.controls, 0)
         return lowered.cost_analysis()["flops"]
 
     none, last, everywhere = (

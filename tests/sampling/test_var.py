@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny_models import TINY, lively_model, random_tokens, tiny
 
-import hmar_jax.model
 from hmar_jax import InputError, Schedule
-from hmar_jax.model import networks
+from hmar_jax.networks import networks
+from hmar_jax.sampling import program
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import teacher_forcing
 
@@ -112,18 +112,18 @@ def test_every_coarser_scale_counts(var_model, stage1_model):
 
 def test_scalars_compile_nothing(var_model):
     base = var_model.sample([0, 1, 2, 3], "var")
-    compiled = hmar_jax.model.sample._cache_size()
+    compiled = program.sample._cache_size()
     for name, value in {"cfg": 6.0, "temperature": 0.3, "top_k": 2, "top_p": 0.3, "seed": 1}.items():
         assert (var_model.sample([0, 1, 2, 3], "var", **{name: value}).tokens != base.tokens).any(), name
-    assert hmar_jax.model.sample._cache_size() == compiled
+    assert program.sample._cache_size() == compiled
 
 
 def test_the_null_half_costs_nothing_where_there_is_no_guidance(var_model):
     def flops(cfg):
         schedule = Schedule.preset("var", LADDER).replace(cfg=cfg)
-        options = hmar_jax.model.Options(var_model.config, "float32", schedule.plan)
-        arguments = (var_model.params, jnp.zeros(4, jnp.int32), schedule.controls, 0)
-        return hmar_jax.model.sample.lower(options, *arguments).cost_analysis()["flops"]
+        options = program.Options(var_model.config, "float32", schedule.plan)
+        arguments = (var_model.params, *[jnp.zeros(4, jnp.int32)] * 2, schedule.controls, 0)
+        return program.sample.lower(options, *arguments).cost_analysis()["flops"]
 
     assert flops(0) < 0.8 * flops(1.5)
 

@@ -10,7 +10,7 @@ from tiny_models import TINY, lively_params, random_tokens
 
 from hmar_jax import resize
 from hmar_jax.config import TokenizerConfig
-from hmar_jax.model import networks
+from hmar_jax.networks import networks
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.quantizer import Quantizer, phi_of_scale
 from hmar_jax.tokenizer.tokenizer import Tokenizer

@@ -32,7 +32,7 @@ from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology
 from hmar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import structure
+from hmar_jax.networks import structure
 from hmar_jax.pretrained import from_pretrained
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import loop, sharding

@@ -11,7 +11,7 @@ from tiny_training import LADDER, TOKENIZER, TRANSFORMER
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, OptimizerConfig
-from hmar_jax.model import structure
+from hmar_jax.networks import structure
 from hmar_jax.training.optimizer import decays, learning_rate, make_optimizer, weight_decay
 
 CONFIG = OptimizerConfig(base_lr=1e-4, final_lr=0.1)

@@ -21,7 +21,8 @@ from hmar_jax.config import (
     TransformerConfig,
 )
 from hmar_jax.data.tokens import write_token_cache
-from hmar_jax.model import Model, init_params
+from hmar_jax.model import Model
+from hmar_jax.networks import init_params
 from hmar_jax.pretrained import save_model, tokenizer_fingerprint
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import objectives, sharding

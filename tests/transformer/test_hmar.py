@@ -11,7 +11,7 @@ from tiny_models import TINY, lively_model, lively_params, random_tokens, tiny
 
 from hmar_jax import params as trees
 from hmar_jax.config import TransformerConfig
-from hmar_jax.model import Networks, networks
+from hmar_jax.networks import Networks, networks
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.blocks import drop_path, weight_init
 from hmar_jax.transformer.hmar import HMAR

@@ -1,0 +1,86 @@
+"""config ⇄ networks: tokenizer and transformer as one module, its parameters as nested dicts of arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hmar_jax.config import ModelConfig
+from hmar_jax.tokenizer.tokenizer import Tokenizer
+from hmar_jax.transformer.blocks import Remat
+from hmar_jax.transformer.hmar import HMAR
+
+
+class Networks(nnx.Module):
+    """The tokenizer and, unless the config has none, the transformer: one tree of parameters."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, remat: Remat = "dots", scan: bool = True, rngs: nnx.Rngs
+    ):
+        self.tokenizer = Tokenizer(config.tokenizer, config.ladder, dtype=dtype, rngs=rngs)
+        if config.transformer is not None:
+            self.transformer = HMAR(
+                config.transformer,
+                config.ladder,
+                codebook_size=config.tokenizer.codebook_size,
+                latent_channels=config.tokenizer.latent_channels,
+                dtype=dtype,
+                remat=remat,
+                scan=scan,
+                rngs=rngs,
+            )
+
+
+@functools.cache
+def structure(
+    config: ModelConfig, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The networks without values: graph definition, and parameters as shapes."""
+
+    def create() -> Networks:
+        return Networks(config, dtype=jnp.dtype(dtype), remat=remat, scan=scan, rngs=nnx.Rngs(0))
+
+    return nnx.split(nnx.eval_shape(create))
+
+
+def networks(
+    config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
+) -> Networks:
+    """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
+    graphdef, abstract = structure(config, dtype, remat, scan)
+    state = nnx.State(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def init_params(
+    config: ModelConfig, seed: int, only: str | None = None, place: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """Fresh parameters, float32, as nested dicts; a function of the seed.
+
+    Args:
+      only: `tokenizer` or `transformer`, to have that network's parameters alone.
+      place: shapes of all parameters → their shardings, or None for the default device; they are made with these, so
+        that no device ever holds more than its part.
+    """
+
+    def create(key: jax.Array) -> dict[str, Any]:
+        module = Networks(config, dtype=jnp.float32, rngs=nnx.Rngs(params=key))
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return params if only is None else params[only]
+
+    key = jax.random.key(seed)
+    shardings = place(nnx.to_pure_dict(structure(config)[1])) if place else None
+    if shardings is not None and only is not None:
+        shardings = shardings[only]
+    # It runs once; XLA:CPU would spend three times as long on optimising hundreds of random draws. Where it is traced
+    # as a part of another program, the options are that one's.
+    alone = not isinstance(key, jax.core.Tracer)
+    quick = {"xla_backend_optimization_level": 0} if alone and jax.default_backend() == "cpu" else None
+    return jax.jit(create, out_shardings=shardings, compiler_options=quick)(key)

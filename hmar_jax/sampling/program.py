@@ -1,0 +1,71 @@
+"""labels + schedule → pictures as one compiled program: sampler, transformer, quantizer and decoder.
+
+Axis letters: B batch, S pixels a side, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from hmar_jax.config import ModelConfig
+from hmar_jax.networks import networks
+from hmar_jax.sampling import predictors, sampler
+from hmar_jax.sampling.schedule import Controls, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """All that a compiled sampler depends on, beside the shape of its labels and whether tokens are kept."""
+
+    config: ModelConfig
+    dtype: str
+    plan: Plan
+    greedy: bool = False
+    record: bool = False
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sample(
+    options: Options,
+    params: Any,
+    labels: jax.Array,
+    numbers: jax.Array,
+    controls: Controls,
+    seed: jax.Array,
+    kept: sampler.Kept | None = None,
+) -> tuple[jax.Array, jax.Array, list[sampler.Draw]]:
+    """Label to picture.
+
+    Args:
+      labels: (B,) int32 in [0, num_classes]. numbers: (B,) uint32, which of the seed's samples each is.
+      kept: tokens (B,L) that are not to be drawn, when editing.
+
+    Returns:
+      Images (B,S,S,3) float32 in [0,1], tokens (B,L) int32, recorded draws.
+    """
+    config = options.config
+    assert config.transformer is not None
+    nets = networks(config, params, options.dtype)
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    null_label = config.transformer.num_classes
+    if config.transformer.pattern == "block_causal":
+        predict = predictors.cached_predictor(nets.transformer, labels, null_label, options.plan)
+    else:
+        predict = predictors.predictor(nets.transformer, labels, null_label)
+    tokens, latents, draws = sampler.sample_tokens(
+        predict,
+        nets.tokenizer.quantizer,
+        options.plan,
+        controls,
+        keys,
+        greedy=options.greedy,
+        leak_free=config.transformer.leak_free,
+        kept=kept,
+    )
+    images = (nets.tokenizer.decode_latents(latents) + 1) / 2
+    return images, tokens, draws if options.record else []
