@@ -30,9 +30,14 @@ class Trial(NamedTuple):
 
 def candidates(name: str, setting: Setting) -> list[Any]:
     """The blocks that kernel `name` uses for a setting, then others worth timing."""
-    kernel = importlib.import_module(f"pallas_kernels.scale_attention.{name}")
-    found: list[Any] = kernel.candidates(setting.key_ranges, setting.head_size, setting.dtype, setting.norm)
+    found: list[Any] = _kernel(name).candidates(setting.key_ranges, setting.head_size, setting.dtype, setting.norm)
     return found
+
+
+def table_entry(name: str, setting: Setting) -> str:
+    """Where the table of kernel `name` has its blocks for a setting on this device."""
+    entry: str = _kernel(name).table_entry(setting.key_ranges, setting.head_size, setting.dtype, setting.norm)
+    return entry
 
 
 def trials(name: str, case: Case, blocks: Sequence[Any], repeats: int) -> Iterator[Trial]:
@@ -43,14 +48,17 @@ def trials(name: str, case: Case, blocks: Sequence[Any], repeats: int) -> Iterat
 
 
 def _start(name: str, blocks: Any, case: Case) -> JaxProgram:
-    kernel = importlib.import_module(f"pallas_kernels.scale_attention.{name}")
-    attend, ranges = getattr(kernel, f"{name}_attention"), case.setting.key_ranges
+    attend, ranges = getattr(_kernel(name), f"{name}_attention"), case.setting.key_ranges
 
     def with_blocks(q: jax.Array, k: jax.Array, v: jax.Array, q_scale: jax.Array | None = None) -> jax.Array:
         out: jax.Array = attend(q, k, v, ranges, q_scale, blocks=blocks)
         return out
 
     return JaxProgram(with_blocks, case)
+
+
+def _kernel(name: str) -> Any:
+    return importlib.import_module(f"pallas_kernels.scale_attention.{name}")
 
 
 def finalists(tried: Sequence[Trial]) -> list[Any]:
@@ -71,21 +79,21 @@ def finalists(tried: Sequence[Trial]) -> list[Any]:
     return list(dict.fromkeys([first.blocks, *(trial.blocks for trial in right[:1]), joined]))
 
 
-def verdict(last: Sequence[Trial]) -> str:
-    """Of the finalists, the blocks in use first: an entry to paste, or that those in use stay."""
+def verdict(last: Sequence[Trial], entry: str) -> str:
+    """Of the finalists, the blocks in use first: what to paste as the table's `entry`, or that those in use stay."""
     used, *others = last
     right = [trial for trial in others if trial.row.right]
     if not right:
         return f"Nothing right beats what is in use, {used.blocks}."
     best = min(right, key=lambda trial: trial.seconds)
     if not used.row.right:
-        return f"What is in use, {used.blocks}, does not work here; use\n{best.blocks}"
+        return f"What is in use, {used.blocks}, does not work here; use\n{entry} = {best.blocks}"
     mine, theirs = used.row.times["both"], best.row.times["both"]
     times = f"{1e3 * mine.median:.4g} → {1e3 * theirs.median:.4g} ms forward and backward"
     if theirs.high >= mine.low:
         return f"What is in use is best within the noise ({times} at best): {used.blocks}."
     gain = mine.median / theirs.median - 1
-    return f"{gain:.1%} faster ({times}): replace {used.blocks} by\n{best.blocks}"
+    return f"{gain:.1%} faster ({times}): replace {used.blocks} by\n{entry} = {best.blocks}"
 
 
 def line(trial: Trial, used: Trial) -> str:

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.scale_attention.hopper_backward import grad_keys, grad_queries
-from pallas_kernels.scale_attention.hopper_blocks import HopperBlocks, candidates, tuned_blocks
+from pallas_kernels.scale_attention.hopper_blocks import HopperBlocks, candidates, table_entry, tuned_blocks
 from pallas_kernels.scale_attention.hopper_common import sign_of
 from pallas_kernels.scale_attention.hopper_forward import forward
 from pallas_kernels.scale_attention.ranges import check_ranges
 
-__all__ = ["HopperBlocks", "candidates", "hopper_attention", "hopper_attention_packed"]
+__all__ = ["HopperBlocks", "candidates", "hopper_attention", "hopper_attention_packed", "table_entry"]
 
 HEAD_SIZES = (32, 64)  # whose vectors are as long as a swizzle, see `hopper_common`
 

@@ -137,9 +137,21 @@ def tuned_blocks(key_ranges: np.ndarray, norm: bool) -> HopperBlocks:
       key_ranges: (L,2), what each query sees.
       norm: whether q and k are normalised.
     """
+    kind, long = _place(key_ranges)
+    return TUNED.get(kind, TUNED[DEFAULT_KIND])[long, norm]
+
+
+def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> str:
+    """Where in this module blocks belong that are measured here; arguments as of `candidates`."""
+    del head_size, dtype
+    kind, long = _place(key_ranges)
+    return f"TUNED[{kind!r}][{long}, {norm}]"
+
+
+def _place(key_ranges: np.ndarray) -> tuple[str, bool]:
+    """The kind of device that is compiled for; whether some query sees more than `SHORT` keys."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    table = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND])
-    return table[bool(np.diff(key_ranges).max() > SHORT), norm]
+    return device.device_kind, bool(np.diff(key_ranges).max() > SHORT)
 
 
 def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> list[HopperBlocks]:

@@ -39,9 +39,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.scale_attention.ranges import check_ranges
 from pallas_kernels.scale_attention.tpu_kernels import Problem, backward_kernel, forward_kernel
-from pallas_kernels.scale_attention.tpu_tiles import KEY, QUERY, TpuBlocks, candidates, pad_ranges, tuned_blocks
+from pallas_kernels.scale_attention.tpu_tiles import (
+    KEY,
+    QUERY,
+    TpuBlocks,
+    candidates,
+    pad_ranges,
+    table_entry,
+    tuned_blocks,
+)
 
-__all__ = ["TpuBlocks", "candidates", "tpu_attention", "tpu_attention_packed"]
+__all__ = ["TpuBlocks", "candidates", "table_entry", "tpu_attention", "tpu_attention_packed"]
 
 
 def tpu_attention(

@@ -112,9 +112,21 @@ TUNED = {
 
 def tuned_blocks(length: int) -> TpuBlocks:
     """The best known for L tokens on the device that is compiled for, no larger than they need."""
+    kind, most = _place(length)
+    return _shrink(TUNED.get(kind, TUNED[DEFAULT_KIND])[most], length)
+
+
+def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> str:
+    """Where in this module blocks belong that are measured here; arguments as of `candidates`."""
+    del head_size, dtype, norm
+    return "TUNED[{!r}][{}]".format(*_place(len(key_ranges)))
+
+
+def _place(length: int) -> tuple[str, int]:
+    """The kind of device that is compiled for, and the lengths up to which its blocks serve."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     table = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND])
-    return _shrink(next(blocks for most, blocks in table.items() if length <= most), length)
+    return device.device_kind, next(most for most in table if length <= most)
 
 
 def _shrink(blocks: TpuBlocks, length: int) -> TpuBlocks:

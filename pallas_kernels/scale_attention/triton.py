@@ -45,10 +45,11 @@ from pallas_kernels.scale_attention.triton_tiles import (
     candidates,
     plan_tiles,
     shared_bytes,
+    table_entry,
     tuned_blocks,
 )
 
-__all__ = ["TritonBlocks", "candidates", "triton_attention", "triton_attention_packed"]
+__all__ = ["TritonBlocks", "candidates", "table_entry", "triton_attention", "triton_attention_packed"]
 
 LARGEST_HEAD = 128
 

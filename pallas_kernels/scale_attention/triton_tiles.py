@@ -198,7 +198,17 @@ TUNED = {
 
 def tuned_blocks(head_size: int, dtype: Any) -> TritonBlocks:
     """The fastest known for heads of D up to 128."""
-    return TUNED[jnp.dtype(dtype).itemsize, 64 if head_size <= 64 else 128]
+    return TUNED[_place(head_size, dtype)]
+
+
+def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> str:
+    """Where in this module blocks belong that are measured here; arguments as of `candidates`."""
+    del key_ranges, norm
+    return "TUNED[{}, {}]".format(*_place(head_size, dtype))
+
+
+def _place(head_size: int, dtype: Any) -> tuple[int, int]:
+    return jnp.dtype(dtype).itemsize, 64 if head_size <= 64 else 128
 
 
 def shared_bytes() -> int:

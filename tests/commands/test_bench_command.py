@@ -142,7 +142,9 @@ def test_a_kernel_is_tuned(monkeypatch, capsys):
     def attend(q, k, v, ranges, q_scale, *, blocks):
         return xla_attention(q, k, v, ranges, q_scale)
 
-    kernel = types.SimpleNamespace(candidates=lambda *_: [Blocks(64), Blocks(128)], hopper_attention=attend)
+    kernel = types.SimpleNamespace(
+        candidates=lambda *_: [Blocks(64), Blocks(128)], table_entry=lambda *_: "TUNED[0]", hopper_attention=attend
+    )
     monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper", kernel)
     monkeypatch.setattr(api, "choose", lambda *_: "hopper")
     assert main(["bench", "attention", "--tune", "--no-norm", *TINY]) == 0
@@ -186,12 +188,14 @@ def test_a_bad_argument_is_one_sentence(tmp_path, capsys, options, sentence):
     assert not (tmp_path / "out").exists()
 
 
-def test_inputs_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys):
-    def make_case(setting, seed):
+@pytest.mark.parametrize("options", [[], ["--tune"]], ids=["bench", "tune"])
+def test_inputs_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys, options):
+    def make_case(setting, seed=0):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwith a page of details")
 
     monkeypatch.setattr("pallas_kernels.scale_attention.bench.make_case", make_case)
-    assert measured(tmp_path) == 2
+    monkeypatch.setattr(bench, "kernels_to_tune", lambda *_: ["hopper"])
+    assert measured(tmp_path, *options) == 2
     [sentence] = capsys.readouterr().err.splitlines()
     assert sentence.startswith("hmar-jax bench: This device cannot prepare N=14 B=1 H=2 D=8 float32")
     assert sentence.endswith("(RESOURCE_EXHAUSTED: Out of memory); choose a smaller --batch.")

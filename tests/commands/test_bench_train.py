@@ -10,7 +10,7 @@ import pytest
 from hmar_jax.commands import bench_train
 from hmar_jax.commands.bench_train import by_part, settings
 from hmar_jax.commands.main import main
-from hmar_jax.config import TrainConfig
+from hmar_jax.config import TokenizerConfig, TokenizerLossConfig, TrainConfig
 from hmar_jax.training.state import make_train_step
 
 
@@ -96,7 +96,22 @@ def test_the_published_settings_are_named_or_picked_by_image_and_model():
 
 @pytest.fixture
 def tokenizer_config(tmp_path, write_config):
-    return write_config(tmp_path / "tokenizer.py", TrainConfig(stage="tokenizer"))
+    config = TrainConfig(
+        stage="tokenizer", sides=(1, 2, 4), batch_size=2, dtype="float32",
+        tokenizer=TokenizerConfig(
+            channels=4, multipliers=(1, 2), norm_groups=2, codebook_size=16, latent_channels=4, downsampling=2
+        ),
+        tokenizer_loss=TokenizerLossConfig(adversarial=0.0),
+    )  # fmt: skip
+    return write_config(tmp_path / "tokenizer.py", config)
+
+
+def test_a_tokenizer_is_timed_on_random_pictures(tokenizer_config, tmp_path):
+    assert main(["bench", "train", f"--config={tokenizer_config}", "--repeats=1", f"--output={tmp_path / 'out'}"]) == 0
+    (row,) = json.loads((tmp_path / "out" / "train.json").read_text())["rows"]
+    images, widest = 2 * 8 * 8, 2 * 9 * 4 * 4  # one 3x3 convolution at full size; there are more than five
+    assert row["model_flops"] > 3 * 5 * images * widest
+    assert row["images_per_second"] == pytest.approx(2 / row["median"])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +120,6 @@ def tokenizer_config(tmp_path, write_config):
         (["--batch=0"], "--batch is 0; expected a positive whole number."),
         (["--image=256"], "--image and --model go together, such as --image=256 --model=d16."),
         (["--config={config}", "--model=d16"], "--config says what to measure; leave --image and --model out."),
-        (["--config={config}"], "is of stage 'tokenizer'; bench train measures the transformer stages."),
         (["--image=256", "--model=d99"], "d99"),
         (["--image=255", "--model=d16"], "255"),
     ],

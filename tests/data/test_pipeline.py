@@ -1,4 +1,7 @@
-"""What the pipeline promises: the same stream for any process count, worker count and interruption; honest crops."""
+"""What the pipeline promises: the same stream for any process count, worker count and interruption; honest crops.
+
+(Over 400 lines: all promises are kept on the same folder of pictures and the same token cache.)
+"""
 
 import dataclasses
 import itertools

@@ -1,5 +1,6 @@
 """Tuning: what comes to the final and what it says, with times that are made up."""
 
+import copy
 import dataclasses
 import sys
 import types
@@ -53,14 +54,14 @@ class TestTuning:
         """And the blocks that came to the final."""
         run = trials(chosen, milliseconds, **options)
         last = bench_tune.finalists(run(list(bench_tune.candidates("hopper", chosen))[:4]))
-        return bench_tune.verdict(run(last)), last
+        return bench_tune.verdict(run(last), "TUNED[1]"), last
 
     def test_the_best_of_each_kernel_are_joined_and_beat_what_is_in_use(self, trials):
         milliseconds = {Blocks(1, 1): 10, Blocks(2, 1): 9, Blocks(3, 1): 9.5, Blocks(1, 2): 8, Blocks(2, 2): 7}
         said, last = self.verdict(trials, setting(), milliseconds)
         assert last == [Blocks(1, 1), Blocks(1, 2), Blocks(2, 2)]
         assert said.startswith("42.9% faster (10 → 7 ms forward and backward): replace Blocks(forward=1, backward=1)")
-        assert said.endswith("\nBlocks(forward=2, backward=2)")
+        assert said.endswith("\nTUNED[1] = Blocks(forward=2, backward=2)")
 
     def test_a_difference_within_the_noise_changes_nothing(self, trials):
         said, _ = self.verdict(trials, setting(), {Blocks(1, 1): 10, Blocks(2, 1): 9.9})
@@ -90,6 +91,21 @@ class TestTuning:
         for blocks in found:
             assert eval(repr(blocks), vars(sys.modules[type(blocks).__module__])) == blocks
 
+    @pytest.mark.parametrize("kernel", ["hopper", "tpu", "triton"])
+    @pytest.mark.parametrize("sides", [(1, 2, 30), (60,), (1, 90)], ids=str)
+    def test_an_entry_set_as_it_is_printed_is_what_is_used(self, kernel, sides, monkeypatch):
+        if kernel == "triton":
+            pytest.importorskip("jax_triton")
+        chosen = setting(sides, size=64, dtype="bfloat16")
+        used, other = bench_tune.candidates(kernel, chosen)[:2]
+        module = sys.modules[type(used).__module__]
+        table = copy.deepcopy(module.TUNED)
+        if hasattr(module, "DEFAULT_KIND"):
+            table["cpu"] = dict(table[module.DEFAULT_KIND])
+        monkeypatch.setattr(module, "TUNED", table)
+        exec(f"{bench_tune.table_entry(kernel, chosen)} = {other}", vars(module))
+        assert bench_tune.candidates(kernel, chosen)[0] == other
+
     def test_what_is_in_use_and_fails_is_replaced(self, trials):
         said, _ = self.verdict(trials, setting(), {Blocks(1, 1): "broken", Blocks(2, 1): 9})
-        assert "does not work here; use\nBlocks(forward=2, backward=1)" in said
+        assert "does not work here; use\nTUNED[1] = Blocks(forward=2, backward=1)" in said
