@@ -383,6 +383,11 @@ class TrainConfig:
                 f"Stage {self.stage!r} trains from a token cache: write one with `hmar-jax export tokens` and set "
                 f"data.source='tokens' and data.path (data.source is {self.data.source!r})."
             )
+        if self.stage == "tokenizer" and self.data.source == "tokens":
+            raise InputError(
+                "Stage 'tokenizer' trains from pictures, and data.source is 'tokens'; set it to 'folder', 'tfds' or "
+                "'glyphs'."
+            )
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

@@ -26,10 +26,12 @@ from hmar_jax.pretrained import open_model, shapes_of, write_model
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tensors import Tensor
 
+# Files in an official layout need not be official ones: own models are exported in it too.
 _LICENCES = {
-    "hmar": "Weights converted from official HMAR files keep their non-commercial licence.",
-    "var": "Weights converted from official VAR files keep the licence of those files.",
-    "vae": "The tokenizer was converted from an official file and keeps the licence of that file.",
+    "hmar": "The transformer keeps the licence of the file it was converted from; official HMAR files are for "
+    "non-commercial use.",
+    "var": "The transformer keeps the licence of the file it was converted from.",
+    "vae": "The tokenizer keeps the licence of the file it was converted from.",
 }
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _REMAP_BYTES = 2**28

@@ -134,6 +134,7 @@ def test_a_missing_field_is_named():
         (lambda: TrainConfig(stage="tokenizer", batch_size=5, accumulate=2), ("batch_size=5", "accumulate=2")),
         (lambda: TrainConfig(stage="next_scale"), ("'next_scale'", "init_from")),
         (lambda: TrainConfig(stage="masked", init_from="x"), ("'masked'", "export tokens", "'glyphs'")),
+        (lambda: TrainConfig(stage="tokenizer", data=DataConfig("tokens")), ("'tokenizer'", "'tokens'", "'folder'")),
     ],
 )
 def test_values_that_do_not_fit_together_are_named(make, names):

@@ -62,6 +62,16 @@ def test_an_official_file_comes_back_bit_for_bit(official_states, golden_directo
     assert os.listdir(output.parent) == ["back.safetensors"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_converted_is_bound_to_its_files_licence_official_or_ones_own(golden_directory, kind):
+    for licence in read_config(golden_directory(kind))[1]["licences"]:
+        bound, _, about_official = licence.partition("; ")
+        assert bound.rstrip(".").endswith("keeps the licence of the file it was converted from")
+        assert about_official == (
+            "official HMAR files are for non-commercial use." if "transformer" in bound and "hmar" in kind else ""
+        )
+
+
 def test_a_converted_transformer_brings_its_tokenizer(official_states, golden_directory, tmp_path):
     assert export_torch(golden_directory("hmar"), tmp_path / "vae.safetensors", "vae") == "vae"
     assert_bit_equal(safetensors.numpy.load_file(tmp_path / "vae.safetensors"), official_states["vae"])
