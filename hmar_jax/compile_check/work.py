@@ -28,13 +28,34 @@ def model_flops(config: TrainConfig, model: ModelConfig) -> dict[str, float]:
     if model.transformer is None:
         return {}
     transformer, tokens = model.transformer, config.batch_size * model.ladder.length
-    block = 2 * (4 + 2 * transformer.mlp_ratio) * transformer.width**2
-    head = 2 * transformer.width * model.tokenizer.codebook_size
     return {
-        "blocks": block * tokens * _passes(config, transformer, _BACKWARD),
+        "blocks": _block(transformer) * tokens * _passes(config, transformer, _BACKWARD),
         "attention": _attention(model, config.batch_size) * _passes(config, transformer, _BACKWARD),
-        "head": head * tokens * (1 + _BACKWARD),
+        "head": _head(model, transformer) * tokens * (1 + _BACKWARD),
     }
+
+
+def sample_flops(model: ModelConfig, plan: Plan) -> list[dict[str, float]]:
+    """What each pass computes at least to draw one picture, in the order of passes, by part, as `model_flops` counts.
+
+    `trunk`, `branch`, `attention` (of both) and `head` are the conditional half; `null` is all that guidance adds, in
+    VAR to every pass if any is guided, since its null half has keys of its own to keep.
+    """
+    transformer = model.transformer
+    assert transformer is not None
+    causal = transformer.pattern == "block_causal"
+    passes = []
+    for scale, length in enumerate(model.ladder.lengths):
+        half = {
+            "trunk": _block(transformer) * length * transformer.trunk_depth,
+            "branch": _block(transformer) * length * transformer.branch_depth,
+            "attention": 4.0 * transformer.width * length * _seen(model, scale) * transformer.depth,
+            "head": _head(model, transformer) * length,
+        }
+        for step in plan.passes(scale):
+            guided = any(map(any, plan.guided)) if causal else step.guided
+            passes.append(half | {"null": sum(half.values()) if guided else 0.0})
+    return passes
 
 
 def train_kernel_flops(config: TrainConfig, model: ModelConfig) -> tuple[str, float]:
@@ -52,9 +73,7 @@ def sample_kernel_flops(model: ModelConfig, plan: Plan, dtype: str, batch: int) 
     assert model.transformer is not None
     names, total = [], 0.0
     for scale, length in enumerate(model.ladder.lengths):
-        seen = length
-        if model.transformer.pattern == "block_causal":
-            seen = model.ladder.until(scale).length
+        seen = _seen(model, scale)
         chosen = _chosen(model.transformer, dtype, seen, length)
         names.append(chosen)
         if chosen not in ("xla", "reference"):
@@ -67,6 +86,22 @@ def _passes(config: TrainConfig, transformer: TransformerConfig, backward: float
     """Runs of one block that a step comes to, in forward passes, summed over blocks."""
     trained = transformer.branch_depth if config.stage == "masked" else transformer.depth
     return transformer.depth + trained * backward
+
+
+def _block(transformer: TransformerConfig) -> float:
+    """FLOPs of one block's products for one token, forward."""
+    return 2.0 * (4 + 2 * transformer.mlp_ratio) * transformer.width**2
+
+
+def _head(model: ModelConfig, transformer: TransformerConfig) -> float:
+    """FLOPs of the head for one token, forward."""
+    return 2.0 * transformer.width * model.tokenizer.codebook_size
+
+
+def _seen(model: ModelConfig, scale: int) -> int:
+    """Keys that a query of one scale attends to."""
+    assert model.transformer is not None
+    return (model.ladder.until if model.transformer.pattern == "block_causal" else model.ladder.only)(scale).length
 
 
 def _attention(model: ModelConfig, batch: int) -> float:

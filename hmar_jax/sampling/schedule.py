@@ -2,22 +2,29 @@
 
 A schedule says, for every scale, how many tokens each step commits: `[[1], [1, 3], [1, 3, 5]]` draws the 2x2 map in two
 steps. The first step of a scale is its next-scale pass, the others are masked passes (HMAR §4.3). Beside each count
-stand the scalars of that pass: guidance, temperature, top-k, top-p, confidence noise.
+stand the scalars of that pass: guidance, temperature, top-k, top-p, confidence noise. One order policy for all scales
+says which tokens a step commits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hmar_jax.errors import InputError
+from hmar_jax.sampling import generators
+from hmar_jax.sampling.orders import ORDERS, Order
 from hmar_jax.scales import ScaleLadder
 
 Nested = tuple[tuple[float, ...], ...]
@@ -36,6 +43,7 @@ _OFFICIAL_COUNTS: dict[str, tuple[tuple[int, ...], ...]] = {
 # Masked steps on the small scales, as the official ones have them, for any ladder that starts 1, 2, 3.
 _SMALL_HEAD = {1: (1,), 2: (1, 3), 3: (1, 1, 2, 5), 4: (3, 5, 8)}
 PRESETS = (*_OFFICIAL_COUNTS, "small", "next-scale", "var")
+_LARGEST = 2.0**127  # what float32 holds with room to spare
 # VAR's published sampling settings, the same for all depths.
 _VAR = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 
@@ -62,6 +70,7 @@ class Plan:
 
     counts: tuple[tuple[int, ...], ...]
     guided: tuple[tuple[bool, ...], ...]
+    order: Order = "confidence"
 
     def passes(self, scale: int) -> Iterator[Pass]:
         """The passes of one scale, in order."""
@@ -83,7 +92,7 @@ class Controls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How many tokens each step commits, and the scalars of each pass; all nested alike, scale by scale.
+    """How many tokens each step commits, which they are, and the scalars of each pass, nested like the counts.
 
     Attributes:
       counts: tokens committed; those of a scale sum to p².
@@ -92,6 +101,8 @@ class Schedule:
       top_k: logits kept, ties with the last included; 0 keeps all.
       top_p: the ascending tail of mass at most 1 - top_p is dropped; 1 keeps all.
       noise: Gumbel noise on the log-confidence that orders commitment, ≥ 0; 0 is the published order.
+      order: `confidence`, the most confident tokens first; `random`, uniformly and fixed by a sample's own key; or
+        `halton`, spread evenly over the map and the same for all samples. The last two have no use for noise.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -100,6 +111,7 @@ class Schedule:
     top_k: Nested
     top_p: Nested
     noise: Nested
+    order: Order = "confidence"
 
     @classmethod
     def from_counts(
@@ -111,6 +123,8 @@ class Schedule:
         top_k: Any = 1000,
         top_p: Any = 0.99,
         noise: Any = 0.0,
+        refine_cfg: float | None = None,
+        order: Order = "confidence",
     ) -> Schedule:
         """A schedule from counts, with the official guidance unless told otherwise.
 
@@ -119,6 +133,9 @@ class Schedule:
           cfg: a number t, ramped as published: t·k/(K-1) on the next-scale pass of scale k (from 0), none on masked
             passes; or nested like `counts` and taken as it is.
           temperature, top_k, top_p, noise: a number for all passes, or nested like `counts`.
+          refine_cfg: guided refinement, a number t ramped alike over the masked passes, whatever `cfg` says of them;
+            None leaves them to `cfg`, which is the official way where that is a number.
+          order: as in the class.
 
         Raises:
           InputError: counts that are not positive or don't sum to a square, or scalars of another shape or range.
@@ -134,27 +151,17 @@ class Schedule:
             if not steps or min(steps) < 1 or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):
                 rule = "one step of p² tokens" if scale == 0 else "positive counts that sum to p², such as 1,3 for p=2"
                 raise InputError(f"Counts {list(steps)} of scale {scale + 1} sum to {total}; expected {rule}.")
-        if isinstance(cfg, int | float):
-            last = max(len(nested) - 1, 1)
-            cfg = [[cfg * k / last if step == 0 else 0.0 for step in range(len(c))] for k, c in enumerate(nested)]
-        given = (cfg, temperature, top_k, top_p, noise)
-        schedule = cls(nested, *(_nested(name, value, nested) for name, value in zip(SCALARS, given, strict=True)))
+        if isinstance(cfg, Real):
+            cfg = _ramped(cfg, tuple((0.0,) * len(steps) for steps in nested), refine=False)
+        given = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
+        scalars = {name: _nested(name, value, nested) for name, value in given.items()}
+        if refine_cfg is not None:
+            scalars["cfg"] = _ramped(refine_cfg, scalars["cfg"], refine=True)
+        if order not in ORDERS:
+            raise InputError(f"order is {order!r}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}.")
+        schedule = cls(nested, **scalars, order=order)
         schedule._check_ranges()
         return schedule
-
-    def _check_ranges(self) -> None:
-        rules = {
-            "cfg": (-math.inf, math.inf, "a finite number"),
-            "temperature": (1e-6, math.inf, "above 0"),
-            "top_k": (0, 2**31 - 1, "a whole number, 0 (off) or more"),
-            "top_p": (1e-6, 1, "above 0 and at most 1 (off)"),
-            "noise": (0, math.inf, "0 or more"),
-        }
-        for name, (low, high, rule) in rules.items():
-            for value in (value for steps in getattr(self, name) for value in steps):
-                whole = name != "top_k" or float(value).is_integer()
-                if not math.isfinite(value) or not low <= value <= high or not whole:
-                    raise InputError(f"{name} is {value}; expected {rule}.")
 
     @classmethod
     def preset(cls, name: str, ladder: ScaleLadder, depth: int = 16) -> Schedule:
@@ -172,26 +179,82 @@ class Schedule:
         elif name in ("next-scale", "var"):
             counts = [(length,) for length in ladder.lengths]
         else:
-            raise InputError(f"Schedule {name!r} is unknown; choose {', '.join(PRESETS)}, or give a Schedule.")
-        cfg, top_k = _OFFICIAL_GUIDANCE.get(depth, _OFFICIAL_GUIDANCE[16])
-        scalars: dict[str, Any] = _VAR if name == "var" else {"cfg": cfg, "top_k": top_k}
-        schedule = cls.from_counts(counts, **scalars)
+            raise InputError(
+                f"Schedule {name!r} is unknown; choose {', '.join(PRESETS)}, a .json file, or a curve and its steps, "
+                "such as cosine:4, equal:2@7 or power2:4@5-9."
+            )
+        schedule = cls.from_counts(counts, **_VAR if name == "var" else _official_guidance(depth))
         schedule.check_ladder(ladder, name)
         return schedule
 
-    def replace(self, **scalars: Any) -> Schedule:
-        """The schedule with other scalars, given as in `from_counts`; None leaves one as it is."""
-        given = {name: value for name, value in scalars.items() if value is not None}
-        return self.from_counts(self.counts, **({name: getattr(self, name) for name in SCALARS} | given))
+    @classmethod
+    def generate(
+        cls,
+        ladder: ScaleLadder,
+        curve: str = "single",
+        steps: int | None = None,
+        scales: tuple[int, int] | None = None,
+        *,
+        exponent: float | None = None,
+        **scalars: Any,
+    ) -> Schedule:
+        """A schedule from a few numbers: the same steps on some scales of a ladder, shared out by a curve.
+
+        Args:
+          ladder: its first scale has one step always, and no scale more steps than tokens.
+          curve: `single`, one step a scale; or the share of tokens still masked once a share r of the steps is done:
+            `equal` 1 - r, `cosine` cos(πr/2), `arccos` 2/π·arccos(r) (MaskGIT's), `power` 1 - r^exponent. What is
+            masked after a step is the whole number nearest to it that leaves every step a token.
+          steps: of each scale, its next-scale pass included. scales: the first and the last that have them, from 1, the
+            others having one step; all by default.
+          exponent: of `power` alone. scalars: cfg, refine_cfg, order and others, as in `from_counts`.
+        """
+        return cls.from_counts(generators.generate(ladder, curve, steps, scales, exponent), **scalars)
+
+    @classmethod
+    def parse(cls, text: str, ladder: ScaleLadder, depth: int = 16) -> Schedule:
+        """A schedule for a ladder in one line: a preset's name, a `.json` file, or a curve such as `cosine:4@5-9`.
+
+        Curves are `curve:steps@first-last`, as in `generate`: `single`, `equal:2`, `power2:4@3-10`, `arccos:8@10`. They
+        have, like the presets, the published guidance of the given transformer depth.
+        """
+        if text.endswith(".json"):
+            try:
+                schedule = cls.from_json(Path(text).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"Schedule file {text} cannot be read ({error}); write one with Schedule.to_json."
+                ) from None
+            schedule.check_ladder(ladder)
+            return schedule
+        generated = generators.parse(text)
+        if generated is None:
+            return cls.preset(text, ladder, depth)
+        return cls.generate(ladder, **generated, **_official_guidance(depth))
+
+    def replace(self, **changes: Any) -> Schedule:
+        """The schedule with other scalars or another order, given as in `from_counts`; None leaves one as it is.
+
+        A number for `cfg` changes next-scale passes alone, as `refine_cfg` does masked ones, so each keeps the other.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        if isinstance(given.get("cfg"), Real):
+            given["cfg"] = _ramped(given["cfg"], self.cfg, refine=False)
+        own = {name: getattr(self, name) for name in (*SCALARS, "order")}
+        return self.from_counts(self.counts, **(own | given))
 
     def check_ladder(self, ladder: ScaleLadder, name: str = "This schedule") -> None:
         """Raises InputError unless the schedule is for the sides of `ladder`."""
-        sides = tuple(math.isqrt(sum(steps)) for steps in self.counts)
-        if sides != ladder.sides:
+        if self.sides != ladder.sides:
             raise InputError(
-                f"{name} is for the sides {','.join(map(str, sides))}, but the model was built for "
+                f"{name} is for the sides {','.join(map(str, self.sides))}, but the model was built for "
                 f"{','.join(map(str, ladder.sides))}; choose a schedule for those, such as 'next-scale'."
             )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the ladder that the counts are for."""
+        return tuple(math.isqrt(sum(steps)) for steps in self.counts)
 
     @property
     def has_masked_steps(self) -> bool:
@@ -199,32 +262,77 @@ class Schedule:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.counts, tuple(tuple(value != 0 for value in steps) for steps in self.cfg))
+        guided = tuple(tuple(bool(np.float32(value)) for value in steps) for steps in self.cfg)
+        return Plan(self.counts, guided, self.order if self.has_masked_steps else "confidence")
 
     @property
     def controls(self) -> Controls:
-        flat = {name: [value for steps in getattr(self, name) for value in steps] for name in SCALARS}
-        return Controls(**{n: jnp.asarray(v, jnp.int32 if n == "top_k" else jnp.float32) for n, v in flat.items()})
+        return Controls(**{name: jnp.asarray(values) for name, values in self._flat().items()})
+
+    @property
+    def digest(self) -> str:
+        """The schedule's name: twelve hexadecimal digits, the same for two schedules exactly if they sample alike.
+
+        What has no effect does not count: noise of a pass that leaves no choice of tokens to its confidence, an order
+        without masked steps, digits beyond float32. (A top_k of the codebook's size or more is not known to be off.)
+        """
+        plan, values = self.plan, self._flat()
+        passes = [step for scale in range(len(self.counts)) for step in plan.passes(scale)]
+        heeded = [plan.order == "confidence" and step.remaining > 0 for step in passes]
+        values["noise"] = np.where(heeded, values["noise"], 0)
+        plain = {name: (array + 0).tolist() for name, array in values.items()}  # -0 + 0 is 0
+        content = json.dumps({"counts": self.counts, "order": plan.order} | plain, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        """JSON with the counts and all five scalars, nested alike."""
+        """JSON with the counts, all five scalars, nested alike, and the order."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """What `to_json` wrote, or written by hand: `counts`, and any scalar as a number or nested."""
+        """What `to_json` wrote, or written by hand: `counts`, and anything else that `from_counts` takes."""
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"The schedule is not JSON ({error}); write it with Schedule.to_json.") from None
-        if not isinstance(fields, dict) or "counts" not in fields or set(fields) - {"counts", *SCALARS}:
-            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(SCALARS)}; got {text[:80]!r}.")
+        others = (*SCALARS, "refine_cfg", "order")
+        if not isinstance(fields, dict) or "counts" not in fields or set(fields) - {"counts", *others}:
+            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {text[:80]!r}.")
         return cls.from_counts(fields.pop("counts"), **fields)
+
+    def _flat(self) -> dict[str, np.ndarray]:
+        """Each scalar as the sampler takes it: one number a pass, (P,) float32, top_k int32."""
+        return {
+            name: np.asarray(
+                [value for steps in getattr(self, name) for value in steps], np.int32 if name == "top_k" else np.float32
+            )
+            for name in SCALARS
+        }
+
+    def _check_ranges(self) -> None:
+        rules = {
+            "cfg": (-math.inf, math.inf, "a finite number"),
+            "temperature": (1e-6, math.inf, "above 0"),
+            "top_k": (0, 2**31 - 1, "a whole number, 0 (off) or more"),
+            "top_p": (1e-6, 1, "above 0 and at most 1 (off)"),
+            "noise": (0, math.inf, "0 or more"),
+        }
+        for name, (low, high, rule) in rules.items():
+            for value in (value for steps in getattr(self, name) for value in steps):
+                whole = name != "top_k" or float(value).is_integer()
+                if not abs(value) < _LARGEST or not low <= value <= high or not whole:
+                    raise InputError(f"{name} is {value}; expected {rule}.")
+
+
+def _official_guidance(depth: int) -> dict[str, Any]:
+    """The published cfg and top-k of a transformer depth, or of depth 16 where none are published."""
+    cfg, top_k = _OFFICIAL_GUIDANCE.get(depth, _OFFICIAL_GUIDANCE[16])
+    return {"cfg": cfg, "top_k": top_k}
 
 
 def _nested(name: str, value: Any, counts: tuple[tuple[int, ...], ...]) -> Nested:
     """A scalar for all passes, or values nested like `counts`, as nested tuples of floats."""
-    if isinstance(value, int | float):
+    if isinstance(value, Real):
         return tuple(tuple(float(value) for _ in steps) for steps in counts)
     try:
         nested = tuple(tuple(float(item) for item in steps) for steps in value)
@@ -233,3 +341,14 @@ def _nested(name: str, value: Any, counts: tuple[tuple[int, ...], ...]) -> Neste
     if [len(steps) for steps in nested] != [len(steps) for steps in counts]:
         raise InputError(f"{name} is {value!r}; expected a number, or numbers nested like the counts {counts}.")
     return nested
+
+
+def _ramped(number: Any, cfg: Nested, refine: bool) -> Nested:
+    """Guidance with number·k/(K-1) on the masked passes of scale k (from 0), or else on its next-scale pass."""
+    if not isinstance(number, Real):
+        raise InputError(f"refine_cfg is {number!r}; expected a number.")
+    last = max(len(cfg) - 1, 1)
+    return tuple(
+        tuple(float(number) * k / last if (step > 0) == refine else value for step, value in enumerate(steps))
+        for k, steps in enumerate(cfg)
+    )

@@ -308,7 +308,7 @@ def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
             f"sample_labels={config.sample_labels} is not a list of the classes 0 to {model.num_classes - 1}; set it "
             "to some of those, or sample_every to 0."
         )
-    schedule = Schedule.preset(config.sample_schedule, model.ladder, model.transformer.depth)
+    schedule = Schedule.parse(config.sample_schedule, model.ladder, model.transformer.depth)
     if schedule.has_masked_steps and not model.transformer.masked:
         raise InputError(
             f"sample_schedule={config.sample_schedule!r} has masked steps, which stage {config.stage!r} does not have; "

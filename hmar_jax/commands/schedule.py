@@ -1,0 +1,186 @@
+"""`hmar-jax schedule`: schedule + ladder → its passes, their work, and when each token is committed; nothing is drawn.
+
+Axis letters: p side of a scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hmar_jax.commands.convert import parse_sides
+from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.errors import InputError
+from hmar_jax.files import write_whole
+from hmar_jax.sampling import orders
+from hmar_jax.sampling.schedule import SCALARS, Plan, Schedule
+from hmar_jax.scales import ScaleLadder
+
+HELP = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
+LIST = """presets
+  official-256   published, for the ladder of 256 pixels: masked steps on the sides 2 and 3
+  official-512   published, for the ladder of 512 pixels: masked steps on the sides 2, 3 and 4
+  official-1024  published, for the ladder of 1024 pixels: masked steps on the sides 2, 3 and 4
+  small          any ladder: those masked steps on whichever of the sides 2, 3 and 4 it has
+  next-scale     any ladder: one step a scale
+  var            any ladder: one step a scale, with the guidance published for VAR
+curves, as CURVE:STEPS or CURVE:STEPS@FIRST-LAST for some scales, from 1; masked after a share r of the steps:
+  single         nothing, one step a scale
+  equal:4        1 - r
+  cosine:4@5-9   cos(πr/2)
+  arccos:4@7     2/π·arccos(r)
+  power2:4@5-9   1 - r^2, or any other exponent
+files
+  F.json         as `hmar-jax schedule show SCHEDULE --json=F.json` writes it"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that change a schedule, one for each that `Schedule.replace` takes."""
+    parser.add_argument("--cfg", type=float, help="guidance of next-scale passes; the schedule's by default")
+    parser.add_argument("--refine-cfg", type=float, help="guidance of masked passes; the schedule's, mostly none")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--noise", type=float, help="noise on the order of commitment by confidence")
+    parser.add_argument("--order", choices=orders.ORDERS, help="of commitment; the schedule's by default")
+
+
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_options` ask for, None where they are not given."""
+    return {name: getattr(args, name) for name in (*SCALARS, "refine_cfg", "order")}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Shows one schedule, or lists what there is."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax schedule", description="Look at how pictures will be sampled, before any is."
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="presets and curves")
+    show = actions.add_parser("show", help="passes, work and order of commitment of one schedule")
+    show.add_argument("schedule", help=HELP)
+    ladder = show.add_mutually_exclusive_group()
+    ladder.add_argument("--pixels", default="256", help="the published ladder for so many (default: %(default)s)")
+    ladder.add_argument("--sides", help="of the token maps: 1,2,3,4,5,6,8,10,13,16")
+    ladder.add_argument("--model", help="model directory, or id on the Hugging Face hub")
+    show.add_argument(
+        "--depth", default="16", help="without --model, of the transformer, or its name: 24, d24, var-d24"
+    )
+    add_options(show)
+    show.add_argument("--json", type=Path, help="the .json file to write the schedule to")
+    show.add_argument("--output", type=Path, help="the .png file for a picture of when each token is committed")
+    args = parser.parse_args(argv)
+    if args.action == "list":
+        print(LIST)
+    else:
+        _show(args)
+
+
+def _show(args: argparse.Namespace) -> None:
+    for option, file, suffix in (("--json", args.json, ".json"), ("--output", args.output, ".png")):
+        if file is not None and file.suffix != suffix:
+            raise InputError(f"{option} is {file}; expected a file that ends in {suffix}.")
+    model = _model(args)
+    assert model.transformer is not None
+    schedule = Schedule.parse(args.schedule, model.ladder, model.transformer.depth).replace(**changes(args))
+    if schedule.has_masked_steps and not model.transformer.masked:
+        raise InputError(f"{args.schedule} has masked steps, but this model no mask branch; choose 'next-scale'.")
+    print(report(schedule, model))
+    if args.json is not None:
+        write_whole(args.json, f"{schedule.to_json()}\n".encode())
+    if args.output is not None:
+        from hmar_jax import pictures
+
+        pictures.save_png(pictures.commitment(*commitment(schedule)), args.output)
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    """The config of the model directory, or of a published transformer on the ladder asked for."""
+    if args.model is not None:
+        from hmar_jax.pretrained import locate, read_config
+
+        config, _ = read_config(locate(args.model))
+        if config.transformer is None:
+            raise InputError(f"{args.model} is a tokenizer alone; give a model directory that has a transformer.")
+        return config
+    ladder = ScaleLadder.preset(args.pixels) if args.sides is None else parse_sides(args.sides)
+    name = f"d{args.depth}" if args.depth.isdecimal() else args.depth
+    return ModelConfig(ladder, TokenizerConfig(), TransformerConfig.preset(name))
+
+
+def report(schedule: Schedule, model: ModelConfig) -> str:
+    """A line for each scale, then passes, FLOPs, order and digest."""
+    from hmar_jax.compile_check.work import sample_flops
+
+    assert model.transformer is not None
+    plan, work = schedule.plan, sample_flops(model, schedule.plan)
+    totals = [sum(parts.values()) for parts in work]
+    rows = [["scale", "side", "steps", "commit", "guided", "cfg", "temperature", "top-k", "top-p", "noise", "FLOPs"]]
+    for scale, steps in enumerate(schedule.counts):
+        at = slice(first := sum(map(len, schedule.counts[:scale])), first + len(steps))
+        rows.append(
+            [
+                str(scale + 1),
+                str(schedule.sides[scale]),
+                str(len(steps)),
+                "+".join(map(str, steps)),
+                f"{sum(plan.guided[scale])} of {len(steps)}",
+                *(_runs(getattr(schedule, name)[scale]) for name in SCALARS),
+                f"{sum(totals[at]) / sum(totals):.1%}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    parts = ", ".join(f"{name} {sum(part[name] for part in work) / sum(totals):.1%}" for name in work[0])
+    return "\n".join(
+        [
+            *table,
+            f"passes: {len(work)}, {len(work) - len(plan.counts)} of them masked, {sum(map(sum, plan.guided))} guided",
+            f"transformer of depth {model.transformer.depth}: {sum(totals) / 1e12:.4g} TFLOP a picture ({parts})",
+            f"order: {schedule.order}" + ("" if schedule.has_masked_steps else ", without effect: no masked steps"),
+            f"digest: {schedule.digest}",
+        ]
+    )
+
+
+def _runs(values: Sequence[float]) -> str:
+    """`0.4, 3×0`, or the one value of all."""
+    runs = [(text, len(list(same))) for text, same in itertools.groupby(f"{value:.4g}" for value in values)]
+    if len(runs) == 1:
+        return runs[0][0]
+    return ", ".join(f"{count}×{text}" if count > 1 else text for text, count in runs)
+
+
+def commitment(schedule: Schedule) -> tuple[list[tuple[str, np.ndarray]], str]:
+    """For each scale a title and a map (p,p) int of the steps, from 0, that commit its tokens; and a title for all."""
+    plan = schedule.plan
+    what = {
+        "confidence": "order: confidence; how many tokens each step commits (which ones, the sample decides)",
+        "random": "order: random; those of sample 0 of seed 0, for example",
+        "halton": "order: halton; the same for all samples",
+    }
+    maps = []
+    for scale, (side, steps) in enumerate(zip(schedule.sides, schedule.counts, strict=True)):
+        numbers = "+".join(map(str, steps)) if len(steps) < 6 else f"{len(steps)} steps"
+        by_place = np.repeat(np.arange(len(steps)), steps)
+        maps.append((f"{side}x{side}: {numbers}", by_place[_places(plan, scale, side)].reshape(side, side)))
+    return maps, what[plan.order] if schedule.has_masked_steps else "one step a scale"
+
+
+def _places(plan: Plan, scale: int, side: int) -> np.ndarray:
+    """The place of each token, row by row, in the order of its scale: (p²,) int from 0."""
+    if plan.order == "halton":
+        return orders.halton(side)
+    if plan.order == "random":
+        from hmar_jax.sampling.sampler import pass_keys
+
+        sample = jax.random.fold_in(jax.random.key(0), 0)
+        _, keys = pass_keys(sample[None], scale, 0)
+        return np.argsort(np.argsort(-np.asarray(orders.random(keys, side * side)[0])))
+    return np.arange(side * side)

@@ -1,0 +1,116 @@
+"""a curve and a few numbers → counts: how many tokens each step of each scale commits.
+
+A curve gives the share of a scale's tokens that is still masked once a share of its steps is done, from 1 down to 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import re
+from typing import Any
+
+from hmar_jax.errors import InputError
+from hmar_jax.scales import ScaleLadder
+
+CURVES = ("single", "equal", "cosine", "arccos", "power")
+_TEXT = re.compile(r"([a-z]+)([0-9.]*)(?::([0-9]{1,9})(?:@([0-9]{1,9})(?:-([0-9]{1,9}))?)?)?")
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """`curve:steps@first-last` as arguments of `generate`: `cosine:4@5-9`, `power2:4` or `equal:2@7`; None for others.
+
+    The exponent follows the curve's name; without `@` the steps are those of all scales.
+    """
+    found = _TEXT.fullmatch(text)
+    if not found or found[1] not in CURVES:
+        return None
+    try:
+        exponent = float(found[2]) if found[2] else None
+    except ValueError:
+        return None
+    scales = (int(found[4]), int(found[5] or found[4])) if found[4] else None
+    return {"curve": found[1], "steps": found[3] and int(found[3]), "scales": scales, "exponent": exponent}
+
+
+def generate(
+    ladder: ScaleLadder,
+    curve: str = "single",
+    steps: int | None = None,
+    scales: tuple[int, int] | None = None,
+    exponent: float | None = None,
+) -> list[list[int]]:
+    """Counts of a ladder by a curve; arguments as in `Schedule.generate`.
+
+    Raises:
+      InputError: an unknown curve, or numbers that it cannot have.
+    """
+    if curve not in CURVES:
+        raise InputError(f"Curve {curve!r} is unknown; choose {', '.join(CURVES)}.")
+    steps = _checked_steps(curve, steps)
+    power = curve == "power"
+    if power != (exponent is not None) or (exponent is not None and not 0 < exponent < math.inf):
+        rule = "a number above 0, such as 2" if power else "none, which 'power' alone has"
+        raise InputError(f"The exponent of curve {curve!r} is {exponent}; expected {rule}.")
+    first, last = _checked_scales(ladder, scales)
+    return [
+        _counts(length, steps if first <= scale <= last and scale > 1 else 1, curve, exponent)
+        for scale, length in enumerate(ladder.lengths, 1)
+    ]
+
+
+def _checked_steps(curve: str, steps: Any) -> int:
+    """Steps as an int, 1 where the curve is `single`."""
+    if curve == "single" and steps in (None, 1):
+        return 1
+    try:
+        checked = operator.index(steps)
+    except TypeError:
+        checked = 0
+    if curve == "single" or checked < 1:
+        rule = "none, for it has one a scale" if curve == "single" else "a whole number, 1 or more"
+        raise InputError(f"The steps of curve {curve!r} are {steps!r}; expected {rule}.")
+    return checked
+
+
+def _checked_scales(ladder: ScaleLadder, scales: Any) -> tuple[int, int]:
+    """First and last scale, from 1; all of them where none are given."""
+    if scales is None:
+        return 1, ladder.num_scales
+    try:
+        first, last = map(operator.index, scales)
+    except (TypeError, ValueError):
+        first, last = 0, 0
+    if not 1 <= first <= last <= ladder.num_scales:
+        raise InputError(
+            f"Scales are {scales!r}; expected the first and the last, from 1 to {ladder.num_scales} on the ladder "
+            f"{','.join(map(str, ladder.sides))}."
+        )
+    return first, last
+
+
+def _counts(length: int, steps: int, curve: str, exponent: float | None) -> list[int]:
+    """What each step commits of `length` tokens; no more steps than tokens.
+
+    After each step the number still masked is the nearest to the curve that leaves every step a token at least. (For
+    convex and concave curves, as all of these are, choosing so step by step never makes two numbers meet.)
+    """
+    steps = min(steps, length)
+    masked = [
+        min(max(math.floor(length * _share_masked(step / steps, curve, exponent) + 0.5), steps - step), length - step)
+        for step in range(steps + 1)
+    ]
+    return [before - after for before, after in itertools.pairwise(masked)]
+
+
+def _share_masked(done: float, curve: str, exponent: float | None) -> float:
+    match curve:
+        case "cosine":
+            return math.cos(math.pi / 2 * done)
+        case "arccos":
+            return math.acos(done) / (math.pi / 2)
+        case "power":
+            assert exponent is not None
+            return 1 - done**exponent
+    return 1 - done
