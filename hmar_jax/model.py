@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,27 +18,30 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from hmar_jax.config import ModelConfig
+from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.networks import networks
-from hmar_jax.sampling import program
+from hmar_jax.networks import hold, networks
+from hmar_jax.sampling import editing, program, progress
+from hmar_jax.sampling.orders import Order
+from hmar_jax.sampling.sampler import Kept
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
 
 
 class DrawRecord(NamedTuple):
-    """One pass as `Sample.draws` lists it: scale and step from 0; tokens, masked (B,N), masked where it decides."""
+    """One pass as `Sample.draws` lists it: scale and step from 0, the others (B,N) as in `sampler.Draw`."""
 
     scale: int
     step: int
     tokens: np.ndarray
     masked: np.ndarray
+    confidence: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What `Model.sample` gives.
+    """What `Model.sample` and `Model.edit` give.
 
     Attributes:
       images: (B,S,S,3) float32 in [0,1]. tokens: (B,L) int32, final.
@@ -69,7 +73,21 @@ class TokenizerDoor:
 
     def growth(self, tokens: ArrayLike) -> jax.Array:
         """The picture after each scale: (B,L) int → (K,B,S,S,3) float32 in [-1,1]; the last is `decode`'s."""
-        return _growth(self._config, self._dtype, self._params, check_tokens(self._config, tokens))
+        checked = check_tokens(self._config, tokens)
+        count = self._config.ladder.num_scales
+        return self.decode_until(np.broadcast_to(checked, (count, *checked.shape)), range(count))
+
+    def decode_until(self, tokens: ArrayLike, scales: Sequence[int]) -> jax.Array:
+        """Pictures of the coarser scales alone: tokens (T,B,L) int, whatever those of scales after scales[t] (T,) are →
+        (T,B,S,S,3) float32 in [-1,1].
+        """  # fmt: skip
+        tokens, count = np.asarray(tokens), self._config.ladder.num_scales
+        if tokens.ndim != 3 or len(tokens) != len(scales) or not all(0 <= scale < count for scale in scales):
+            raise InputError(
+                f"Tokens are {tokens.shape} and scales {list(scales)}; expected (T, B, L), and T of 0 to {count - 1}."
+            )
+        checked = check_tokens(self._config, tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
+        return _decode_until(self._config, self._dtype, self._params, checked, jnp.asarray(scales, jnp.int32))
 
 
 class Model:
@@ -77,13 +95,14 @@ class Model:
 
     Attributes:
       config: what it is.
-      params: nested dicts of float32 arrays (or bfloat16, if stored so), `tokenizer` and perhaps `transformer`.
+      params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
+        products in bfloat16 read them.
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
-        self.config, self.params, self.dtype = config, params, dtype
-        self.tokenizer = TokenizerDoor(config, params, dtype)
+        self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
+        self.tokenizer = TokenizerDoor(config, self.params, dtype)
 
     @property
     def transformer(self) -> HMAR | None:
@@ -115,54 +134,162 @@ class Model:
         top_k: Any = None,
         top_p: Any = None,
         noise: Any = None,
+        refine_cfg: float | None = None,
+        order: Order | None = None,
         seed: int = 0,
         numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
+        on_scale: progress.OnScale | None = None,
     ) -> Sample:
         """Samples pictures; each depends on (seed, its number, its label) alone, whatever the batch and the devices.
 
         Args:
           labels: (B,) int in [0, num_classes).
-          schedule: a `Schedule` or the name of a preset; names bring the published guidance of the model's depth.
-          cfg, temperature, top_k, top_p, noise: override the schedule's, as in `Schedule.from_counts`; changing them
-            compiles nothing, unless guidance appears or vanishes in a pass.
+          schedule: a `Schedule`, or text as `Schedule.parse` takes it: a preset's name, a .json file, or a curve and
+            steps such as `cosine:4@5-9`; names and curves bring the published guidance of the model's depth.
+          cfg, temperature, top_k, top_p, noise, refine_cfg, order: override the schedule's, as in `Schedule.replace`.
+            Changing them compiles nothing, but for the order, or where guidance appears or vanishes in a pass.
           seed: of the random numbers. numbers: (B,) int in [0, 2³²), which of the seed's samples each is; 0 to B-1 by
             default. greedy: argmax of the guided logits, no filters.
           record: give every pass's draw.
+          on_scale: called with each scale, from 0, and its tokens (B,N) int32 once they are final, in order and in the
+            caller's thread, while the sampling goes on. Another function compiles nothing.
         """
         labels, _ = self._check(labels, classes=self.config.num_classes - 1)
-        assert self.config.transformer is not None
+        changes = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
+        changes |= {"refine_cfg": refine_cfg, "order": order}
+        schedule = self.schedule(schedule, **changes)
+        return self._sample(labels, schedule, seed, numbers, greedy=greedy, record=record, on_scale=on_scale)
+
+    def edit(
+        self,
+        images: ArrayLike,
+        mask: ArrayLike,
+        labels: ArrayLike | None = None,
+        schedule: str | Schedule | None = None,
+        *,
+        variants: int = 1,
+        composite: bool = False,
+        feather: int | None = None,
+        cfg: Any = None,
+        temperature: Any = None,
+        top_k: Any = None,
+        top_p: Any = None,
+        noise: Any = None,
+        refine_cfg: float | None = None,
+        order: Order | None = None,
+        seed: int = 0,
+        numbers: ArrayLike | None = None,
+        greedy: bool = False,
+        record: bool = False,
+    ) -> Sample:
+        """Draws a part of pictures anew (zero-shot editing): their other tokens are kept, whatever is drawn.
+
+        A token that the mask only touches is drawn whole. The scale of one token, which is the mean colour, is kept
+        whatever the mask. Pixels outside the mask change as well, for coarse tokens and the decoder reach over its rim,
+        unless `composite`. Each result depends on its picture, mask, label and (seed, its number) alone.
+
+        Args:
+          images: (B,S,S,3) uint8 or float in [0,1], or one of them.
+          mask: bool (S,S) or (B,S,S), True where to draw anew, or a box (left, top, right, bottom) in pixels.
+          labels: (B,) int in [0, num_classes], the last being the null class, or one for all. None is the null class,
+            pure in- or out-painting; guidance is left out where it would guide by nothing.
+          schedule: as in `sample`, each scale's counts shared out in proportion to its tokens to draw. By default
+            `small` for a model with a mask branch, whose passes see the kept tokens, `var` for VAR, else `next-scale`.
+          variants: results for each picture, one after the other.
+          composite: outside the mask give the input's pixels, bit for bit, and inside it blend them in, over `feather`
+            pixels from its rim; half a token by default.
+          cfg to order, seed, greedy, record: as in `sample`. numbers: (B·variants,) likewise.
+
+        Returns:
+          B·variants pictures, those of a picture together.
+        """
+        config = self.config
+        pictures = editing.check_pictures(images, config.image_size)
+        masks = editing.check_mask(mask, len(pictures), config.image_size)
+        feather = config.tokenizer.downsampling // 2 if feather is None else feather
+        if variants < 1 or feather < 0:
+            raise InputError(f"variants is {variants}, feather {feather}; expected 1 or more, and 0 or more.")
+        if labels is None or np.ndim(labels) == 0:
+            labels = np.full(len(pictures), config.num_classes if labels is None else labels)
+        checked, _ = self._check(labels)
+        if len(checked) != len(pictures):
+            raise InputError(f"There are {len(checked)} labels for {len(pictures)} pictures; give one each, or one.")
+        changes = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
+        changes |= {"refine_cfg": refine_cfg, "order": order}
+        if (checked == config.num_classes).all():
+            changes |= {"cfg": 0, "refine_cfg": 0}
+        schedule = self.schedule(editing.default_schedule(config) if schedule is None else schedule, **changes)
+        several = functools.partial(np.repeat, repeats=variants, axis=0)
+        tokens = on_host(self.tokenizer.encode(2 * pictures - 1))
+        kept = Kept(*(jnp.asarray(several(x)) for x in (tokens, editing.keep_tokens(masks, config.ladder))))
+        out = self._sample(several(checked), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)
+        if not composite:
+            return out
+        images = editing.composite(out.images, several(pictures), several(masks), feather)
+        return dataclasses.replace(out, images=images)
+
+    def schedule(self, schedule: str | Schedule, **changes: Any) -> Schedule:
+        """The schedule that `sample` follows, given this one and these changes (`Schedule.replace`), checked."""
+        transformer = self._check_transformer()
         if isinstance(schedule, str):
-            schedule = Schedule.preset(schedule, self.config.ladder, self.config.transformer.depth)
-        schedule = schedule.replace(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, noise=noise)
+            schedule = Schedule.parse(schedule, self.config.ladder, transformer.depth)
+        schedule = schedule.replace(**changes)
         schedule.check_ladder(self.config.ladder)
         if schedule.has_masked_steps:
             self._check_mask_branch("A schedule with masked steps")
+        return schedule
+
+    def _sample(
+        self,
+        labels: ArrayLike,
+        schedule: Schedule,
+        seed: int,
+        numbers: ArrayLike | None,
+        *,
+        greedy: bool,
+        record: bool,
+        kept: Kept | None = None,
+        on_scale: progress.OnScale | None = None,
+    ) -> Sample:
+        """`sample` with checked labels and schedule, perhaps with tokens that are kept."""
+        labels = np.asarray(labels)
         if not 0 <= seed < 2**32:
             raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
         number = labels.shape[0]
         numbers = np.arange(number, dtype=np.uint32) if numbers is None else _check_numbers(numbers, number)
         options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
         mesh = _mesh()
-        with jax.set_mesh(mesh):
-            spread = [_over_devices(array, mesh) for array in (labels, numbers)]
-            images, tokens, draws = program.sample(options, self.params, *spread, schedule.controls, np.uint32(seed))
+        labels, numbers, kept = jax.tree.map(lambda array: _over_devices(array, mesh), (labels, numbers, kept))
+
+        def run(ticket: Any = None) -> tuple[Any, Any, Any]:
+            with jax.set_mesh(mesh):
+                return program.sample(
+                    options, self.params, labels, numbers, schedule.controls, np.uint32(seed), kept, ticket
+                )
+
+        if on_scale is None:
+            images, tokens, draws = run()
+        else:
+            images, tokens, draws = progress.relay(
+                lambda ticket: jax.block_until_ready(run(ticket)),
+                lambda scale, tokens: on_scale(scale, tokens[:number]),
+            )
         records = None
         if record:
             passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
             records = [
-                DrawRecord(at.scale, at.step, on_host(draw.tokens)[:number], on_host(draw.masked)[:number])
+                DrawRecord(at.scale, at.step, *(on_host(array)[:number] for array in draw))
                 for at, draw in zip(passes, draws, strict=True)
             ]
         return Sample(on_host(images)[:number], on_host(tokens)[:number], records)
 
     def _check(
         self, labels: ArrayLike, tokens: ArrayLike | None = None, classes: int | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[np.ndarray, jax.Array | np.ndarray]:
         """Labels, and tokens if any, as int32; labels may go up to `classes`, by default the null class."""
-        if self.config.transformer is None:
-            raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
+        self._check_transformer()
         labels = np.asarray(labels)
         highest = self.config.num_classes if classes is None else classes
         if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
@@ -172,10 +299,15 @@ class Model:
             raise InputError(
                 f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}."
             )
-        checked = jnp.zeros((0,), jnp.int32) if tokens is None else check_tokens(self.config, tokens)
+        checked = np.zeros((0,), np.int32) if tokens is None else check_tokens(self.config, tokens)
         if tokens is not None and checked.shape[0] != labels.shape[0]:
             raise InputError(f"There are {labels.shape[0]} labels but tokens of {checked.shape[0]} pictures.")
-        return jnp.asarray(labels, jnp.int32), checked
+        return labels.astype(np.int32), checked
+
+    def _check_transformer(self) -> TransformerConfig:
+        if self.config.transformer is None:
+            raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
+        return self.config.transformer
 
     def _check_mask_branch(self, what: str) -> None:
         if not (self.config.transformer and self.config.transformer.masked):
@@ -206,9 +338,14 @@ def _decode(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _growth(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array) -> jax.Array:
+def _decode_until(config: ModelConfig, dtype: str, params: Any, tokens: jax.Array, scales: jax.Array) -> jax.Array:
     tokenizer = networks(config, params, dtype).tokenizer
-    return jax.lax.map(tokenizer.decode_latents, tokenizer.quantizer.reconstruct(tokens))
+
+    def picture(at: tuple[jax.Array, jax.Array]) -> jax.Array:
+        of_all, scale = at
+        return tokenizer.decode_latents(tokenizer.quantizer.reconstruct(of_all)[scale])
+
+    return jax.lax.map(picture, (tokens, scales))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,13 +6,15 @@ Axis letters: B batch, N tokens of one scale, L of all, h latents a side, V code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hmar_jax.sampling import filters
+from hmar_jax.sampling import filters, orders
+from hmar_jax.sampling.orders import Order
 from hmar_jax.sampling.schedule import Controls, Pass, Plan
 from hmar_jax.tokenizer.quantizer import Quantizer
 
@@ -26,10 +28,16 @@ class ScaleInputs(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One pass's draw at every position: tokens (B,N) int32; masked (B,N) bool, where it decides the token."""
+    """One pass's draw at every position.
+
+    Attributes:
+      tokens: (B,N) int32. masked: (B,N) bool, where it decides the token.
+      confidence: (B,N) float32, the probability of each drawn token after guidance and filters.
+    """
 
     tokens: jax.Array
     masked: jax.Array
+    confidence: jax.Array
 
 
 class Kept(NamedTuple):
@@ -53,15 +61,17 @@ def sample_tokens(
     greedy: bool = False,
     leak_free: bool = False,
     kept: Kept | None = None,
+    tell: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, list[Draw]]:
     """Samples all scales.
 
     Args:
       keys: (B,) one random key a sample, so that a picture depends on nothing but its own.
-      greedy: argmax in place of filters and draw.
+      greedy: argmax in place of filters and draw, and no noise on the confidence.
       leak_free: masked tokens are kept out of their scale's part of masked inputs, as in training.
       kept: tokens that stand from the start of their scale on; the steps share out those that are left, in the
         plan's proportions, rounded so that the first commit least.
+      tell: given each scale and its tokens (B,N) once they are final; what it returns of them is used in their place.
 
     Returns:
       tokens (B,L) int32; the latent map f (B,h,h,Z) float32; every pass's draw, in order.
@@ -84,28 +94,46 @@ def sample_tokens(
                 inputs = ScaleInputs(pooled, quantizer.pool(lift, scale), masked)
             logits = predict(scale, inputs, controls.cfg[step.number] if step.guided else None)
             drawn, confidence = _draw(logits, step, controls, keys, greedy)
-            draws.append(Draw(drawn, masked))
+            draws.append(Draw(drawn, masked, confidence))
             tokens = jnp.where(masked, drawn, tokens)
-            remaining = -(-step.remaining * to_draw // masked.shape[1])  # all of them, unless some are kept
-            masked = filters.least_confident(confidence, masked, remaining)
+            if step.remaining:
+                remaining = -(-step.remaining * to_draw // masked.shape[1])  # all of them, unless some are kept
+                order = _order(plan.order, confidence, step, controls, keys, greedy)
+                masked = filters.least_confident(order, masked, remaining)
+        if tell is not None:
+            tokens = tell(scale, tokens)
         committed.append(tokens)
         latents = latents + quantizer.lift(tokens, scale)
     return jnp.concatenate(committed, axis=1), latents, draws
 
 
+def pass_keys(keys: jax.Array, scale: int, step: int) -> tuple[jax.Array, jax.Array]:
+    """A pass's own keys for each sample, (B,) each: of its tokens, and of the order in which they are committed."""
+    own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, scale), step)))(keys)
+    return own[:, 0], own[:, 1]
+
+
 def _draw(
     logits: jax.Array, step: Pass, controls: Controls, keys: jax.Array, greedy: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and the confidence that orders their commitment, both (B,N)."""
+    """Tokens and their probabilities, both (B,N)."""
     if greedy:
         return filters.argmax(logits)
-    own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step.scale), step.step)))
-    token_keys, order_keys = jnp.moveaxis(own(keys), 1, 0)
     i = step.number
     filtered = filters.filter_logits(logits / controls.temperature[i], controls.top_k[i], controls.top_p[i])
-    tokens, confidence = filters.draw(filtered, token_keys)
-    if step.remaining:
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, confidence.shape[1:]))(order_keys)
-        noisy = jnp.log(confidence) + controls.noise[i] * gumbel
-        confidence = jnp.where(controls.noise[i] > 0, noisy, confidence)
-    return tokens, confidence
+    return filters.draw(filtered, pass_keys(keys, step.scale, step.step)[0])
+
+
+def _order(
+    policy: Order, confidence: jax.Array, step: Pass, controls: Controls, keys: jax.Array, greedy: bool
+) -> jax.Array:
+    """What decides which tokens are committed, (B,N): the greatest first."""
+    number = confidence.shape[1]
+    match policy:
+        case "random":  # the same in all steps of a scale
+            return orders.random(pass_keys(keys, step.scale, 0)[1], number)
+        case "halton":
+            return jnp.broadcast_to(-orders.halton(math.isqrt(number)), confidence.shape)
+    if greedy:
+        return confidence
+    return orders.confident(confidence, controls.noise[step.number], pass_keys(keys, step.scale, step.step)[1])

@@ -1,0 +1,127 @@
+"""`hmar-jax edit`: model directory + picture + region → the picture with that region drawn anew.
+
+Axis letters: H, W height and width of the picture file, S pixels a side of the model's pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hmar_jax.commands import schedule
+from hmar_jax.commands.sample import parse_labels
+from hmar_jax.data.folder import decode
+from hmar_jax.errors import InputError
+from hmar_jax.sampling import editing
+
+_GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and pictures a row
+
+
+def run(argv: Sequence[str]) -> None:
+    """Writes the edited picture, or several, and a grid: input, mask, results."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-jax edit",
+        description="Draw a part of a picture anew. Of a picture that is not square the middle is taken; it is resized "
+        "to the model's size. Regions are in pixels of the file; a box is left,top,right,bottom.",
+    )
+    parser.add_argument("--model", required=True, help="model directory, or id on the Hugging Face hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    parser.add_argument("--image", required=True, type=Path, help="picture file")
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument("--mask", type=Path, help="picture of the same size, white where to draw anew")
+    region.add_argument("--box", help="draw anew inside this box")
+    region.add_argument("--keep", help="draw anew outside this box")
+    region.add_argument("--pad", type=int, help="draw so many pixels more on every side")
+    parser.add_argument("--label", help="class, by number or name; without, the surroundings alone decide")
+    parser.add_argument("--variants", type=int, default=1, help="how many edits (default: %(default)s)")
+    parser.add_argument("--composite", action="store_true", help="leave the pixels outside the region untouched")
+    parser.add_argument("--feather", type=int, help="width of the seam inside the region (default: half a token)")
+    parser.add_argument("--schedule", help=f"{schedule.HELP} (default: small, or what the model can do)")
+    parser.add_argument("--seed", type=int, default=0)
+    schedule.add_options(parser)
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token everywhere")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--output", required=True, type=Path, help="the .png file to write")
+    args = parser.parse_args(argv)
+    if args.output.suffix.lower() != ".png":
+        raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
+    image, mask = picture_and_mask(args)
+
+    from hmar_jax import pictures
+    from hmar_jax.pretrained import from_pretrained
+
+    model = from_pretrained(args.model, args.dtype, args.revision)
+    image, mask = to_square(image, mask, model.config.image_size)
+    labels = None if args.label is None else parse_labels(args.label, model.config.class_names)
+    if labels is not None and len(labels) > 1:
+        raise InputError(f"--label is {args.label}; expected one class.")
+    out = model.edit(
+        image,
+        mask,
+        labels,
+        args.schedule,
+        **{name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")},
+        **schedule.changes(args),
+    )
+    names = [args.output.stem] if args.variants == 1 else [f"{args.output.stem}-{i}" for i in range(args.variants)]
+    for name, result in zip(names, pictures.to_uint8(out.images), strict=True):
+        pictures.save_png(pictures.Image.fromarray(result), args.output.with_name(f"{name}.png"))
+    given = image.astype(np.float32) / 255
+    shown = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
+    file = args.output.with_name(f"{args.output.stem}-grid.png")
+    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), file)
+    print(f"{' '.join(f'{name}.png' for name in names)} and {file.name} (input, mask, results) are in {file.parent}")
+
+
+def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The picture (H,W,3) uint8, and where to draw it anew, (H,W) bool, from whichever region is given.
+
+    Raises:
+      InputError: a file cannot be read, sizes differ, or a box is none.
+    """
+    image = decode(args.image, f"Picture '{args.image}'")
+    height, width = image.shape[:2]
+    if args.mask is not None:
+        white = Image.fromarray(decode(args.mask, f"Mask '{args.mask}'")).convert("L")
+        if white.size != (width, height):
+            sizes = f"{white.width}x{white.height} pixels, the picture {width}x{height}"
+            raise InputError(f"Mask '{args.mask}' has {sizes}; make it as large as the picture.")
+        return image, np.asarray(white) >= 128
+    if args.pad is not None:
+        if args.pad < 1:
+            raise InputError(f"--pad is {args.pad}; expected 1 pixel or more.")
+        # Repeated edges, for the encoder sees what lies around a kept token.
+        padded = np.pad(image, ((args.pad, args.pad), (args.pad, args.pad), (0, 0)), mode="edge")
+        return padded, np.pad(np.zeros((height, width), bool), args.pad, constant_values=True)
+    if args.keep is not None:
+        return image, ~editing.box_mask(read_box(args.keep), width, height)
+    return image, editing.box_mask(read_box(args.box), width, height)
+
+
+def read_box(text: str) -> list[int]:
+    """`left,top,right,bottom` as numbers."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise InputError(f"Box {text!r} is not left,top,right,bottom in whole pixels, such as 0,0,64,128.") from None
+    return [left, top, right, bottom]
+
+
+def to_square(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle square of a picture and its mask, at S = `size`: (S,S,3) uint8, (S,S) bool.
+
+    Raises:
+      InputError: nothing in it is to be drawn anew.
+    """
+    square = functools.partial(ImageOps.fit, size=(size, size))
+    image = np.asarray(square(Image.fromarray(image), method=Image.Resampling.LANCZOS))
+    share = square(Image.fromarray(mask).convert("L"), method=Image.Resampling.BOX)
+    mask = np.asarray(share) >= 128
+    if not mask.any():
+        raise InputError("Nothing is to be drawn anew in the middle square of the picture; choose a region inside it.")
+    return image, mask
