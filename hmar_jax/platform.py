@@ -1,13 +1,15 @@
-"""Flags of XLA's compilers, in one place: to be set before JAX starts, as the console script does.
+"""Flags of XLA's compilers, in one place, and where compiled programs are kept: to be set before JAX starts.
 
-Only what lets devices exchange and compute at a time is here. The rest stays as XLA has it: on GPUs it times cuBLAS
-against Triton for each matrix product, and launches kernels as CUDA graphs.
+Of flags, only those are here that let devices exchange and compute at a time. The rest stays as XLA has it: on GPUs it
+times cuBLAS against Triton for each matrix product, and launches kernels as CUDA graphs.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 
 # Environment variable → flags. XLA aborts where it does not know one; the tests compile with all of them.
 FLAGS = {
@@ -31,3 +33,48 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         present = environment.get(variable, "").split()
         names = {flag.partition("=")[0] for flag in present}
         environment[variable] = " ".join([*(f for f in flags if f.partition("=")[0] not in names), *present])
+
+
+# JAX's variable for the directory of compiled programs; set but empty, it keeps none.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def use_compilation_cache(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keeps compiled programs in $XDG_CACHE_HOME/hmar-jax/xla, by default ~/.cache/hmar-jax/xla.
+
+    Does nothing where JAX has been told of a directory already, by JAX_COMPILATION_CACHE_DIR or its config, or where
+    this one cannot be written. JAX knows which program is whose: its keys tell versions, flags and machines apart.
+    """
+    place = _place(environment)
+    if _CACHE in environment or place is None:
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(place, os.W_OK | os.X_OK):
+        return
+    if "jax" not in sys.modules:
+        environment[_CACHE] = str(place)
+    elif sys.modules["jax"].config.jax_compilation_cache_dir is None:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(place))
+
+
+def leave_compilation_cache(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Takes `use_compilation_cache` back, in a job of several processes and before anything is compiled.
+
+    They may not share that directory, and then one would find a program while the others compile it. On GPUs XLA shares
+    out the timing of kernels among the processes that compile, so that those would wait for the one that does not.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir == str(_place(environment)):
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def _place(environment: MutableMapping[str, str]) -> Path | None:
+    """The directory, or None where there is no home to have it in."""
+    try:
+        return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmar-jax" / "xla"
+    except RuntimeError:
+        return None

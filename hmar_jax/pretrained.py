@@ -29,7 +29,8 @@ from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy
 from hmar_jax.model import Model
-from hmar_jax.networks import structure
+from hmar_jax.networks import held_dtypes, structure
+from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
 
 FORMAT = 1
@@ -37,11 +38,11 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Model:
-    """Loads a model directory.
+    """Loads a model directory, and has JAX keep what it compiles (`platform.use_compilation_cache`).
 
     Args:
       path: of the directory, or a Hugging Face hub id such as `someone/hmar-d16`, which is downloaded once and cached.
-      dtype: compute dtype, `float32` or `bfloat16`; parameters stay as stored.
+      dtype: compute dtype, `float32` or `bfloat16`; with the latter, what products read is held in it too.
       revision: branch, tag or commit of the hub repository.
 
     Raises:
@@ -50,7 +51,9 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
     opened = open_model(path, revision)
-    return Model(opened.config, read_params(opened), dtype)
+    use_compilation_cache()
+    held = held_dtypes(opened.config, dtype)
+    return Model(opened.config, read_params(opened, put=lambda name, x: jnp.asarray(x, held.get(name))), dtype)
 
 
 class Opened(NamedTuple):

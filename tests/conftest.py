@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: half of their time would go into optimising code that runs once. (Level 0 is
 # faster still, but XLA 0.11.2 miscompiles there: a fused argmax of logits + Gumbel noise misses the maximum.)
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none, unless a test has its own: neither use nor fill the developer's
 
 import functools
 

@@ -1,13 +1,18 @@
-"""Compiler flags: XLA and libtpu take them, and a user's own win."""
+"""Compiler flags: XLA and libtpu take them, and a user's own win. Compiled programs: kept where they may be."""
 
 import importlib.util
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from PIL import Image
+from tiny_models import TINY, lively_model
 
-from hmar_jax.platform import FLAGS, set_flags
+from hmar_jax.commands.main import main
+from hmar_jax.platform import FLAGS, leave_compilation_cache, set_flags, use_compilation_cache
+from hmar_jax.pretrained import save_model
 
 
 def test_flags_are_added_and_one_that_is_set_keeps_its_value():
@@ -51,3 +56,93 @@ def test_libtpu_knows_its_flags():
         "print(jax.jit(lambda x: x + 1).lower(x).compile().as_text()[:9])"
     )
     assert (done.returncode, done.stdout.strip()) == (0, "HloModule"), done.stderr
+
+
+# --- compiled programs
+
+
+@pytest.fixture
+def jax_cache():
+    """Whether JAX, which runs here already, has been told of a directory; as it was, after the test."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_users_cache(jax_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for environment, parent in (
+        ({"XDG_CACHE_HOME": str(tmp_path / "xdg")}, tmp_path / "xdg"),
+        ({"XDG_CACHE_HOME": ""}, tmp_path / "home" / ".cache"),
+    ):
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_compilation_cache(environment)
+        assert jax_cache() == str(parent / "hmar-jax" / "xla")
+        assert (parent / "hmar-jax" / "xla").is_dir()
+    monkeypatch.delitem(sys.modules, "jax")  # as in the console script: JAX, once imported, reads the variable
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    use_compilation_cache(environment)
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "xdg" / "hmar-jax" / "xla")
+
+
+def test_another_directory_of_programs_and_none_are_respected(jax_cache, tmp_path):
+    for own in ("", "gs://bucket/programs"):
+        use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": own})
+        assert jax_cache() is None
+    jax.config.update("jax_compilation_cache_dir", "/mine")
+    use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    leave_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    assert jax_cache() == "/mine"
+    jax.config.update("jax_compilation_cache_dir", None)
+    use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    leave_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    assert jax_cache() is None
+
+
+def test_a_place_that_cannot_be_written_keeps_nothing_and_breaks_nothing(jax_cache, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert jax_cache() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+        use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    assert jax_cache() is None
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.home", no_home)
+        use_compilation_cache({})
+    assert jax_cache() is None
+
+
+@pytest.mark.parametrize(("command", "kept"), [("sample", True), ("bench", False), ("compile-check", False)])
+def test_commands_that_measure_the_compiler_keep_nothing(jax_cache, tmp_path, monkeypatch, command, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    use_compilation_cache()  # as `from_pretrained` does
+    assert (jax_cache() is not None) == kept
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_command_finds_its_programs_again_and_they_give_the_same_pictures(tmp_path):
+    save_model(tmp_path / "model", lively_model(TINY), "a test")
+    command = [sys.executable, "-W", "error", "-m", "hmar_jax", "sample", "--model", tmp_path / "model", "--labels=0,3"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}  # says what was found
+    pictures, said = [], []
+    for out in ("first", "again"):
+        done = subprocess.run([*command, "--output", tmp_path / out], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+        with Image.open(tmp_path / out / "grid.png") as picture:
+            pictures.append(picture.tobytes())
+    assert pictures[0] == pictures[1]
+    assert "cache hit for 'jit_sample'" not in said[0]
+    assert "cache hit for 'jit_sample'" in said[1]
+    foreign = [line for line in said[1].splitlines() if ".cc:" in line]  # XLA's, about machines that do not match
+    assert foreign == []

@@ -112,7 +112,8 @@ def test_the_tokenizers_fingerprint_is_of_its_values_alone(model, stage1_model):
 
 
 def test_the_compute_type_is_chosen_when_loading(saved):
-    assert from_pretrained(str(saved), dtype="bfloat16").dtype == "bfloat16"
+    loaded = from_pretrained(str(saved), dtype="bfloat16")
+    assert (loaded.dtype, loaded.params["transformer"]["word"]["kernel"].dtype) == ("bfloat16", "bfloat16")
     with pytest.raises(InputError, match="dtype is 'int8'; use 'float32' or 'bfloat16'"):
         from_pretrained(saved, dtype="int8")
 

@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hmar_jax.errors import InputError
-from hmar_jax.platform import set_flags
+from hmar_jax.platform import set_flags, use_compilation_cache
 
 COMMANDS = {
     "train": "train one stage from a config",
     "convert": "turn an official PyTorch checkpoint into a model directory",
     "export": "write a model directory, a token cache or an official PyTorch checkpoint",
     "sample": "sample pictures from a model directory",
+    "edit": "draw a part of a picture anew",
+    "schedule": "show what a schedule does: its passes, their work, the order of commitment",
     "bench": "measure scale attention against other implementations, or a train step",
     "compile-check": "compile a stage for TPUs or an H200 not here: memory, collectives, least time of a step",
     "demo": "train all three stages on glyphs, from nothing to pictures",
@@ -54,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_flags()
+    if args.command in ("bench", "compile-check"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none: they tell what compiling takes
+    else:
+        use_compilation_cache()
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
         # Where libtpu is installed, as for the tests, but no TPU: it would go looking for one, and complain.
         for name, value in _NO_TPU.items():

@@ -11,6 +11,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from hmar_jax.commands import processes
 from hmar_jax.config import TrainConfig, from_config_dict
 from hmar_jax.errors import InputError
 
@@ -29,13 +30,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--profile", type=_steps, default=range(0), metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile"
     )
-    several = parser.add_argument_group(
-        "several processes", "TPU pods and Slurm jobs are recognised; elsewhere give the first three, to every process."
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0, and a free port there")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
-    several.add_argument("--no-distributed", action="store_true", help="train with this process's devices alone")
+    processes.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if not override.startswith("--config."):
@@ -45,8 +40,7 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax.training import distributed  # after the arguments are known to be good: these import for seconds
     from hmar_jax.training.loop import train
 
-    if not args.no_distributed:
-        distributed.join(args.coordinator, args.processes, args.process)
+    processes.join(args)
     model = train(config, args.workdir, args.profile)
     if distributed.is_first():
         print(f"Trained. The model is in {model}")

@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from hmar_jax.errors import InputError
+from hmar_jax.platform import leave_compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def join(
     if thread.is_alive():
         raise InputError(
             f"{who} met not all others at {coordinator or 'the coordinator'} within {patience:g} s; see whether they "
-            "have all been started with the same arguments, or set --no-distributed to train with this one alone."
+            "have all been started with the same arguments, or set --no-distributed to use this one alone."
         )
     if failed:
         reason = str(failed[0]).splitlines()[0]
@@ -75,6 +76,8 @@ def join(
         if coordinator is None and alone:
             return
         raise InputError(f"{who} could not join its job ({reason}).") from failed[0]
+    if jax.process_count() > 1:
+        leave_compilation_cache()
     if jax.distributed.is_initialized() and jax.process_index():
         logging.getLogger("hmar_jax").setLevel(logging.WARNING)  # process 0 says it for all
 

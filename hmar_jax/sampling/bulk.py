@@ -1,0 +1,307 @@
+"""classes × indices → tokens and pictures in a directory, over all devices of all processes; a killed run goes on.
+
+    samples.json                    what decides the pictures: `Settings`
+    tokens/NUMBER.npz               a part: labels (N,) int32, indices (N,) int32, tokens (N,L) uint16
+    pictures/CLASS/INDEX.png        or
+    pictures/NUMBER.array_record    the pictures of that part, in its order, each a PNG
+
+A part is what one process has of one batch, named after its first number. Its tokens are written last: pictures that no
+part has are of a run that was killed, and are removed by the next.
+
+The number of sample `index` of class `label` is index · num_classes + label. What it looks like depends on that, its
+label and the settings alone: not on which others are asked for, the batch or the devices.
+
+Axis letters: B batch, N samples of a part, S pixels a side, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from array_record.python.array_record_module import ArrayRecordWriter
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
+from PIL import Image
+
+from hmar_jax.config import ModelConfig, to_plain
+from hmar_jax.errors import InputError
+from hmar_jax.files import remedy, write_whole, writing
+from hmar_jax.model import Model
+from hmar_jax.sampling import program
+from hmar_jax.sampling.schedule import Controls, Schedule
+from hmar_jax.training import distributed, sharding
+from pallas_kernels.scale_attention import BATCH_AXES
+
+FORMAT = 1
+MANIFEST = "samples.json"
+# Names of files that are ours, and so may be removed: pictures, and what a killed process was writing.
+_OURS = re.compile(r"pictures/(\d+/\d+\.png|\d+\.array_record)|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the pictures of a directory, as `samples.json` has it.
+
+    Attributes:
+      weights: SHA-256 of the model's weights file. model: what else it is. dtype: it computes in.
+      pictures: the format of their files, `png` or `array_record`.
+    """
+
+    weights: str
+    model: ModelConfig
+    dtype: str
+    schedule: Schedule
+    seed: int = 0
+    greedy: bool = False
+    pictures: str = "png"
+    format: int = FORMAT
+
+
+class Part(NamedTuple):
+    """Samples that were computed together: labels and indices (N,), tokens (N,L), images (N,S,S,3) uint8."""
+
+    labels: np.ndarray
+    indices: np.ndarray
+    tokens: np.ndarray
+    images: np.ndarray
+
+
+def sample_classes(
+    model: Model, settings: Settings, labels: Sequence[int], per_class: int, path: Path, *, batch: int = 16
+) -> int:
+    """Writes `per_class` samples of each class, those that are not there yet, as all processes call it together.
+
+    Args:
+      model: with its parameters on the mesh in use (`jax.set_mesh`). settings: that agree with it.
+      labels: in [0, num_classes); their order and repetitions do not matter.
+      path: the directory, new, or begun with the same settings; one that all processes share.
+      batch: pictures at a time on each device.
+
+    Returns:
+      How many were written.
+
+    Raises:
+      InputError: labels or numbers out of range, a directory with other things or of other settings, a full disk.
+    """
+    codebook_size = model.config.tokenizer.codebook_size
+    for name, value, low, high in (
+        ("batch", batch, 1, 2**20),
+        ("seed", settings.seed, 0, 2**32 - 1),
+        ("codebook_size", codebook_size, 1, 2**16),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"{name} is {value}; expected {low} to {high}.")
+    wanted = _numbers(model.config.num_classes, labels, per_class)
+    folder = _Folder(path, settings)
+    folder.check()
+    there = folder.open() if distributed.is_first() else np.zeros(0, np.uint32)
+    missing = wanted[multihost_utils.broadcast_one_to_all(~np.isin(wanted, there))]
+
+    mesh = jax.sharding.get_mesh()
+    size = min(batch, -(-len(wanted) // mesh.size)) * mesh.size
+    options = program.Options(model.config, settings.dtype, settings.schedule.plan, settings.greedy)
+    controls, seed = settings.schedule.controls, np.uint32(settings.seed)
+
+    def dispatch(numbers: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        padded = np.resize(numbers, size)  # repeats at the end of the last batch, so that nothing compiles for it
+        labels = (padded % model.config.num_classes).astype(np.int32)
+        return _sample(options, mesh, model.params, _spread(labels, mesh), _spread(padded, mesh), controls, seed)
+
+    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+    bar = tqdm.tqdm(
+        total=len(wanted),
+        initial=len(wanted) - len(missing),
+        unit=" pictures",
+        disable=None if distributed.is_first() else True,
+    )
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for numbers, (images, tokens) in _one_ahead(dispatch, chunks):
+            rows, own_images = _own_rows(images)
+            _, own_tokens = _own_rows(tokens)
+            real = rows < len(numbers)
+            if real.any():
+                indices, own_labels = np.divmod(numbers[rows[real]].astype(np.int32), model.config.num_classes)
+                folder.write(Part(own_labels, indices, own_tokens[real], own_images[real]), pool)
+            bar.update(len(numbers))
+    distributed.barrier("all samples are written")
+    return len(missing)
+
+
+def _numbers(num_classes: int, labels: Sequence[int], per_class: int) -> np.ndarray:
+    """Of the samples asked for, (N,) uint32, ascending: the first of every class before the second of any."""
+    if per_class < 1 or per_class * num_classes > 2**31:
+        raise InputError(f"{per_class} per class were asked for; expected 1 to {2**31 // num_classes}.")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise InputError(f"Label {label} is out of range; this model has classes 0 to {num_classes - 1}.")
+    return np.add.outer(np.arange(per_class) * num_classes, np.unique(labels)).ravel().astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=program.COMPILER_OPTIONS)
+def _sample(
+    options: program.Options,
+    mesh: Mesh,
+    params: Any,
+    labels: jax.Array,
+    numbers: jax.Array,
+    controls: Controls,
+    seed: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`program.sample` by every device for its own rows, none asking another for anything.
+
+    Returns:
+      Images (B,S,S,3) uint8 and tokens (B,L) uint16: a quarter and a half of the bytes to copy to the host.
+    """
+
+    def own(
+        params: Any, labels: jax.Array, numbers: jax.Array, controls: Controls, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        sample = inspect.unwrap(program.sample)  # not jitted: options of the compiler are the outermost function's
+        images, tokens, _ = sample(options, params, labels, numbers, controls, seed)
+        return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8), tokens.astype(jnp.uint16)
+
+    rows = PartitionSpec(BATCH_AXES)
+    everywhere = PartitionSpec()
+    specs = (everywhere, rows, rows, everywhere, everywhere)
+    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return spread(params, labels, numbers, controls, seed)
+
+
+def _one_ahead[T](dispatch: Callable[[np.ndarray], T], chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, T]]:
+    """Each chunk with what is dispatched for it, once the next is under way: devices don't wait for the caller."""
+    ahead = None
+    for chunk in chunks:
+        this, ahead = ahead, (chunk, dispatch(chunk))
+        if this is not None:
+            yield this
+    if ahead is not None:
+        yield ahead
+
+
+def _spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array (B,) that every process has whole, split by sample."""
+    return jax.make_array_from_callback(array.shape, sharding.batch_sharding(mesh), lambda index: array[index])
+
+
+def _own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (N,) of an array split by sample that this process has, ascending, and what is in them."""
+    parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+    rows = np.concatenate([start + np.arange(len(parts[start])) for start in sorted(parts)])
+    return rows, np.concatenate([parts[start] for start in sorted(parts)])
+
+
+class _Folder:
+    """The files. `check` is for every process, `open` for the first, before any `write`."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self._manifest = json.loads(json.dumps(to_plain(settings)))
+        self._records = settings.pictures == "array_record"
+        self._classes = settings.model.num_classes
+        self._digits = len(str(self._classes - 1))
+
+    def check(self) -> None:
+        """Raises InputError where what is there are not samples of these settings."""
+        try:
+            there = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+            if names - {MANIFEST, f".{MANIFEST}.partial"}:  # which process 0 may be writing
+                raise InputError(f"{self.path} has files but no {MANIFEST}; choose a new directory.") from None
+            return
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}); choose a new directory.") from None
+        if differing := [name for name, value in self._manifest.items() if there.get(name) != value]:
+            raise InputError(
+                f"{self.path} has samples with another {' and '.join(differing)}; choose a new directory, or settings "
+                f"as in its {MANIFEST}."
+            )
+
+    def open(self) -> np.ndarray:
+        """Writes the manifest, removes what killed runs left half done; the numbers (N,) uint32 that are there."""
+        write_whole(self.path / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
+        found = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
+        numbers, kept = [np.zeros(0, np.int64)], set()
+        for file in sorted(self.path.glob("tokens/*.npz")):
+            labels, indices = self._read(file)
+            pictures = self._pictures(labels, indices)
+            if found.issuperset(pictures):
+                numbers.append(indices * self._classes + labels)
+                kept.update(pictures)
+            else:
+                file.unlink()
+        with writing(self.path):
+            for name in found - kept:
+                if _OURS.fullmatch(name):
+                    (self.path / name).unlink()
+        return np.concatenate(numbers).astype(np.uint32)
+
+    def write(self, part: Part, pool: ThreadPoolExecutor) -> None:
+        """Writes a part: its pictures, as the threads of the pool compress them, then its tokens."""
+        files = [self.path / name for name in self._pictures(part.labels, part.indices)]
+        compressed = pool.map(_png, part.images)
+        if self._records:
+            _write_records(files[0], compressed)
+        else:
+            list(pool.map(write_whole, files, compressed))
+        content = io.BytesIO()
+        np.savez(content, labels=part.labels, indices=part.indices, tokens=part.tokens)
+        write_whole(self.path / "tokens" / f"{self._name(part.labels, part.indices)}.npz", content.getvalue())
+
+    def _read(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and indices of a part."""
+        try:
+            with file.open("rb") as stream, np.load(stream) as part:
+                return part["labels"], part["indices"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} is damaged ({error}); remove it, and run the command again.") from None
+
+    def _pictures(self, labels: np.ndarray, indices: np.ndarray) -> list[str]:
+        """Names of the files of a part's pictures."""
+        if self._records:
+            return [f"pictures/{self._name(labels, indices)}.array_record"]
+        return [f"pictures/{label:0{self._digits}}/{i:05}.png" for label, i in zip(labels, indices, strict=True)]
+
+    def _name(self, labels: np.ndarray, indices: np.ndarray) -> str:
+        return f"{indices[0] * self._classes + labels[0]:010}"
+
+
+def _png(image: np.ndarray) -> bytes:
+    """(S,S,3) uint8 → a PNG file, compressed lightly: a tenth larger than by default, in 40% of the time."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG", compress_level=1)
+    return content.getvalue()
+
+
+def _write_records(path: Path, records: Iterable[bytes]) -> None:
+    """Writes an array_record file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # array_record raises the latter
+        reason = str(error).strip().partition(";")[0].rstrip(".")
+        raise InputError(f"Could not write {path} ({reason}); {remedy(error)}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+"""`hmar-jax sample --classes`: many pictures of each class in one directory, gone on with by the same command."""
+
+import logging
+
+import numpy as np
+import pytest
+from tiny_models import TINY, lively_model
+
+from hmar_jax.commands import sample
+from hmar_jax.commands.main import main
+from hmar_jax.errors import InputError
+from hmar_jax.pretrained import save_model
+from hmar_jax.training import distributed
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Runs `hmar-jax sample` on a tiny model; its exit code."""
+    logging.getLogger("hmar_jax").setLevel(logging.WARNING)
+    model = save_model(tmp_path_factory.mktemp("sample") / "model", lively_model(TINY), "a test")
+    return lambda *options: main(["sample", "--model", str(model), *map(str, options)])
+
+
+def drawn(folder):
+    """(label, index) of the samples in a directory."""
+    return sorted(
+        pair
+        for file in (folder / "tokens").iterdir()
+        for part in [np.load(file)]
+        for pair in zip(part["labels"].tolist(), part["indices"].tolist(), strict=True)
+    )
+
+
+def test_classes_are_drawn_and_the_same_command_goes_on(command, tmp_path, capsys):
+    options = ["--output", tmp_path, "--batch=4", "--seed=3", "--cfg=2"]
+    assert command("--classes=b,3-4", "--per-class=2", *options) == 0
+    assert capsys.readouterr().out == f"6 pictures, 2 of each of 3 classes, are in {tmp_path}\n"
+    assert drawn(tmp_path) == [(1, 0), (1, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    assert command("--classes=all", "--per-class=2", *options) == 0
+    assert capsys.readouterr().out == f"10 pictures, 2 of each of 5 classes, are in {tmp_path}, 6 of them from before\n"
+    assert len(drawn(tmp_path)) == len(list(tmp_path.glob("pictures/?/0000?.png"))) == 10
+
+
+def test_array_records_can_be_asked_for(command, tmp_path, capsys):
+    assert command("--classes=0", "--per-class=4", "--batch=4", "--format=array_record", "--output", tmp_path) == 0
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["0000000000.array_record"]
+
+
+REFUSED = {
+    "other settings": (["--classes=0", "--seed=4"], "with another seed; choose a new directory"),
+    "other scalars": (["--classes=0", "--seed=3", "--top-k=5"], "with another schedule; choose a new"),
+    "a class that is none": (["--classes=0,Q"], "Label 'Q' is not a class of this model; expected a number or one of"),
+    "a class too high": (["--classes=3-5"], "Label 5 is out of range; this model has classes 0 to 4"),
+    "a range the wrong way": (["--classes=4-2"], "Label '4-2' is not a class of this model"),
+    "no pictures": (["--classes=all", "--per-class=0"], "0 per class were asked for"),
+    "no batch": (["--classes=all", "--batch=0"], "batch is 0; expected 1 to"),
+    "a seed below 0": (["--classes=all", "--seed=-1"], "seed is -1; expected 0 to 4294967295"),
+    "half a job": (["--classes=all", "--coordinator=x"], "--coordinator=x, --processes=None, --process=None: give all"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_a_sentence(command, tmp_path, capsys, case):
+    options, expected = REFUSED[case]
+    if "other" in case:
+        command("--classes=0", "--per-class=4", "--batch=4", "--seed=3", "--output", tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert command(*options, "--output", tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert expected in err
+    assert len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--labels=0", "--per-class=2"], "go with --classes, not with --labels"),
+        (["--classes=0", "--trace"], "--trace goes with --labels"),
+        (["--classes=0", "--labels=0"], "not allowed with argument"),
+        ([], "one of the arguments --labels --classes is required"),
+        (["--classes=0", "--format=jpeg"], "invalid choice: 'jpeg'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(command, tmp_path, capsys, options, expected):
+    with pytest.raises(SystemExit) as left:
+        command(*options, "--output", tmp_path)
+    assert left.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_the_command_joins_its_job_unless_told_not_to(command, tmp_path, monkeypatch):
+    joined = []
+    monkeypatch.setattr(distributed, "join", lambda *arguments: joined.append(arguments))
+    for options in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
+        assert command("--classes=9", *options, "--output", tmp_path) == 2
+    assert joined == [(None, None, None), ("h:1", 3, 2)]
+
+
+def test_labels_are_read_by_name_first_then_by_number_and_range():
+    assert sample.parse_labels("3, b,0-2", "abc") == [3, 1, 0, 1, 2]
+    assert sample.parse_labels("0-1,1", ["x", "0-1"]) == [1, 1]
+    for wrong in ("2-1", "1-", "a-b", "-", "1--2"):
+        with pytest.raises(InputError, match=f"Label '{wrong}' is not a class"):
+            sample.parse_labels(wrong, "abc")
