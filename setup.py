@@ -38,13 +38,17 @@ setuptools.setup(
         "hub": ["huggingface-hub>=1.0"],
         "torch": ["torch>=2.6"],
         "demo": ["matplotlib>=3.10"],
+        "notebook": ["ipykernel>=6.17", "ipywidgets>=7.7", "matplotlib>=3.10"],  # of the first two Colab wants its own
         "test": [
             "huggingface-hub>=1.0",
             "hypothesis>=6.100",
+            "ipykernel>=6.17",
+            "ipywidgets>=7.7",
             # The TPU kernels' compiler, which needs no TPU.
             "libtpu>=0.0.48; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "matplotlib>=3.10",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -1,17 +1,20 @@
-"""arrays → PNG files: grids, reconstructions, loss curves, bar plots."""
+"""arrays → PNG and GIF files: grids, reconstructions, loss curves, bar plots, schedules, traces of samples."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole
+
+if TYPE_CHECKING:
+    from hmar_jax.sampling.trace import Frame
 
 _GAP = 2  # pixels between the pictures of a grid, before enlargement
 
@@ -117,6 +120,167 @@ def bars(
         axes.set_title(title, fontsize=9)
         axes.set(xlabel=f"{unit}; dashed: bound, {bound:.3g}", xlim=(0, 1.15 * max(longest, bound)))
         axes.invert_yaxis()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return Image.open(stream).convert("RGB")
+
+
+def trace(frames: Sequence[Frame]) -> Image.Image:
+    """How a sample came about, a column for each pass: the picture so far, its tokens, how sure the model was of them.
+
+    Args:
+      frames: of `hmar_jax.sampling.trace.frames`, one or more.
+    """
+    side = _side(frames, 160)
+    bands = -(-len(frames) // _MOST_COLUMNS)
+    columns = -(-len(frames) // bands)
+    left, head, between, band_height = 90, 46, 8, 3 * side + 88
+    lefts = [left]  # of each column; scales stand further apart than steps
+    for i, frame in enumerate(frames[1:], 1):
+        apart = between + 12 * (frame.step == 0)
+        lefts.append(lefts[-1] + side + apart if i % columns else left)
+    canvas = Image.new("RGB", (max(lefts) + side + 12, bands * band_height + 36), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (frame, x) in enumerate(zip(frames, lefts, strict=True)):
+        y = i // columns * band_height
+        first = i % columns == 0
+        pen.line((x if first or frame.step == 0 else x - between, y + 4, x + side - 1, y + 4), "black", 2)
+        for line, words in enumerate(_words(frame)):
+            pen.text((x, y + 10 + 17 * line), words, "dimgrey" if line else "black", _font(13))
+        sure = np.where(frame.earlier[..., None], _FADED, _heat(frame.confidence))
+        panels = {
+            "picture": _picture(frame.image, side),
+            "tokens": _tokens(frame, side),
+            "confidence": _map(sure, side),
+        }
+        for row, (name, panel) in enumerate(panels.items()):
+            top = y + head + row * (side + between)
+            canvas.paste(panel, (x, top))
+            if first:
+                pen.text((x - 10, top + side // 2), name, "black", _font(13), anchor="rm")
+    _legend(canvas, left, canvas.height - 32)
+    return canvas
+
+
+def animation(frames: Sequence[Frame]) -> bytes:
+    """The same as a GIF that repeats: the picture as it grows, beside it a small map of its tokens.
+
+    A pass takes 0.4 s, the last of a scale 0.8 s, the last of all 3 s.
+    """
+    side = _side(frames, 256)
+    canvases, durations = [], []
+    for i, frame in enumerate(frames):
+        canvas = Image.new("RGB", (side + 150, side + 16), "white")
+        canvas.paste(_picture(frame.image, side), (8, 8))
+        canvas.paste(_tokens(frame, 120), (side + 20, 8))
+        pen = ImageDraw.Draw(canvas)
+        title, what = _words(frame)
+        for y, words in ((136, title), (154, what)):
+            pen.text((side + 20, y), words, "black", _font(13))
+        canvases.append(canvas.quantize(256, kmeans=3, dither=Image.Dither.NONE))
+        ends = frame.step + 1 == frame.steps
+        durations.append(3000 if i + 1 == len(frames) else 800 if ends else 400)
+    stream = io.BytesIO()
+    first, *others = canvases
+    first.save(stream, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    return stream.getvalue()
+
+
+_MOST_COLUMNS = 14  # as many as official-256 has passes
+_NOW, _EARLIER, _OPEN, _FADED = np.array([(240, 120, 20), (60, 110, 180), (222, 222, 222), (236, 240, 247)], np.uint8)
+_HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # five of viridis
+
+
+def _side(frames: Sequence[Frame], least: int) -> int:
+    """Pixels a side to show pictures at: small ones enlarged by a whole factor to `least` or a little more."""
+    size = frames[0].image.shape[0]
+    return -(-least // size) * size if size < least else least
+
+
+def _picture(image: np.ndarray, side: int) -> Image.Image:
+    enlarged = image.shape[0] <= side
+    return Image.fromarray(to_uint8(image)).resize(
+        (side, side), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    )
+
+
+def _map(colours: np.ndarray, side: int) -> Image.Image:
+    """Colours (p,p,3) as squares with lines between them, where there is room for lines."""
+    shown = Image.fromarray(np.asarray(colours, np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    number = len(colours)
+    if side >= 6 * number:
+        pen = ImageDraw.Draw(shown)
+        for at in (round(k * side / number) for k in range(1, number)):
+            pen.line((at, 0, at, side), "white")
+            pen.line((0, at, side, at), "white")
+    return shown
+
+
+def _tokens(frame: Frame, side: int) -> Image.Image:
+    return _map(np.where(frame.now[..., None], _NOW, np.where(frame.earlier[..., None], _EARLIER, _OPEN)), side)
+
+
+def _heat(probability: np.ndarray) -> np.ndarray:
+    """Probabilities (…) as colours (…,3). By their square root, as most are small where the codebook is large."""
+    places = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(np.sqrt(probability), places, channel) for channel in _HEAT.T], axis=-1)
+
+
+def _words(frame: Frame) -> tuple[str, str]:
+    """What a frame is: its scale and step, and how many tokens it commits and leaves open."""
+    side, now = len(frame.now), int(frame.now.sum())
+    left = side * side - now - int(frame.earlier.sum())
+    return f"{side}x{side}, step {frame.step + 1} of {frame.steps}", f"commits {now}, {left} open"
+
+
+def _legend(canvas: Image.Image, x: int, y: int) -> None:
+    pen = ImageDraw.Draw(canvas)
+    states = ((_NOW, "committed by this pass"), (_EARLIER, "committed before"), (_OPEN, "open"))
+    for colour, words in states:
+        pen.rectangle((x, y, x + 14, y + 14), tuple(colour.tolist()))
+        pen.text((x + 20, y + 7), words, "black", _font(13), anchor="lm")
+        x += 44 + int(pen.textlength(words, _font(13)))
+    pen.text((x, y + 7), "probability of the token drawn", "black", _font(13), anchor="lm")
+    x += 12 + int(pen.textlength("probability of the token drawn", _font(13)))
+    width = 240
+    ramp = _heat(np.linspace(0, 1, width)[None] ** 2).astype(np.uint8)
+    canvas.paste(Image.fromarray(ramp).resize((width, 14)), (x, y))
+    for value in (0, 0.1, 0.25, 0.5, 1):
+        pen.text((x + value**0.5 * width, y + 16), f"{value:g}", "black", _font(11), anchor="ma")
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def commitment(maps: Sequence[tuple[str, np.ndarray]], title: str) -> Image.Image:
+    """When each token is committed: for each scale a title and a map (p,p) int of steps, from 0, by colour.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise InputError("Pictures of schedules need matplotlib; `pip install 'hmar-jax[demo]'` has it.") from None
+    steps = 1 + max(int(places.max()) for _, places in maps)
+    columns = min(len(maps), 7)
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(1.9 * columns + 1.2, 2.3 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, (name, places) in zip(panels.flat, maps, strict=False):
+        shown = axes.imshow(places + 1, cmap=colormaps["viridis"].resampled(steps), vmin=0.5, vmax=steps + 0.5)
+        for at in range(1, len(places)):
+            axes.axhline(at - 0.5, color="white", linewidth=3 / len(places))
+            axes.axvline(at - 0.5, color="white", linewidth=3 / len(places))
+        axes.set_title(name, fontsize=8)
+    whole = MaxNLocator(integer=True)
+    figure.colorbar(shown, ax=panels, label="step that commits a token", shrink=0.8, ticks=whole)
+    figure.suptitle(title, fontsize=10)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return Image.open(stream).convert("RGB")
