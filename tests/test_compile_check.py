@@ -271,6 +271,26 @@ class TestProducts:
         text = compiled_here(lambda a, b: jnp.einsum(formula, a, b), left, right).as_text()
         assert costs.products(Program(text)) == flops
 
+    @pytest.mark.parametrize(
+        ("target", "operands", "made", "flops"),
+        [
+            ("cublas$lt$matmul", "%a, %b", "f32[4,6]", 2 * 4 * 5 * 6),
+            ("cudnn$convBiasActivationForward", "%x, %w, %bias", "f32[2,8,7,5]", 2 * 2 * 3 * 5 * 22 * 19),
+            ("cudnn$convBackwardInput", "%y, %w", "f32[2,8,7,3]", 2 * 2 * 3 * 5 * 22 * 19),
+            ("cudnn$convBackwardFilter", "%x, %y", "f32[5,3,3,3]", 2 * 2 * 3 * 5 * 22 * 19),
+        ],
+    )
+    def test_products_of_a_gpus_libraries_count_as_much(self, target, operands, made, flops):
+        window = "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, " if "conv" in target else ""
+        contracted = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
+        shapes = {"a": "4,5", "b": "5,6", "x": "2,8,7,3", "w": "5,3,3,3", "y": "2,8,7,5", "bias": "5"}
+        program = entry(
+            *[f"%{name} = f32[{shape}] parameter({i})" for i, (name, shape) in enumerate(shapes.items())],
+            f'%r = ({made}, u8[0]) custom-call({operands}), {window}custom_call_target="__{target}", '
+            f"backend_config={{{contracted}}}",
+        )
+        assert costs.products(program) == flops
+
     def test_a_product_that_a_tpu_writes_as_a_convolution(self):
         assert costs.products(Program(TPU)) == 5 * 2 * 16 * 256 * 256
 

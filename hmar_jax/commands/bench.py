@@ -16,6 +16,7 @@ from typing import Any
 
 import tqdm
 
+from hmar_jax.commands.bench_sample import add_sample
 from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.errors import InputError
@@ -33,6 +34,7 @@ def run(argv: Sequence[str]) -> None:
     subparsers = parser.add_subparsers(required=True, metavar="what")
     add_attention(subparsers)
     add_train(subparsers)
+    add_sample(subparsers)
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -125,8 +127,7 @@ def attention(args: argparse.Namespace) -> None:
                     write_whole(args.output / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
                     write_whole(args.output / "attention.md", "\n".join(pages).encode())
             except jax.errors.JaxRuntimeError as error:  # of inputs and truth; a row has its own
-                said = str(error).partition("\n")[0]
-                raise InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.") from None
+                raise _unprepared(setting, error) from None
             bar.write(bench_table.table(setting, rows, rates))
             panels.extend(attention_panels(setting, rows, rates))
     files = [args.output / "attention.json", args.output / "attention.md"]
@@ -197,17 +198,28 @@ def kernels_to_tune(setting: Any, wanted: Sequence[Any] | None) -> list[str]:
 
 def tune(name: str, setting: Any, repeats: int) -> None:
     """Prints each size of tiles with its time as it is measured, then an entry for the kernel's table, if better."""
+    import jax
+
     from pallas_kernels.scale_attention import bench, bench_tune
 
     print(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
-    case, blocks, tried = bench.make_case(setting), bench_tune.candidates(name, setting), []
+    try:
+        case = bench.make_case(setting)
+    except jax.errors.JaxRuntimeError as error:  # of inputs and truth; blocks have their own
+        raise _unprepared(setting, error) from None
+    blocks, tried = bench_tune.candidates(name, setting), []
     with tqdm.tqdm(total=len(blocks), desc=f"tuning {name}", disable=None, leave=False) as bar:
         for trial in bench_tune.trials(name, case, blocks, repeats):
             tried.append(trial)
             bar.update()
             bar.write(bench_tune.line(trial, tried[0]))
         last = list(bench_tune.trials(name, case, bench_tune.finalists(tried), repeats))
-    print(f"{bench_tune.verdict(last)}\n", flush=True)
+    print(f"{bench_tune.verdict(last, bench_tune.table_entry(name, setting))}\n", flush=True)
+
+
+def _unprepared(setting: Any, error: Exception) -> InputError:
+    said = str(error).partition("\n")[0]
+    return InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.")
 
 
 def versions() -> dict[str, str]:

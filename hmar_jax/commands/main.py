@@ -23,7 +23,7 @@ COMMANDS = {
     "sample": "sample pictures from a model directory",
     "edit": "draw a part of a picture anew",
     "schedule": "show what a schedule does: its passes, their work, the order of commitment",
-    "bench": "measure scale attention against other implementations, or a train step",
+    "bench": "measure scale attention against other implementations, a train step, or sampling",
     "compile-check": "compile a stage for TPUs or an H200 not here: memory, collectives, least time of a step",
     "demo": "train all three stages on glyphs, from nothing to pictures",
 }

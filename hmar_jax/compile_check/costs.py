@@ -180,35 +180,47 @@ def _written(program: Program, computation: str, root: Instruction, arrays: tupl
 
 
 def products(program: Program) -> float:
-    """FLOPs of matrix products and convolutions, fused or not; nothing of what Pallas kernels do."""
-    total = 0.0
-    for instruction, times, computation, _ in program.runs:
-        if instruction.opcode in ("dot", "convolution"):
-            own = program.computations[computation]
-            left, right = (own[name].arrays[0] for name in instruction.operands[:2])
-            count = _dot_flops if instruction.opcode == "dot" else _convolution_flops
-            total += times * count(instruction, left, right)
-    return total
+    """FLOPs of matrix products and convolutions, fused, plain or a library's; nothing of what Pallas kernels do."""
+    return sum(
+        run.times * _product_flops(run.instruction, program.computations[run.computation]) for run in program.runs
+    )
 
 
-def _dot_flops(instruction: Instruction, left: Array, right: Array) -> float:
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-    contracted = math.prod(left.dims[axis] for axis in numbers(axes[1])) if axes else 1
-    return 2.0 * math.prod(instruction.arrays[0].dims) * contracted
+def _product_flops(instruction: Instruction, own: dict[str, Instruction]) -> float:
+    """Of one instruction: 0 if it is no product."""
+    library = re.search(r'custom_call_target="__(cublas|cudnn\$conv(\w*))', instruction.rest)
+    if instruction.opcode not in ("dot", "convolution") and not library:
+        return 0.0
+    (left, right), made = (own[name].arrays[0] for name in instruction.operands[:2]), instruction.arrays[0]
+    if instruction.opcode == "dot" or (library and library[1] == "cublas"):
+        return _dot_flops(instruction, left, made)
+    # A gradient's call has the labels and the window of the convolution that it belongs to.
+    match library and library[2]:
+        case "BackwardInput":
+            return _convolution_flops(instruction, made, right, left)
+        case "BackwardFilter":
+            return _convolution_flops(instruction, left, made, right)
+    return _convolution_flops(instruction, left, right, made)
 
 
-def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
+def _dot_flops(instruction: Instruction, left: Array, made: Array) -> float:
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.rest)
+    contracted = math.prod(left.dims[axis] for axis in numbers(axes[1].replace('"', ""))) if axes else 1
+    return 2.0 * math.prod(made.dims) * contracted
+
+
+def _convolution_flops(instruction: Instruction, inputs: Array, kernel: Array, made: Array) -> float:
     """Two for every pair of an input and a weight; padding makes none. A TPU's matrix products are convolutions too."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if not labels:
         return 0.0
     of_input, of_kernel, of_output = labels.groups()
-    out = instruction.arrays[0].dims
-    total = 2.0 * right.dims[of_kernel.index("i")] * out[of_output.index("b")] * out[of_output.index("f")]
+    total = 2.0 * kernel.dims[of_kernel.index("i")] * made.dims[of_output.index("b")] * made.dims[of_output.index("f")]
     window = re.search(r"window=\{([^}]*)\}", instruction.rest)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
     for i, axis in enumerate(sorted(label for label in of_output if label.isdigit())):
-        sizes = left.dims[of_input.index(axis)], right.dims[of_kernel.index(axis)], out[of_output.index(axis)]
+        places = (inputs, of_input), (kernel, of_kernel), (made, of_output)
+        sizes = (array.dims[of_array.index(axis)] for array, of_array in places)
         given = {name: int(value.split("x")[i].partition("_")[0]) for name, value in fields.items()}
         steps = (given.get(name, 1) for name in ("stride", "lhs_dilate", "rhs_dilate"))
         total *= _taps(*sizes, *steps, given.get("pad", 0))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from hmar_jax import params as trees
 from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
-from hmar_jax.networks import structure
+from hmar_jax.networks import held_dtypes, structure
 from hmar_jax.params import Tree
 from hmar_jax.sampling.program import Options, sample
 from hmar_jax.sampling.schedule import Schedule
@@ -130,7 +131,9 @@ def lower_sampler(setup: Setup, batch: int) -> jax.stages.Lowered:
     """Label to picture in one program, with the config's schedule and the parameters laid out as in training."""
     schedule = schedule_of(setup)
     options = Options(setup.model, setup.config.dtype, schedule.plan)
-    params = setup.objective.model_params(setup.state.best, setup.frozen)
+    held = held_dtypes(setup.model, setup.config.dtype)
+    flat = trees.flatten(setup.objective.model_params(setup.state.best, setup.frozen))
+    params = trees.unflatten({name: leaf.update(dtype=held.get(name, leaf.dtype)) for name, leaf in flat.items()})
     everywhere = sharding.replicated(setup.mesh)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(setup.mesh))
     numbers = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=labels.sharding)
@@ -146,7 +149,7 @@ def schedule_of(setup: Setup) -> Schedule:
     """The config's sample schedule."""
     transformer = setup.model.transformer
     assert transformer is not None
-    return Schedule.preset(setup.config.sample_schedule, setup.model.ladder, transformer.depth)
+    return Schedule.parse(setup.config.sample_schedule, setup.model.ladder, transformer.depth)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:

@@ -13,7 +13,7 @@ import jax
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.networks import networks
-from hmar_jax.sampling import predictors, sampler
+from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
 
 
@@ -28,7 +28,12 @@ class Options:
     record: bool = False
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Where XLA may write products in Triton, it looks for the fastest one layer by layer, and leaves biases and GELU to
+# kernels of their own, which cuBLAS adds on its way out.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
 def sample(
     options: Options,
     params: Any,
@@ -37,26 +42,26 @@ def sample(
     controls: Controls,
     seed: jax.Array,
     kept: sampler.Kept | None = None,
+    ticket: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, list[sampler.Draw]]:
     """Label to picture.
 
     Args:
       labels: (B,) int32 in [0, num_classes]. numbers: (B,) uint32, which of the seed's samples each is.
       kept: tokens (B,L) that are not to be drawn, when editing.
+      ticket: uint32 () of a request that is told of every finished scale (`progress.relay`); None for no telling.
 
     Returns:
       Images (B,S,S,3) float32 in [0,1], tokens (B,L) int32, recorded draws.
     """
     config = options.config
     assert config.transformer is not None
-    nets = networks(config, params, options.dtype)
+    nets = networks(config, params, options.dtype, scan=not _unrolled())
     key = jax.random.key(seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-    null_label = config.transformer.num_classes
-    if config.transformer.pattern == "block_causal":
-        predict = predictors.cached_predictor(nets.transformer, labels, null_label, options.plan)
-    else:
-        predict = predictors.predictor(nets.transformer, labels, null_label)
+    causal = config.transformer.pattern == "block_causal"
+    make = predictors.cached_predictor if causal else predictors.predictor
+    predict = make(nets.transformer, labels, config.transformer.num_classes, options.plan)
     tokens, latents, draws = sampler.sample_tokens(
         predict,
         nets.tokenizer.quantizer,
@@ -66,6 +71,13 @@ def sample(
         greedy=options.greedy,
         leak_free=config.transformer.leak_free,
         kept=kept,
+        tell=None if ticket is None else functools.partial(progress.tell, ticket),
     )
     images = (nets.tokenizer.decode_latents(latents) + 1) / 2
     return images, tokens, draws if options.record else []
+
+
+def _unrolled() -> bool:
+    """Whether blocks are compiled one after the other: on a GPU a loop would copy each one's weights in every pass."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "gpu"

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TokenizerConfig
+from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, UpsampleConv
 
 
 def _conv(inputs: int, outputs: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
@@ -24,8 +25,16 @@ def _downsample(channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(channels, channels, (3, 3), strides=(2, 2), padding=padding, dtype=dtype, rngs=rngs)
 
 
-def _norm(config: TokenizerConfig, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(channels, config.norm_groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+def _pointwise(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> PointwiseConv:
+    return PointwiseConv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs)
+
+
+def _upsample(channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> UpsampleConv:
+    return UpsampleConv(channels, channels, (3, 3), dtype=dtype, rngs=rngs)
+
+
+def _norm(config: TokenizerConfig, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> GroupNorm:
+    return GroupNorm(channels, config.norm_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
 
 
 class ResidualBlock(nnx.Module):
@@ -36,11 +45,11 @@ class ResidualBlock(nnx.Module):
         self.conv1 = _conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(config, outputs, dtype=dtype, rngs=rngs)
         self.conv2 = _conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
-        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
+        self.shortcut = None if inputs == outputs else _pointwise(inputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x, nnx.silu))
+        h = self.conv2(self.norm2(h, nnx.silu))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -49,8 +58,8 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, config: TokenizerConfig, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = _norm(config, channels, dtype=dtype, rngs=rngs)
-        self.qkv = _conv(channels, 3 * channels, 1, dtype=dtype, rngs=rngs)
-        self.proj = _conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+        self.qkv = _pointwise(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        self.proj = _pointwise(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
@@ -125,7 +134,7 @@ class Encoder(nnx.Module):
             x = level(x)
             if level.resample is not None:
                 x = level.resample(x)
-        return self.conv_out(nnx.silu(self.norm_out(self.middle(x))))
+        return self.conv_out(self.norm_out(self.middle(x), nnx.silu))
 
 
 class Decoder(nnx.Module):
@@ -139,7 +148,7 @@ class Decoder(nnx.Module):
         self.middle = Middle(config, widths[-1], dtype=dtype, rngs=rngs)
         self.levels: nnx.List[Level] = nnx.List()
         for i, (inputs, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            up = _conv(width, width, 3, dtype=dtype, rngs=rngs) if 0 < i <= config.halvings else None
+            up = _upsample(width, dtype=dtype, rngs=rngs) if 0 < i <= config.halvings else None
             self.levels.append(make(inputs, width, config.decoder_blocks, attention=i == deepest, resample=up))
         self.norm_out = _norm(config, widths[0], dtype=dtype, rngs=rngs)
         self.conv_out = _conv(widths[0], 3, 3, dtype=dtype, rngs=rngs)
@@ -150,5 +159,5 @@ class Decoder(nnx.Module):
         for level in reversed(self.levels):
             x = level(x)
             if level.resample is not None:
-                x = level.resample(x.repeat(2, axis=1).repeat(2, axis=2))
-        return nnx.silu(self.norm_out(x))
+                x = level.resample(x)
+        return self.norm_out(x, nnx.silu)

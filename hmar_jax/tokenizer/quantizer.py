@@ -65,6 +65,7 @@ class Quantizer(nnx.Module):
         # |latent|² is the same for all codes, so that it need not be added.
         return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * dots, axis=-1).astype(jnp.int32)
 
+    @jax.named_scope("quantizer")
     def lift(self, tokens: jax.Array, scale: int, keep: jax.Array | None = None) -> jax.Array:
         """u_k, what one scale adds to the reconstruction.
 
@@ -85,6 +86,7 @@ class Quantizer(nnx.Module):
         phi = self.phis[phi_of_scale(self.ladder.num_scales, len(self.phis))[scale]]
         return 0.5 * lifted + 0.5 * phi(lifted)
 
+    @jax.named_scope("quantizer")
     def pool(self, maps: jax.Array, scale: int) -> jax.Array:
         """A map at the resolution of a scale: (B,h,h,Z) → (B,p²,Z) float32."""
         pooled = resize.apply(resize.area_matrix(maps.shape[1], self.ladder.sides[scale]), maps)

@@ -5,17 +5,23 @@ Axis letters: B batch, S pixels a side, h latents a side, L tokens, Z latent cha
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TokenizerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.autoencoder import Decoder, Encoder
 from hmar_jax.tokenizer.quantizer import Quantizer
+from pallas_kernels.scale_attention import BATCH_AXES
+
+# Pixels that a device decodes at a time; 3.8 GiB in bfloat16 with 160 channels.
+_PIXELS_AT_ONCE = 2**22
 
 
 class Tokenizer(nnx.Module):
@@ -27,7 +33,7 @@ class Tokenizer(nnx.Module):
     """
 
     def __init__(self, config: TokenizerConfig, ladder: ScaleLadder, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        channels = config.latent_channels
+        channels, self.downsampling = config.latent_channels, config.downsampling
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.quant_conv = nnx.Conv(channels, channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
         self.quantizer = Quantizer(config, ladder, rngs=rngs)
@@ -43,8 +49,24 @@ class Tokenizer(nnx.Module):
         return self.quantizer.quantize(self.latents(images)).tokens
 
     def decode_latents(self, latents: jax.Array) -> jax.Array:
-        """A (reconstructed) f to its picture: (B,h,h,Z) → (B,S,S,3) float32 in [-1,1]."""
-        return jnp.clip(self.render(self.features(latents)), -1, 1)
+        """A (reconstructed) f to its picture: (B,h,h,Z) → (B,S,S,3) float32 in [-1,1]; large batches in slices."""
+
+        def decode(latents: jax.Array) -> jax.Array:
+            with jax.named_scope("decoder"):
+                return jnp.clip(self.render(self.features(latents)), -1, 1)
+
+        mesh, batch = jax.sharding.get_abstract_mesh(), latents.shape[0]
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        devices = math.prod(mesh.shape[axis] for axis, kind in kinds if axis in BATCH_AXES and kind == AxisType.Auto)
+        pixels = (latents.shape[1] * self.downsampling) ** 2
+        slices = -(-batch // (devices * max(1, _PIXELS_AT_ONCE // pixels)))
+        if slices == 1:
+            return decode(latents)
+        rows = devices * -(-batch // (devices * slices))
+        padded = jnp.resize(latents, (rows * slices, *latents.shape[1:]))
+        # Every slices-th picture, so that a slice has pictures of all devices that the batch is spread over.
+        pictures = jax.lax.map(decode, jnp.moveaxis(padded.reshape(rows, slices, *latents.shape[1:]), 1, 0))
+        return jnp.moveaxis(pictures, 1, 0).reshape(rows * slices, *pictures.shape[2:])[:batch]
 
     def features(self, latents: jax.Array) -> jax.Array:
         """The decoder up to its last convolution: (B,h,h,Z) → (B,S,S,channels)."""

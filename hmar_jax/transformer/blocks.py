@@ -6,7 +6,8 @@ Axis letters: B batch, L tokens, C width, H heads, D head size, V codebook.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from pallas_kernels.scale_attention import BATCH_AXES, packed_scale_attention, s
 Remat = Literal["dots", "all"]
 # VAR's cap on the learned temperature of QK-norm.
 _MAX_LOG_SCALE = math.log(100.0)
+# What a condition makes of norms and gates: some (…,B,1,C) float32.
+Modulation = tuple[jax.Array, ...]
 
 
 def weight_init(width: int, factor: float = 1.0) -> nnx.Initializer:
@@ -91,7 +94,9 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
         q_scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
         own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
-        if past is None:
+        if ladder.length == 1:
+            attended = own.v  # a token by itself attends to itself
+        elif past is None:
             attended = packed_scale_attention(qkv, ladder, pattern=self.pattern, q_scale=q_scale)
         else:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
@@ -120,7 +125,7 @@ class Block(nnx.Module):
             self.adaln = nnx.Linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)
             self.adaln.kernel[...] = init.reshape(width, 6 * width)
 
-    def modulation(self, cond: jax.Array) -> tuple[jax.Array, ...]:
+    def modulation(self, cond: jax.Array) -> Modulation:
         """g1, g2, s1, s2, b1, b2, (B,1,C) float32 each, of SiLU(cond) (B,C) or its shared projection (B,6C)."""
         six = self.adaln(cond) if hasattr(self, "adaln") else cond + self.adaln_offset[...].reshape(-1)
         return tuple(fused.row_major(part) for part in jnp.split(six[:, None], 6, axis=-1))
@@ -128,7 +133,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        modulation: tuple[jax.Array, ...],
+        modulation: Modulation,
         ladder: ScaleLadder,
         *,
         drop: tuple[jax.Array, jax.Array] | None = None,
@@ -169,7 +174,7 @@ class Stack(nnx.Module):
     """Blocks one after the other; their parameters carry a leading axis of length `depth`.
 
     Args:
-      remat: see `TrainConfig`. scan: run them as one loop in training too, as in sampling.
+      remat: see `TrainConfig`. scan: run them as one loop.
       first: index of the first block in the whole model, for its share of the linear drop-path ramp.
     """
 
@@ -192,40 +197,46 @@ class Stack(nnx.Module):
             self.blocks = create(rngs.split(depth))
 
     def __call__(
-        self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
+        self, x: jax.Array, modulations: Modulation, ladder: ScaleLadder, key: jax.Array | None = None
     ) -> jax.Array:
-        """(B,L,C) → (B,L,C). With `key` it is training: drop-path is on."""
+        """(B,L,C) → (B,L,C), with `modulations` of all blocks. With `key` it is training: drop-path is on."""
         if not self.depth:
             return x
         graphdef, stacked = nnx.split(self.blocks)
         drops = None if key is None else (jnp.asarray(self.drop_rates), jax.random.split(key, self.depth))
-        layers = (stacked, self._modulations(modulation), drops)
+        layers = (stacked, modulations, drops)
 
         def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             params, modulation, drop = layer
             x, modulation = split_by_sample((x, modulation))
             x, _ = nnx.merge(graphdef, params)(fused.row_major(x), modulation, ladder, drop=drop)
-            return jax.lax.optimization_barrier(x), None  # else XLA keeps a float32 twin of it
+            # Else XLA keeps a float32 twin of it, or adds up anew in each block what those before have added.
+            return jax.lax.optimization_barrier(x), None
 
-        in_loop = self.scan or key is None
         if self.remat == "all":
-            step = jax.checkpoint(step, prevent_cse=not in_loop)
-        if in_loop:
-            return jax.lax.scan(step, x, layers)[0]
+            step = jax.checkpoint(step, prevent_cse=not self.scan)
+        return self._run(step, x, layers)
+
+    def _run[T](self, step: Callable[[T, Any], tuple[T, None]], carry: T, layers: Any) -> T:
+        """Applies a step to each block's part of `layers` in turn."""
+        if self.scan:
+            return jax.lax.scan(step, carry, layers)[0]
         step, (leaves, treedef) = jax.jit(step), jax.tree.flatten(layers)  # jitted, it is traced but once
         for layer in zip(*map(jnp.unstack, leaves), strict=True):
-            x, _ = step(x, jax.tree.unflatten(treedef, layer))
-        return x
+            carry, _ = step(carry, jax.tree.unflatten(treedef, layer))
+        return carry
 
-    def _modulations(self, cond: jax.Array) -> tuple[jax.Array, ...]:
+    def modulations(self, cond: jax.Array) -> Modulation:
         """`Block.modulation` of all blocks at once, with a leading depth axis."""
+        if not self.depth:
+            return ()
         graphdef, stacked = nnx.split(self.blocks)
         # Else XLA makes one product of all blocks' and transposes their weights for it.
         conds = jax.lax.optimization_barrier(jnp.broadcast_to(cond, (self.depth, *cond.shape)))
         return jax.vmap(lambda params, cond: nnx.merge(graphdef, params).modulation(cond))(stacked, conds)
 
     def extend(
-        self, x: jax.Array, modulation: jax.Array, ladder: ScaleLadder, cache: KeysValues
+        self, x: jax.Array, modulations: Modulation, ladder: ScaleLadder, cache: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
         """As `__call__` for the last tokens of `ladder` alone, those before being in the cache.
 
@@ -246,13 +257,13 @@ class Stack(nnx.Module):
             here = (i, 0, 0, 0, 0)
             past = [jax.lax.dynamic_slice(c, here, (1, x.shape[0], known, *c.shape[3:]))[0] for c in cache]
             x, own = nnx.merge(graphdef, params)(x, modulation, ladder, past=KeysValues(*past))
-            # Carried, not stacked by the scan, the cache is written where it is.
+            # Carried, not stacked by a scan, the cache is written where it is.
             after = (i, 0, known, 0, 0)
             pairs = zip(cache, own, strict=True)
             return (x, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], after) for c, o in pairs))), None
 
-        layers = (stacked, self._modulations(modulation), jnp.arange(self.depth))
-        return jax.lax.scan(step, (x, cache), layers)[0]
+        layers = (stacked, modulations, jnp.arange(self.depth))
+        return self._run(step, (x, cache), layers)
 
 
 class Head(nnx.Module):
@@ -263,15 +274,18 @@ class Head(nnx.Module):
         self.adaln = nnx.Linear(width, 2 * width, kernel_init=weight_init(width, 0.5), dtype=jnp.float32, rngs=rngs)
         self.linear = nnx.Linear(width, codebook_size, kernel_init=weight_init(width, 0.02), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        """Logits: (B,N,C), (B,C) → (B,N,V) float32."""
-        return fused.logits(*self._operands(x, cond))
+    def modulation(self, cond: jax.Array) -> Modulation:
+        """Scale and shift, (B,1,C) float32 each, of SiLU(cond) (B,C)."""
+        return tuple(fused.row_major(part) for part in jnp.split(self.adaln(cond)[:, None], 2, axis=-1))
 
-    def scores(self, x: jax.Array, cond: jax.Array, targets: jax.Array) -> fused.Scores:
+    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+        """Logits: (B,N,C) → (B,N,V) float32."""
+        return fused.logits(*self._operands(x, modulation))
+
+    def scores(self, x: jax.Array, modulation: Modulation, targets: jax.Array) -> fused.Scores:
         """How the logits meet targets (B,N) int32."""
         with jax.named_scope("head"):  # as profiles call it
-            return fused.scores(*self._operands(x, cond), targets)
+            return fused.scores(*self._operands(x, modulation), targets)
 
-    def _operands(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale, shift = (fused.row_major(part) for part in jnp.split(self.adaln(nnx.silu(cond))[:, None], 2, axis=-1))
-        return fused.modulated_norm(x, scale, shift), _kernel(self.linear), _bias(self.linear)
+    def _operands(self, x: jax.Array, modulation: Modulation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return fused.modulated_norm(x, *modulation), _kernel(self.linear), _bias(self.linear)

@@ -82,7 +82,8 @@ def _linear(make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax
 def _linear_forward(
     make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax.Array
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    return _linear(make, inputs, kernel), (inputs, kernel)
+    (operand, passed), _ = jax.vjp(make, *inputs)  # as the backward pass makes it
+    return (operand @ kernel, passed), (inputs, kernel)
 
 
 def _linear_backward(make: Callable[..., Any], kept: Any, grads: tuple[jax.Array, Any]) -> tuple[Any, jax.Array]:
@@ -144,8 +145,13 @@ add_gated.defvjp(lambda x, y, bias, gate: (add_gated(x, y, bias, gate), (y, bias
 @jax.custom_vjp
 def biased_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     """GELU of x + bias by its tanh approximation: (B,L,F), (F,) → (B,L,F)."""
+    # In this form, which no gradient is taken of, XLA has cuBLAS do it before the product that x is gets written.
+    return jax.nn.gelu(x + bias.astype(x.dtype), approximate=True)
+
+
+def _biased_gelu_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     z = x + bias
-    return (z * _gelu_gate(z)).astype(x.dtype)
+    return (z * _gelu_gate(z)).astype(x.dtype), (x, bias)
 
 
 def _gelu_gate(z: jax.Array) -> jax.Array:
@@ -163,16 +169,16 @@ def _biased_gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
     return _with_sum((dy * slope).astype(x.dtype))
 
 
-biased_gelu.defvjp(lambda x, bias: (biased_gelu(x, bias), (x, bias)), _biased_gelu_backward)
+biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
 
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """As +, for (B,L,F) and (F,)."""
-    return (x + bias).astype(x.dtype)
+    return x + bias.astype(x.dtype)  # as for `biased_gelu`
 
 
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: _with_sum(dy))
+add_bias.defvjp(lambda x, bias: ((x + bias).astype(x.dtype), None), lambda _, dy: _with_sum(dy))
 
 
 def _with_sum(dy: jax.Array) -> tuple[jax.Array, jax.Array]:

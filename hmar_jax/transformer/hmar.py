@@ -7,6 +7,8 @@ Axis letters: B batch, L tokens, K scales, C width, Z latent channels, V codeboo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,8 +16,33 @@ from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.transformer.blocks import Head, KeysValues, Remat, Stack, weight_init
+from hmar_jax.transformer.blocks import Head, KeysValues, Modulation, Remat, Stack, weight_init
 from hmar_jax.transformer.fused import Scores
+
+
+class BranchModulation(NamedTuple):
+    """Modulations of a branch's blocks, with a leading depth axis, and of its head."""
+
+    blocks: Modulation = ()
+    head: Modulation = ()
+
+
+class Condition(NamedTuple):
+    """What the network is told of a batch's labels, the same in all passes: (…,B,1,C) float32.
+
+    Attributes:
+      embedding: of the classes, (B,1,C).
+      trunk, next_scale, masked: modulations of the trunk's blocks, and of each branch; none where there is no such.
+    """
+
+    embedding: jax.Array
+    trunk: Modulation
+    next_scale: BranchModulation
+    masked: BranchModulation
+
+    def first(self, number: int) -> Condition:
+        """That of the first samples alone."""
+        return jax.tree.map(lambda x: x[..., :number, :, :], self)
 
 
 class Branch(nnx.Module):
@@ -34,6 +61,27 @@ class Branch(nnx.Module):
         depth, first = config.branch_depth, config.trunk_depth
         self.stack = Stack(config, depth, first, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
         self.head = Head(config, codebook_size, dtype=dtype, rngs=rngs)
+
+    def modulation(self, activated: jax.Array, cond: jax.Array) -> BranchModulation:
+        """Of SiLU(cond) (B,C), and of what it is to the blocks, which may share a projection of it."""
+        return BranchModulation(self.stack.modulations(cond), self.head.modulation(activated))
+
+    def logits(
+        self, x: jax.Array, modulation: BranchModulation, ladder: ScaleLadder, key: jax.Array | None
+    ) -> jax.Array:
+        """What the trunk gives (B,N,C) → (B,N,V) float32."""
+        return self.head(self.stack(x, modulation.blocks, ladder, key), modulation.head)
+
+    def scores(
+        self,
+        x: jax.Array,
+        modulation: BranchModulation,
+        ladder: ScaleLadder,
+        targets: jax.Array,
+        key: jax.Array | None,
+    ) -> Scores:
+        """How the logits meet targets (B,N) int32, in less memory than the logits take."""
+        return self.head.scores(self.stack(x, modulation.blocks, ladder, key), modulation.head, targets)
 
 
 class HMAR(nnx.Module):
@@ -75,13 +123,21 @@ class HMAR(nnx.Module):
             self.mask_embed = nnx.Param(init(rngs.params(), (width,)))
             self.masked = Branch(config, codebook_size, dtype=dtype, remat=remat, scan=scan, rngs=rngs)
 
-    def condition(self, labels: jax.Array) -> jax.Array:
-        """Class embeddings: (B,) int32 in [0, num_classes], the last being the null class → (B,C) float32."""
-        return self.class_embed(labels)
+    def condition(self, labels: jax.Array) -> Condition:
+        """Labels (B,) int32 in [0, num_classes], the last being the null class, as blocks and heads take them."""
+        embedding = self.class_embed(labels)
+        activated = nnx.silu(embedding)
+        shared = self.adaln(activated) if hasattr(self, "adaln") else activated
+        return Condition(
+            embedding[:, None],
+            self.trunk.modulations(shared),
+            self.next_scale.modulation(activated, shared),
+            self.masked.modulation(activated, shared) if hasattr(self, "masked") else BranchModulation(),
+        )
 
     def inputs(
         self,
-        cond: jax.Array,
+        cond: Condition,
         scales: range,
         pooled: jax.Array,
         current: jax.Array | None = None,
@@ -90,7 +146,7 @@ class HMAR(nnx.Module):
         """What goes into the blocks for some scales.
 
         Args:
-          cond: (B,C). scales: neighbouring scales, from 0; N is the number of their tokens without scale 0's.
+          cond: of the batch. scales: neighbouring scales, from 0; N is the number of their tokens without scale 0's.
           pooled: area(f_{k-1}, p_k) of these scales but 0, joined: (B,N,Z).
           current: area(u_k, p_k) likewise, for a masked pass. masked: (B,N) bool, where mask_embed replaces it.
 
@@ -102,7 +158,7 @@ class HMAR(nnx.Module):
         place = self.pos[...][where] + self.level[...][self.ladder.scale_ids[where]].astype(jnp.float32)
         parts = []
         if scales.start == 0:
-            parts.append(cond[:, None] + self.pos_start[...])
+            parts.append(cond.embedding + self.pos_start[...])
         if pooled.shape[1]:
             x = self.word(pooled) + self.word_bias[...]
             if current is not None and masked is not None:
@@ -111,31 +167,35 @@ class HMAR(nnx.Module):
         return (jnp.concatenate(parts, axis=1) + place).astype(self.dtype)
 
     def next_scale_logits(
-        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None = None
     ) -> jax.Array:
         """Logits of the next-scale branch for `inputs` x (B,N,C) of the scales in `ladder`: (B,N,V) float32.
 
         With `key` it is training: drop-path is on.
         """
-        return self.next_scale.head(self._features(self.next_scale, x, cond, ladder, key), cond)
+        x, key = self._through_trunk(x, cond, ladder, key)
+        return self.next_scale.logits(x, cond.next_scale, ladder, key)
 
     def masked_logits(
-        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None = None
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None = None
     ) -> jax.Array:
         """As `next_scale_logits`, from the mask branch."""
-        return self.masked.head(self._features(self.masked, x, cond, ladder, key), cond)
+        x, key = self._through_trunk(x, cond, ladder, key)
+        return self.masked.logits(x, cond.masked, ladder, key)
 
     def next_scale_scores(
-        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
     ) -> Scores:
         """How `next_scale_logits` meet targets (B,N) int32, in less memory than the logits take."""
-        return self.next_scale.head.scores(self._features(self.next_scale, x, cond, ladder, key), cond, targets)
+        x, key = self._through_trunk(x, cond, ladder, key)
+        return self.next_scale.scores(x, cond.next_scale, ladder, targets, key)
 
     def masked_scores(
-        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
     ) -> Scores:
         """As `next_scale_scores`, from the mask branch."""
-        return self.masked.head.scores(self._features(self.masked, x, cond, ladder, key), cond, targets)
+        x, key = self._through_trunk(x, cond, ladder, key)
+        return self.masked.scores(x, cond.masked, ladder, targets, key)
 
     def empty_cache(self, batch: int) -> list[KeysValues]:
         """Room for the keys and values of all L tokens, in the blocks of the trunk and of the next-scale branch."""
@@ -144,29 +204,24 @@ class HMAR(nnx.Module):
         return [KeysValues(*(jnp.zeros((stack.depth, *shape), self.dtype) for _ in range(2))) for stack in stacks]
 
     def extend(
-        self, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, cache: list[KeysValues]
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, cache: list[KeysValues]
     ) -> tuple[jax.Array, list[KeysValues]]:
         """Next-scale logits of the last tokens of `ladder`, where attention sees all of its tokens: VAR's sampling.
 
         Args:
-          x: (B,N,C), `inputs` of those tokens. cond: (B,C). cache: holds the tokens before them.
+          x: (B,N,C), `inputs` of those tokens. cond: of the batch. cache: holds the tokens before them.
 
         Returns:
           (B,N,V) float32, and the cache with these tokens in it.
         """
-        modulation = self._modulation(cond)
-        x, of_trunk = self.trunk.extend(x, modulation, ladder, cache[0])
-        x, of_branch = self.next_scale.stack.extend(x, modulation, ladder, cache[1])
-        return self.next_scale.head(x, cond), [of_trunk, of_branch]
+        branch, modulation = self.next_scale, cond.next_scale
+        x, of_trunk = self.trunk.extend(x, cond.trunk, ladder, cache[0])
+        x, of_branch = branch.stack.extend(x, modulation.blocks, ladder, cache[1])
+        return branch.head(x, modulation.head), [of_trunk, of_branch]
 
-    def _modulation(self, cond: jax.Array) -> jax.Array:
-        activated = nnx.silu(cond)
-        return self.adaln(activated) if hasattr(self, "adaln") else activated
-
-    def _features(
-        self, branch: Branch, x: jax.Array, cond: jax.Array, ladder: ScaleLadder, key: jax.Array | None
-    ) -> jax.Array:
-        modulation = self._modulation(cond)
+    def _through_trunk(
+        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(B,N,C) after the trunk, and the branch's key."""
         trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
-        x = self.trunk(x, modulation, ladder, trunk_key)
-        return branch.stack(x, modulation, ladder, branch_key)
+        return self.trunk(x, cond.trunk, ladder, trunk_key), branch_key

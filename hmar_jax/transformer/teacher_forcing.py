@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hmar_jax.tokenizer.quantizer import Quantizer
 from hmar_jax.transformer.fused import Scores
-from hmar_jax.transformer.hmar import HMAR
+from hmar_jax.transformer.hmar import HMAR, Condition
 
 
 class TeacherInputs(NamedTuple):
@@ -99,16 +99,16 @@ def masked_scores(
 
 def _next_scale_inputs(
     model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(B,L,C) and the condition (B,C)."""
+) -> tuple[jax.Array, Condition]:
+    """(B,L,C), and the condition."""
     cond = model.condition(labels)
     return model.inputs(cond, range(model.ladder.num_scales), teacher_inputs(quantizer, tokens).pooled), cond
 
 
 def _masked_inputs(
     model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, masked: jax.Array, leak_free: bool
-) -> tuple[jax.Array, jax.Array]:
-    """(B,L,C) and the condition (B,C)."""
+) -> tuple[jax.Array, Condition]:
+    """(B,L,C), and the condition."""
     cond = model.condition(labels)
     pooled, current = teacher_inputs(quantizer, tokens, masked if leak_free else None)
     hidden = masked[:, model.ladder.lengths[0] :]

@@ -1,5 +1,7 @@
 """Guidance, top-k, top-p, draws and the order of commitment, by hand-made cases and by sorting in numpy."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -10,12 +12,13 @@ import pytest
 from hmar_jax.sampling import filters
 
 OFF_K, OFF_P = 0, 1.0
+filter_logits = jax.jit(filters.filter_logits)
 
 
 def kept(logits, top_k=OFF_K, top_p=OFF_P):
     """Indices that survive; what survives must be unchanged."""
     logits = jnp.asarray(logits, jnp.float32)
-    filtered = np.asarray(filters.filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p)))
+    filtered = np.asarray(filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p)))
     survivors = np.flatnonzero(np.isfinite(filtered))
     np.testing.assert_array_equal(filtered[survivors], np.asarray(logits)[survivors])
     assert (filtered[np.isinf(filtered)] < 0).all()
@@ -83,6 +86,59 @@ def test_top_p_weighs_what_top_k_left():
     assert kept(logits, top_k=2, top_p=0.55) == [0]  # tail 0.3/0.7 ≤ 0.45
 
 
+def filtered_by_sorting(logits, top_k, top_p):
+    """The same by sorting: (N,V) float32 → (N,V), and how near to the limit of top-p the nearest tail is, (N,)."""
+    size = logits.shape[-1]
+    ascending = jnp.sort(logits, axis=-1)
+    kth = ascending[:, size - (min(top_k, size) or size)][:, None]
+    ascending = jnp.where(ascending < kth, -jnp.inf, ascending)
+    tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    kept = jnp.where((tail <= 1 - top_p).at[:, -1].set(False), jnp.inf, ascending)
+    near = jnp.min(jnp.abs(tail - (1 - top_p)), axis=-1)
+    return jnp.where(logits >= jnp.min(kept, axis=-1, keepdims=True), logits, -jnp.inf), near
+
+
+@pytest.mark.parametrize("shape", ["spread", "bfloat16, many ties", "of one sign", "one apart", "tiny and huge"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (100, 1.0), (0, 0.96), (100, 0.905), (1, 0.5), (511, 0.3)])
+def test_filters_equal_sorting_bit_for_bit(shape, top_k, top_p):
+    noise = jax.random.normal(jax.random.key(5), (64, 512))
+    logits = {
+        "spread": 3 * noise,
+        "bfloat16, many ties": noise.astype(jnp.bfloat16).astype(jnp.float32),
+        "of one sign": -jnp.exp(noise),
+        "one apart": jax.lax.bitcast_convert_type(1065353216 + jnp.argsort(noise).astype(jnp.int32), jnp.float32),
+        "tiny and huge": jnp.where(noise > 1, 1e30 * noise, jnp.where(noise > 0, 1e-41 * noise, 0.0 * noise)),
+    }[shape]
+    expected, near = filtered_by_sorting(logits, top_k, top_p)
+    filtered = filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
+    # Sums of 512 probabilities in another order differ by less than 1e-6: nearer to the limit either answer is right.
+    decided = np.asarray(near > 1e-6) if top_p < 1 else np.full(64, True)
+    assert decided.sum() > 60
+    np.testing.assert_array_equal(np.asarray(filtered)[decided], np.asarray(expected)[decided])
+
+
+@pytest.mark.parametrize(
+    "search",
+    [functools.partial(filters._filter_logits, bits=3, unroll=unroll) for unroll in (False, True)]
+    + [filters._filter_by_sorting],
+    ids=["loop", "unrolled", "sort"],
+)
+def test_what_other_platforms_do_gives_the_same(search):
+    logits = jnp.concatenate([3 * jax.random.normal(jax.random.key(6), (32, 24)), jnp.full((32, 2), -jnp.inf)], -1)
+    search = jax.jit(search)
+    for top_k, top_p in [(0, 1.0), (9, 0.9), (25, 1.0), (1, 0.4), (0, 0.7)]:
+        controls = jnp.int32(top_k), jnp.float32(top_p)
+        np.testing.assert_array_equal(search(logits, *controls), filter_logits(logits, *controls))
+
+
+def test_dropped_logits_and_both_zeros_are_logits_like_others():
+    logits = jnp.asarray([1.0, -jnp.inf, 0.0, -0.0, -1.0, -jnp.inf], jnp.float32)
+    assert kept(logits, top_k=2) == [0, 2, 3]
+    assert kept(logits, top_k=4) == [0, 2, 3, 4]
+    assert kept(logits, top_k=6) == [0, 2, 3, 4]
+    assert kept(logits, top_p=0.2) == [0]
+
+
 @hypothesis.given(
     logits=st.lists(st.integers(-8, 8).map(lambda i: i / 2), min_size=1, max_size=12),
     top_k=st.integers(0, 14),
@@ -104,7 +160,7 @@ def test_filters_equal_a_walk_up_the_sorted_logits(logits, top_k, top_p):
 
 
 def kept_padded(logits, top_k, top_p):
-    filtered = filters.filter_logits(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
+    filtered = filter_logits(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
     return np.flatnonzero(np.isfinite(filtered)).tolist()
 
 
@@ -112,7 +168,7 @@ def kept_padded(logits, top_k, top_p):
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 1.0])
 def test_the_largest_of_every_row_is_kept(top_k, top_p):
     logits = 20 * jax.random.normal(jax.random.key(0), (3, 50, 64))
-    filtered = filters.filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
+    filtered = filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
     best = np.argmax(logits, -1)[..., None]
     np.testing.assert_array_equal(
         np.take_along_axis(np.asarray(filtered), best, -1), np.take_along_axis(np.asarray(logits), best, -1)

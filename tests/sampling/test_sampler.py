@@ -64,7 +64,7 @@ def run(quantizer, counts=COUNTS, batch=3, seed=0, *, greedy=False, leak_free=Fa
         greedy=greedy,
         leak_free=leak_free,
     )
-    return predict, np.asarray(tokens), latents, [(np.asarray(t), np.asarray(m)) for t, m in draws]
+    return predict, np.asarray(tokens), latents, [(np.asarray(t), np.asarray(m)) for t, m, _ in draws]
 
 
 def check_commitment(counts, tokens, draws):

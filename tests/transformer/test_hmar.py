@@ -310,6 +310,33 @@ def test_bfloat16_compute_is_close_and_gives_float32_logits(model, masked):
     assert 0 < relative(rounded, exact) < TOLERANCE["bfloat16"]
 
 
+@pytest.mark.parametrize("kind", ["next-scale", "masked", "cached"])
+def test_blocks_one_by_one_give_what_they_give_in_a_loop(model, var_model, kind):
+    assert relative(*(logits_of(var_model if kind == "cached" else model, kind, scan) for scan in (False, True))) < 1e-6
+
+
+def logits_of(model, kind, scan):
+    @jax.jit
+    def run(params):
+        nets = networks(model.config, params, scan=scan)
+        transformer, quantizer = nets.transformer, nets.tokenizer.quantizer
+        if kind == "next-scale":
+            return teacher_forcing.next_scale_logits(transformer, quantizer, LABELS, TOKENS)
+        if kind == "masked":
+            return teacher_forcing.masked_logits(transformer, quantizer, LABELS, TOKENS, MASKED, leak_free=False)
+        cond, cache = transformer.condition(LABELS), transformer.empty_cache(len(LABELS))
+        pooled, logits = teacher_forcing.teacher_inputs(quantizer, TOKENS).pooled, []
+        for scale, where in enumerate(TINY.ladder.slices):
+            x = transformer.inputs(
+                cond, range(scale, scale + 1), pooled[:, slice(where.start - 1, where.stop - 1) if scale else slice(0)]
+            )
+            of_scale, cache = transformer.extend(x, cond, TINY.ladder.until(scale), cache)
+            logits.append(of_scale)
+        return jnp.concatenate(logits, axis=1)
+
+    return run(model.params)
+
+
 # --- initial values
 
 
