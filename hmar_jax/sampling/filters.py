@@ -6,14 +6,12 @@ Axis letters: B batch, N tokens of one scale, V codebook. Random numbers are per
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-# From so many tokens of a scale on a GPU searches for thresholds; below, it sorts.
-_FEW_TOKENS = 16
+from pallas_kernels.devices import device, is_hopper
 
 
 def guide(cond: jax.Array, null: jax.Array, cfg: jax.Array) -> jax.Array:
@@ -25,60 +23,66 @@ def guide(cond: jax.Array, null: jax.Array, cfg: jax.Array) -> jax.Array:
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Top-k, then top-p of what is left: (…,V) float32, dropped logits -inf.
 
-    Both filters keep a run at the top, so that each is a threshold. It is searched for bit by bit: a sort takes longer.
+    Both filters keep a run at the top, so that each is a threshold. How it is found depends on what reading the logits
+    costs: on Hopper a kernel reads them once; other GPUs sort; a TPU and a CPU search for it digit by digit, and read
+    them for every digit.
 
     Args:
+      logits: without NaN; those of -inf stay so.
       top_k: int32, logits kept, with all that tie with the last; 0 or V keeps all.
       top_p: float32 in (0,1]; the ascending tail of mass at most 1 - top_p goes, with no tie between kept and dropped
-        (a value equal to a kept one is kept). The largest stays always.
+        (a value equal to a kept one is kept). The largest stays always; 1 keeps all. Platforms sum in orders of their
+        own: a tail within rounding of 1 - top_p may go on one and stay on another.
     """
-    # A digit is read off every reading of the logits. A GPU reads them as fast as it compares them with 7 values, and
-    # launching a loop's kernels one by one would take it longer than the small scales need; a CPU's time is comparing.
-    # For few tokens XLA makes 183 kernels of the search on a GPU, which take longer than a sort does. What is few says
-    # the scale, not the batch, on which no picture may depend.
-    search = functools.partial(_filter_logits, bits=3)
-    few = math.prod(logits.shape[1:-1]) < _FEW_TOKENS
     return jax.lax.platform_dependent(
         logits,
         top_k,
         top_p,
-        cpu=functools.partial(_filter_logits, bits=1),
-        cuda=_filter_by_sorting if few else functools.partial(search, unroll=True),
-        default=search,
+        cpu=functools.partial(_filter_by_search, bits=1),  # its time is comparing
+        cuda=_filter_on_gpu(logits),
+        default=functools.partial(_filter_by_search, bits=3),  # 7 comparisons take as long as reading
     )
 
 
-def _filter_logits(
-    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, *, bits: int, unroll: bool = False
-) -> jax.Array:
+def _filter_on_gpu(like: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """What filters such logits: where the kernel cannot, a sort. XLA makes a hundred small kernels of a search."""
+    if is_hopper(*device()):
+        from pallas_kernels import logit_threshold as kernel  # wants a part of Pallas that others do without
+
+        if kernel.fits(like):
+            return lambda logits, k, p: jnp.where(logits >= kernel.logit_threshold(logits, k, p), logits, -jnp.inf)
+    return _filter_by_sorting
+
+
+def _filter_by_sorting(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    size, ascending = logits.shape[-1], jnp.sort(logits, axis=-1)
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    kth = jnp.take(ascending, size - kept, axis=-1)[..., None]
+    tail = jnp.cumsum(jax.nn.softmax(jnp.where(ascending < kth, -jnp.inf, ascending), axis=-1), axis=-1)
+    dropped = ((tail <= 1 - top_p) & (top_p < 1)).at[..., -1].set(False)
+    least = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
+    return jnp.where(logits >= jnp.maximum(kth, least), logits, -jnp.inf)
+
+
+def _filter_by_search(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, *, bits: int) -> jax.Array:
     size, largest = logits.shape[-1], jnp.max(logits, axis=-1, keepdims=True)
     kept = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
 
     def number_suffices(threshold: jax.Array) -> jax.Array:
         return jnp.sum(~(logits < threshold), axis=-1, keepdims=True) >= kept
 
-    search = functools.partial(_greatest, highest=largest, bits=bits, unroll=unroll)
-    kth = search(number_suffices)
+    kth = _greatest(number_suffices, largest, bits)
     spare = (1 - top_p) * jnp.sum(jnp.where(logits < kth, 0, jnp.exp(logits - largest)), axis=-1, keepdims=True)
 
     def tail_is_spared(threshold: jax.Array) -> jax.Array:
         in_tail = (logits >= kth) & (logits < threshold)
         return jnp.sum(jnp.where(in_tail, jnp.exp(logits - largest), 0), axis=-1, keepdims=True) <= spare
 
-    return jnp.where(logits >= search(tail_is_spared), logits, -jnp.inf)
-
-
-def _filter_by_sorting(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    size, ascending = logits.shape[-1], jnp.sort(logits, axis=-1)
-    kept = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    ascending = jnp.where(ascending < jnp.take(ascending, size - kept, axis=-1)[..., None], -jnp.inf, ascending)
-    tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-    dropped = (tail <= 1 - top_p).at[..., -1].set(False)
-    threshold = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
+    threshold = jnp.where(top_p < 1, _greatest(tail_is_spared, largest, bits), kth)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def _greatest(holds: Callable[[jax.Array], jax.Array], highest: jax.Array, bits: int, unroll: bool) -> jax.Array:
+def _greatest(holds: Callable[[jax.Array], jax.Array], highest: jax.Array, bits: int) -> jax.Array:
     """The greatest float32 up to `highest` (…,1) for which `holds` is true, as it is for -inf and then no longer.
 
     Args:
@@ -87,7 +91,7 @@ def _greatest(holds: Callable[[jax.Array], jax.Array], highest: jax.Array, bits:
     last, digits = _rank(highest), -(-32 // bits)
 
     def add_digit(i: jax.Array, found: jax.Array) -> jax.Array:
-        place = jnp.uint32(bits) * jnp.asarray(digits - 1 - i, jnp.uint32)
+        place = jnp.uint32(bits) * (digits - 1 - i).astype(jnp.uint32)
         count = jnp.zeros_like(found)
         for digit in map(jnp.uint32, range(1, 2**bits)):
             rank = found + (digit << place)
@@ -95,7 +99,7 @@ def _greatest(holds: Callable[[jax.Array], jax.Array], highest: jax.Array, bits:
             count += (holds(_value(rank)) & (rank <= last) & is_whole).astype(jnp.uint32)
         return found + (count << place)
 
-    return _value(jax.lax.fori_loop(0, digits, add_digit, jnp.zeros_like(last), unroll=unroll))
+    return _value(jax.lax.fori_loop(0, digits, add_digit, jnp.zeros_like(last)))
 
 
 def _rank(value: jax.Array) -> jax.Array:

@@ -6,16 +6,16 @@ Axis letters: B batch, L tokens, H heads, D head size.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import devices
+from pallas_kernels.devices import BATCH_AXES, HEAD_AXES
 from pallas_kernels.scale_attention.reference import reference_attention
 from pallas_kernels.scale_attention.xla import xla_attention
 
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 Implementation = Literal["reference", "xla", "hopper", "triton", "tpu"]
 Pattern = Literal["block_diagonal", "block_causal"]
 
-# Mesh axes that a batch and heads may be split over; no kernel needs more than its own part of both.
-BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
 # From how many tokens on a kernel is taken: below, launching costs more than computing. The Hopper kernel is ahead even
 # so, of the eight that XLA needs: 6.6 against 11 µs for 4 tokens, 18 against 96 for 256 (H200, B=16, H=16, QK-norm).
 _KERNEL_TOKENS = {"hopper": 1, "triton": 512, "tpu": 512}
@@ -125,20 +123,20 @@ def choose(
     Raises:
       ValueError: the forced one is unknown or not for this device or q.
     """
-    platform, kind = _device()
-    is_hopper = platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
-    whole = q.shape[1] == length
+    platform, kind = devices.device()
+    whole, size, bytes_each = q.shape[1] == length, q.shape[-1], q.dtype.itemsize
+    served = platform == "gpu" and devices.has_triton()
     fit: dict[Implementation, bool] = {
         "reference": True,
         "xla": True,
-        "hopper": is_hopper and whole and q.dtype.itemsize == 2 and q.shape[-1] in (32, 64),
-        "triton": platform == "gpu" and whole and q.dtype.itemsize < 8 and 16 <= q.shape[-1] <= 128 and _has_triton(),
-        "tpu": platform == "tpu" and whole and (q.shape[-1] % 128 == 0 or 128 % q.shape[-1] == 0),
+        "hopper": devices.is_hopper(platform, kind) and whole and bytes_each == 2 and size in (32, 64),
+        "triton": served and whole and bytes_each < 8 and 16 <= size <= 128,
+        "tpu": platform == "tpu" and whole and (size % 128 == 0 or 128 % size == 0),
     }
     if implementation is not None:
         if implementation not in fit:
             raise ValueError(f"scale_attention has no implementation {implementation!r}; use one of {', '.join(fit)}.")
-        if implementation == "triton" and platform == "gpu" and not _is_installed("jax_triton"):
+        if implementation == "triton" and platform == "gpu" and not devices.is_installed("jax_triton"):
             raise ValueError(
                 "scale_attention cannot run as 'triton' without jax_triton; install it by "
                 "`pip install -c constraints.txt -e '.[triton]'`."
@@ -151,25 +149,6 @@ def choose(
         return implementation
     kernels: tuple[Implementation, ...] = ("hopper", "triton", "tpu")
     return next((name for name in kernels if fit[name] and length >= _KERNEL_TOKENS[name]), "xla")
-
-
-def _device() -> tuple[str, str]:
-    """Platform and kind of what is compiled for: devices of the mesh in use, real or not, else the first one here."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.platform, abstract.device_kind
-    device = jax.devices()[0]
-    return device.platform, device.device_kind
-
-
-def _has_triton() -> bool:
-    """Whether jax_triton is installed and the GPU here has tensor cores that Triton uses: since Ampere, 8.0."""
-    major, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
-    return major.isdigit() and int(major) >= 8 and _is_installed("jax_triton")
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _kernel(name: Implementation, *, packed: bool) -> Callable[..., jax.Array]:
@@ -193,12 +172,7 @@ def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array, scale:
     Where a mesh is set (`jax.set_mesh`) with automatic axes, batches are split over `BATCH_AXES`, heads over
     `HEAD_AXES`, as the rest of the program is. The arrays have heads in their last axis but one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[name] > 1
-    ]
+    automatic = devices.automatic_axes()
     if not automatic:
         return attend(*arrays, scale=scale)
     batch, heads = (tuple(name for name in axes if name in automatic) for axes in (BATCH_AXES, HEAD_AXES))

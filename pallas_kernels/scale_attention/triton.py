@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import devices
 from pallas_kernels.scale_attention import triton_kernels as kernels
 from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
 from pallas_kernels.scale_attention.triton_tiles import (
@@ -215,7 +216,7 @@ def _launch(
     batch, length, *_, heads, size = qkv[0].shape
     table = plan_tiles(ranges, blocks.rows, blocks.columns)
     arrays = [*(qkv * 3)[:3], *before, jnp.asarray(ranges.T), jnp.asarray(table), *behind]
-    return triton_call(
+    return devices.triton_call(
         *(arrays if into is None else [*arrays, into]),
         kernel=kernel,
         out_shape=list(outputs),
@@ -226,10 +227,3 @@ def _launch(
         input_output_aliases={} if into is None else {len(arrays): 0},
         spec=Spec(length, heads, size, len(qkv) == 1, norm, blocks.rows, blocks.columns),
     )
-
-
-def triton_call(*arrays: jax.Array, **options: Any) -> Any:
-    """`jax_triton.triton_call`, imported when first used: without JAX's CUDA plugin that fails."""
-    import jax_triton
-
-    return jax_triton.triton_call(*arrays, **options)

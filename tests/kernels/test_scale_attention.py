@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ladders import ladders
 
 from hmar_jax.scales import ScaleLadder
+from pallas_kernels import devices
 from pallas_kernels.scale_attention import (
     api,
     hopper_tiles,
@@ -314,7 +315,7 @@ HOPPER, AMPERE, TPU = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB"), 
     ],
 )
 def test_each_device_and_array_gets_its_implementation(monkeypatch, device, sides, dtype, size, chosen):
-    monkeypatch.setattr(api, "_device", lambda: device)
+    monkeypatch.setattr(devices, "device", lambda: device)
     ladder = ScaleLadder(sides)
     q = jax.ShapeDtypeStruct((2, ladder.length, 2, size), dtype)
     assert api.choose(q, ladder.length) == chosen

@@ -4,11 +4,7 @@ Triton decides when it is imported whether to interpret. So a process of its own
 Long, as the same cases and checks serve the interpreter and GPUs.
 """
 
-import concurrent.futures
-import multiprocessing
-import os
 import re
-import subprocess
 import types
 
 import jax
@@ -16,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from triton_tools import compile_kernel, interpreter, spilled_bytes
 
 from hmar_jax.scales import ScaleLadder
+from pallas_kernels import devices
 from pallas_kernels.scale_attention import api, packed_scale_attention, scale_attention
 from pallas_kernels.scale_attention.reference import reference_attention
 from pallas_kernels.scale_attention.triton_tiles import (
@@ -64,85 +62,13 @@ def test_operands_that_are_not_supported_raise(shapes, dtype, length, message):
         attention(*(jnp.zeros(shape, dtype) for shape in shapes), ranges, None)
 
 
-# --- What is computed: on a GPU, and interpreted here. That is slow, so cases are small. None is bfloat16: Triton's
-# interpreter multiplies its bits.
-
-
-class Tensor:
-    """What Triton's interpreter wants of a PyTorch tensor, of a NumPy array; it works on the array itself."""
-
-    def __init__(self, array=None):
-        self.array = array
-
-    @property
-    def dtype(self):
-        return self.array.dtype
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    def untyped_storage(self):
-        return self
-
-    def storage_offset(self):
-        return 0
-
-    def size(self):
-        return self.array.shape
-
-    def stride(self):
-        return self.array.strides
-
-    def cpu(self):
-        return self
-
-    def new_empty(self, *_, **__):
-        return Tensor()
-
-    def set_(self, storage, *_):
-        self.array = storage.array
-
-    def copy_(self, _):
-        """Both are the same memory."""
-
-
-def interpreted_call(*arrays, kernel, out_shape, grid, input_output_aliases, spec, **_):
-    """`jax_triton.triton_call` in Triton's interpreter, whatever is not written not a number."""
-
-    def run(*arrays):
-        arrays = [np.array(x) for x in arrays]
-        outputs = [np.full(x.shape, np.nan, x.dtype) for x in out_shape]
-        for i, o in input_output_aliases.items():
-            outputs[o] = arrays[i]
-        kernel[grid](*map(Tensor, arrays), *map(Tensor, outputs), spec=spec)
-        return outputs
-
-    return jax.pure_callback(run, out_shape, *arrays)
-
-
-def interpret(function, *arguments):
-    """Calls a function of this module in a process that was started to interpret the kernels."""
-    from triton.runtime import interpreter
-
-    if door.triton_call is not interpreted_call:
-        door.triton_call = interpreted_call
-        patch = interpreter._patch_lang_tensor
-
-        def patch_with_index(tensor, scope):  # NumPy 2.5 makes no number of an array of one, as Triton 3.6 wants
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        interpreter._patch_lang_tensor = patch_with_index
-    return jax.tree.map(np.asarray, globals()[function](*arguments))
+# --- What is computed: on a GPU, and interpreted here. That is slow, so cases are small, and none is bfloat16.
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """(name of a function, its arguments) → its result."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # for the process, which starts with its first call
-        yield lambda *call: pool.submit(interpret, *call).result()
+    with interpreter() as run:
+        yield run
 
 
 def make_case(sides, pattern, size, dtype, norm, heads=2):
@@ -208,24 +134,22 @@ class TestInterpreted:
         self, interpreted, sides, pattern, size, dtype, norm, packed
     ):
         case = make_case(sides, pattern, size, dtype, norm)
-        check(interpreted("value_and_gradients", *case, packed, SMALL), *case)
+        check(interpreted(value_and_gradients, *case, packed, SMALL), *case)
 
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_vectors_of_zeros_have_finite_gradients_under_qk_norm(self, interpreted, dtype):
         ranges, (q, k, v), scale, dout = make_case((1, 2), "block_causal", 16, dtype, True)
         k[:, 1] = 0
-        _, (_, dk, dv), dscale = interpreted("value_and_gradients", ranges, [q, k, v], scale, dout, False, SMALL)
+        _, (_, dk, dv), dscale = interpreted(value_and_gradients, ranges, [q, k, v], scale, dout, False, SMALL)
         assert np.isfinite(dv).all() and np.isfinite(dscale).all()
         assert np.isfinite(np.delete(dk, 1, axis=1)).all()
         q[:, 1] = 0
-        _, (_, dk, _), _ = interpreted("value_and_gradients", ranges, [q, v, v], scale, dout, False, SMALL)
+        _, (_, dk, _), _ = interpreted(value_and_gradients, ranges, [q, v, v], scale, dout, False, SMALL)
         assert np.isfinite(dk).all()
 
     def test_a_factor_of_zero_makes_weights_equal(self, interpreted):
         ranges, qkv, _, dout = make_case((1, 2), "block_diagonal", 16, "float32", True)
-        out, (dq, dk, _), _ = interpreted(
-            "value_and_gradients", ranges, qkv, np.zeros(2, np.float32), dout, True, SMALL
-        )
+        out, (dq, dk, _), _ = interpreted(value_and_gradients, ranges, qkv, np.zeros(2, np.float32), dout, True, SMALL)
         np.testing.assert_allclose(
             out[:, 1:], np.broadcast_to(qkv[2][:, 1:].mean(1, keepdims=True), (2, 4, 2, 16)), 1e-5
         )
@@ -233,7 +157,7 @@ class TestInterpreted:
 
     def test_in_a_scanned_and_rematerialised_layer_with_packed_operands(self, interpreted):
         ranges, qkv, scale, _ = make_case((1, 2), "block_causal", 16, "float32", True)
-        found = interpreted("gradients_of_layers", "triton_attention_packed", ranges, np.stack(qkv, axis=2), scale)
+        found = interpreted(gradients_of_layers, "triton_attention_packed", ranges, np.stack(qkv, axis=2), scale)
         expected = gradients_of_layers("packed_reference", ranges, np.stack(qkv, axis=2), scale)
         for gradient, true in zip(found, expected, strict=True):
             assert error_of(gradient, true) < 1e-5
@@ -257,7 +181,7 @@ def gradients_of_layers(attention, ranges, qkv, scale):
 
 
 def on_a_served_gpu():
-    return jax.default_backend() == "gpu" and api._has_triton()
+    return jax.default_backend() == "gpu" and devices.has_triton()
 
 
 @pytest.mark.skipif(not on_a_served_gpu(), reason="needs an NVIDIA GPU since Ampere and jax_triton")
@@ -289,29 +213,16 @@ class TestOnAGpu:
 
 # --- Compiling for GPUs that are not here.
 
-POINTERS = {"limits": "*i32", "table": "*i32", **dict.fromkeys(["factors", "key_gains", "lse", "vectors"], "*fp32")}
-SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+OTHERS = {"limits": "int32", "table": "int32", **dict.fromkeys(["factors", "key_gains", "lse", "vectors"], "float32")}
 
 
-@pytest.fixture(scope="module")
-def triton(tmp_path_factory):
-    """Triton with a cache of its own."""
-    import triton
-
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield triton
-
-
-def compile_kernel(triton, name, capability, dtype, size, blocks, *, norm=True, packed=True):
-    """What Triton makes of a kernel: its PTX, machine code and needs of shared memory."""
-    kernel = getattr(door.kernels, f"{name}_kernel")
-    spec = Spec(680, 16, size, packed, norm, blocks.rows, blocks.columns)
-    signature = {name: POINTERS.get(name, f"*{SHORT_NAMES[dtype]}") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature) - 1)}  # as jax_triton says of all arrays
-    source = triton.compiler.ASTSource(kernel, signature | {"spec": "constexpr"}, {"spec": spec}, aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target, {"num_warps": blocks.warps, "num_stages": blocks.stages})
+def compiled_kernel(name, capability, dtype, size, blocks, *, norm=True, packed=True):
+    """One of the kernels, as `compile_kernel` gives it."""
+    kernel, spec = (
+        getattr(door.kernels, f"{name}_kernel"),
+        Spec(680, 16, size, packed, norm, blocks.rows, blocks.columns),
+    )
+    return compile_kernel(kernel, capability, dtype, spec, OTHERS, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -325,26 +236,22 @@ def compile_kernel(triton, name, capability, dtype, size, blocks, *, norm=True, 
         (90, "bfloat16", 128),
     ],
 )
-def test_the_kernels_compile_for_tensor_cores_fit_and_spill_little(triton, tmp_path, capability, dtype, size, name):
+def test_the_kernels_compile_for_tensor_cores_fit_and_spill_little(tmp_path, capability, dtype, size, name):
     blocks, itemsize = getattr(tuned_blocks(size, dtype), name), jnp.dtype(dtype).itemsize
-    compiled = compile_kernel(triton, name, capability, dtype, size, blocks)
+    compiled = compiled_kernel(name, capability, dtype, size, blocks)
     assert re.search("mma.sync|wgmma", compiled.asm["ptx"])
     counted = sum(blocks.shared_terms(NEEDS[name], size, itemsize).values())
     assert compiled.metadata.shared <= counted <= LEAST_SHARED_BYTES
-    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    usage = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-    [spilled] = re.findall(r"STACK:(\d+)", usage)
-    assert int(spilled) <= 640  # bytes of a thread, about what a tile of logits takes
+    assert spilled_bytes(compiled, tmp_path) <= 640  # about what a tile of logits takes
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_they_compile_without_qk_norm_and_packing(triton, name):
-    assert compile_kernel(triton, name, 80, "bfloat16", 32, Blocks(32, 32, 4, 2), norm=False, packed=False).asm["cubin"]
+def test_they_compile_without_qk_norm_and_packing(name):
+    assert compiled_kernel(name, 80, "bfloat16", 32, Blocks(32, 32, 4, 2), norm=False, packed=False).asm["cubin"]
 
 
-def test_triton_has_no_tensor_cores_for_turing_which_is_why_xla_serves_it(triton):
-    assert "mma" not in compile_kernel(triton, "forward", 75, "float16", 16, Blocks(16, 16, 4, 1)).asm["ptx"]
+def test_triton_has_no_tensor_cores_for_turing_which_is_why_xla_serves_it():
+    assert "mma" not in compiled_kernel("forward", 75, "float16", 16, Blocks(16, 16, 4, 1)).asm["ptx"]
 
 
 # --- The door.
@@ -353,7 +260,7 @@ def test_triton_has_no_tensor_cores_for_turing_which_is_why_xla_serves_it(triton
 @pytest.fixture
 def installed(monkeypatch):
     """As if the card here were served."""
-    monkeypatch.setattr(api, "_has_triton", lambda: True)
+    monkeypatch.setattr(devices, "has_triton", lambda: True)
 
 
 HOPPER, AMPERE = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB")
@@ -376,7 +283,7 @@ HOPPER, AMPERE = ("gpu", "NVIDIA H200"), ("gpu", "NVIDIA A100-SXM4-40GB")
 )
 @pytest.mark.usefixtures("installed")
 def test_what_the_hopper_kernels_do_not_serve_gets_triton_where_it_can(monkeypatch, device, sides, dtype, size, chosen):
-    monkeypatch.setattr(api, "_device", lambda: device)
+    monkeypatch.setattr(devices, "device", lambda: device)
     ladder = ScaleLadder(sides)
     assert api.choose(jax.ShapeDtypeStruct((2, ladder.length, 2, size), dtype), ladder.length) == chosen
     alone = jax.ShapeDtypeStruct((2, sides[-1] ** 2, 2, size), dtype)
@@ -387,15 +294,15 @@ def test_what_the_hopper_kernels_do_not_serve_gets_triton_where_it_can(monkeypat
     ("capability", "served"), [("7.5", False), ("8.0", True), ("8.9", True), ("12.0", True), ("gfx90a", False)]
 )
 def test_gpus_since_ampere_are_served(monkeypatch, capability, served):
-    monkeypatch.setattr(api, "_is_installed", lambda _: True)
+    monkeypatch.setattr(devices, "is_installed", lambda _: True)
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert api._has_triton() is served
+    assert devices.has_triton() is served
 
 
 def test_forced_on_a_gpu_without_jax_triton_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(api, "_device", lambda: AMPERE)
-    monkeypatch.setattr(api, "_is_installed", lambda _: False)
+    monkeypatch.setattr(devices, "device", lambda: AMPERE)
+    monkeypatch.setattr(devices, "is_installed", lambda _: False)
     qkv = [jnp.zeros((1, 5, 2, 64), "bfloat16")] * 3
     with pytest.raises(ValueError, match=r"pip install -c constraints.txt -e '.\[triton\]'"):
         scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal", implementation="triton")
@@ -415,7 +322,7 @@ def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(m
         seen.append((kernel.__name__, arrays[0].shape))
         return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
 
-    monkeypatch.setattr(door, "triton_call", record)
+    monkeypatch.setattr(devices, "triton_call", record)
     ladder = ScaleLadder.preset("256")
     qkv = jax.ShapeDtypeStruct((8, ladder.length, 3, 4, 64), "bfloat16")
 

@@ -1,0 +1,54 @@
+"""What is compiled for: the kind of device and what is installed for it, and how a mesh in use splits arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+# Mesh axes that a batch and heads may be split over; no kernel needs more than its own part of both.
+BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
+
+
+def device() -> tuple[str, str]:
+    """Platform and kind of what is compiled for: devices of the mesh in use, real or not, else the first one here."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind
+    first = jax.devices()[0]
+    return first.platform, first.device_kind
+
+
+def is_hopper(platform: str, kind: str) -> bool:
+    """Whether a device, as `device` names it, runs the kernels in Mosaic GPU: H100, H200 and their kin."""
+    return platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def automatic_axes() -> list[str]:
+    """Axes of the mesh in use that XLA splits arrays over by itself, where a kernel has to say what its own part is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[name] > 1
+    ]
+
+
+def has_triton() -> bool:
+    """Whether jax_triton is installed and the GPU here has tensor cores that Triton uses: since Ampere, 8.0."""
+    major, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
+    return major.isdigit() and int(major) >= 8 and is_installed("jax_triton")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def triton_call(*arrays: jax.Array, **options: Any) -> Any:
+    """`jax_triton.triton_call`, imported when first used: without JAX's CUDA plugin that fails."""
+    import jax_triton
+
+    return jax_triton.triton_call(*arrays, **options)
