@@ -51,7 +51,9 @@ def grad_queries(
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages
     factors, packed = common.sign_and_size(q_scale), len(qkv) == 1
 
-    def body(*refs: Ref, q: Ref, do: Ref, o: Ref, k: Ref, v: Ref, dq: Ref, bars: Sequence[Any], landed: Ref) -> None:
+    def body(
+        *refs: Ref, q: Ref, do: Ref, o: Ref, k: Ref, v: Ref, dq: Ref, bars: Sequence[Any], landed: Ref, baton: Ref
+    ) -> None:
         qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
         (signs_ref, sizes_ref), refs = refs[: len(factors)] or (None, None), refs[len(factors) :]
         out_ref, dout_ref, lse_ref, limits_ref, table_ref, dq_ref, delta_ref, *dots_ref = refs
@@ -75,11 +77,13 @@ def grad_queries(
                 stage = lax.rem(band.turn + tile, stages)
                 plgpu.barrier_wait(k_ready.at[stage])
                 plgpu.barrier_wait(v_ready.at[stage])
+                pipeline.await_baton(baton)
 
                 def products(accumulators: tuple[Ref, ...]) -> None:
                     s_ref, dp_ref, total_ref = accumulators
                     plgpu.wgmma(s_ref, my_q, k[1].at[stage].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, my_do, v[1].at[stage].transpose((1, 0)))
+                    pipeline.pass_baton(baton)
                     s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), band, tile, limits)
                     p = jnp.exp2(common.times(s, gain) - along_rows(lse, s.shape))
                     ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - along_rows(delta, s.shape))
@@ -106,7 +110,7 @@ def grad_queries(
         normalize = common.normalize(k[1], signs_ref) if norm else None
         keys = Ring([common.copy_columns(k_at, k[0])], k_ready, k_free, normalize, landed)
         values = Ring([common.copy_columns(v_at, v[0])], v_ready, v_free)
-        pipeline.run(table_ref, [queries, outs], [keys, values], attend)
+        pipeline.run(table_ref, [queries, outs], [keys, values], baton, attend)
 
     vectors = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
     return pipeline.call(
@@ -127,6 +131,7 @@ def grad_queries(
                 pipeline.ring_barriers(1),
             ],
             "landed": plgpu.Barrier(num_barriers=stages) if norm else None,
+            "baton": pipeline.baton_barriers(),
         },
         [*qkv, *factors, out, dout, lse, common.limits_of(ranges, rows)],
     )
@@ -157,7 +162,17 @@ def grad_keys(
     packed, factors = len(qkv) == 1, [] if q_scale is None else [q_scale.astype(jnp.float32)]
 
     def body(
-        *refs: Ref, k: Ref, v: Ref, q: Ref, do: Ref, vectors: Ref, dk: Ref, dv: Ref, bars: Sequence[Any], landed: Ref
+        *refs: Ref,
+        k: Ref,
+        v: Ref,
+        q: Ref,
+        do: Ref,
+        vectors: Ref,
+        dk: Ref,
+        dv: Ref,
+        bars: Sequence[Any],
+        landed: Ref,
+        baton: Ref,
     ) -> None:
         qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
         factor_refs, refs = refs[: len(factors)], refs[len(factors) :]
@@ -177,6 +192,7 @@ def grad_keys(
                 stage = lax.rem(band.turn + tile, stages)
                 plgpu.barrier_wait(q_ready.at[stage])
                 plgpu.barrier_wait(do_ready.at[stage])
+                pipeline.await_baton(baton)
 
                 def vector(i: int) -> jax.Array:
                     return along_columns(common.load_columns(vectors.at[stage, i]), (rows, columns))
@@ -185,6 +201,7 @@ def grad_keys(
                     s_ref, dp_ref, dk_ref, dv_ref = accumulators
                     plgpu.wgmma(s_ref, my_k, q[1].at[stage].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, my_v, do[1].at[stage].transpose((1, 0)))
+                    pipeline.pass_baton(baton)
                     s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), band, tile, limits)
                     p = jnp.exp2(common.times(s, gain) - vector(0))
                     # Before the product for dv, not beside it: p and ds at once are all that registers hold.
@@ -211,7 +228,7 @@ def grad_keys(
         normalize = common.normalize(q[1], factor_refs[0]) if norm else None
         queries = Ring([common.copy_columns(q_at, q[0])], q_ready, q_free, normalize, landed)
         copies = [common.copy_columns(dout_at, do[0]), common.copy_vectors(vectors_ref, vectors)]
-        pipeline.run(table_ref, [keys], [queries, Ring(copies, do_ready, do_free)], attend)
+        pipeline.run(table_ref, [keys], [queries, Ring(copies, do_ready, do_free)], baton, attend)
 
     vectors = common.by_tile([lse, delta], pipeline.plan)
     return pipeline.call(
@@ -228,6 +245,7 @@ def grad_keys(
             "dv": tile_memory(dtype, width, rows, size),
             "bars": [pipeline.row_barriers(2), pipeline.ring_barriers(1), pipeline.ring_barriers(2)],
             "landed": plgpu.Barrier(num_barriers=stages) if norm else None,
+            "baton": pipeline.baton_barriers(),
         },
         [*qkv, *factors, dout, vectors, common.limits_of(ranges, rows), *([into] if packed else [])],
     )

@@ -54,6 +54,7 @@ class Blocks:
       columns: of a tile, a multiple of 64.
       stages: column tiles in flight.
       loader_registers: of each thread that loads; the other threads get what that leaves.
+      relay: whether computing warpgroups issue products one after the other, see `hopper_pipeline`.
 
     Raises:
       ValueError: a number is not supported.
@@ -64,6 +65,7 @@ class Blocks:
     columns: int
     stages: int
     loader_registers: int = 32
+    relay: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.warpgroups <= 4:
@@ -118,14 +120,19 @@ class HopperBlocks:
 
 
 # The fastest measured, bfloat16, D of 64, by kind of device, then by whether some query sees more than `SHORT` keys and
-# whether there is QK-norm. Short ranges leave wide tiles half empty. With QK-norm the loading warpgroup normalises and
-# wants registers, of which the kernel for dk and dv has none to give.
+# whether there is QK-norm. Short ranges leave wide tiles half empty, and a relay waits there for whoever begins or ends
+# a band. With QK-norm the loading warpgroup wants registers, to normalise a tile once for all who read it: of these
+# four, at any length, beat three with wider tiles. The kernel for dk and dv has no registers to give.
 TUNED = {
     DEFAULT_KIND: {
         (False, False): HopperBlocks(Blocks(4, 64, 64, 7, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32)),
         (False, True): HopperBlocks(Blocks(4, 64, 64, 7, 64), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32)),
-        (True, False): HopperBlocks(Blocks(3, 64, 128, 4, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32)),
-        (True, True): HopperBlocks(Blocks(3, 64, 128, 4, 56), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32)),
+        (True, False): HopperBlocks(
+            Blocks(3, 64, 128, 4, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32, True)
+        ),
+        (True, True): HopperBlocks(
+            Blocks(4, 64, 64, 7, 64, True), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32, True)
+        ),
     },
 }
 
@@ -172,8 +179,9 @@ def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -
     found = [used]
     for name, needs in NEEDS.items():
         mine: Blocks = getattr(used, name)
-        for warpgroups, columns in itertools.product((2, 3, 4), (64, 128)):
-            cuts = [dataclasses.replace(mine, warpgroups=warpgroups, columns=columns, stages=n) for n in range(2, 9)]
+        for warpgroups, columns, relay in itertools.product((2, 3, 4), (64, 128), (False, True)):
+            cut = dataclasses.replace(mine, warpgroups=warpgroups, columns=columns, relay=relay)
+            cuts = [dataclasses.replace(cut, stages=stages) for stages in range(2, 9)]
             fit = [blocks for blocks in cuts if sum(blocks.shared_terms(needs, head_size).values()) <= SHARED_BYTES]
             if fit and 5 * fit[0].accumulators(needs, head_size) <= 4 * fit[0].compute_registers:
                 found += [dataclasses.replace(used, **{name: blocks}) for blocks in (fit[len(fit) // 2], fit[-1])]

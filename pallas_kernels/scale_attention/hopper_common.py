@@ -117,7 +117,7 @@ def load_columns(ref: Ref) -> jax.Array:
     return plgpu.load(ref, layout=COLUMN_LAYOUT)
 
 
-def filled(value: float, *shape: int) -> jax.Array:
+def filled(value: float | jax.Array, *shape: int) -> jax.Array:
     """(R,) or (R, columns) float32."""
     layout = ROW_LAYOUT if len(shape) == 1 else plgpu.Layout.WGMMA
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -4,6 +4,11 @@ Each thread block takes every n-th item. Its last warpgroup runs ahead and fills
 for each compute warpgroup and a ring of column tiles that all of them read. Barriers named *ready* say that a tile can
 be read, those named *free* that it was; all are free at the start.
 
+With `Blocks.relay` a baton goes round the compute warpgroups, and who holds it issues the products of logits (ping-pong
+in FlashAttention-3, Shah et al. 2024): then tensor cores work for one warpgroup while others turn logits into weights,
+where without all may wait for tensor cores at once, and then all for exponentials. Every warpgroup meets every tile
+that its item loads, to work on it or to skip it, and passes the baton once at each: it always arrives.
+
 Kernels use lane semantics: warpgroup semantics infer how shared memory is laid out, and would refuse the two views of
 `hopper_common.tile_memory`.
 """
@@ -114,6 +119,20 @@ class Pipeline:
             plgpu.Barrier(num_barriers=number, num_arrivals=readers),
         )
 
+    def baton_barriers(self) -> plgpu.Barrier | None:
+        """One for each warpgroup, if there is a baton: that it has it."""
+        return plgpu.Barrier(num_barriers=self.blocks.warpgroups) if self.blocks.relay else None
+
+    def await_baton(self, baton: Ref | None) -> None:
+        """Before a warpgroup issues the products of a tile."""
+        if baton is not None:
+            plgpu.barrier_wait(baton.at[lax.axis_index("wg")])
+
+    def pass_baton(self, baton: Ref | None) -> None:
+        """Once they are issued."""
+        if baton is not None:
+            plgpu.barrier_arrive(baton.at[lax.rem(lax.axis_index("wg") + 1, self.blocks.warpgroups)])
+
     def call(
         self,
         name: str,
@@ -136,14 +155,22 @@ class Pipeline:
         )
         return kernel(*operands, jnp.asarray(self.plan.table))
 
-    def run(self, table: Ref, rows: Sequence[Rows], rings: Sequence[Ring], attend: Callable[[Band], None]) -> None:
+    def run(
+        self,
+        table: Ref,
+        rows: Sequence[Rows],
+        rings: Sequence[Ring],
+        baton: Ref | None,
+        attend: Callable[[Band], None],
+    ) -> None:
         """The body of a kernel: every item of this thread block.
 
         Args:
           table: the plan's, in global memory.
           rows, rings: what is loaded.
-          attend: does a band: waits for rows, and at each tile from first to last for every ring, to be ready, and
-            says what is free again.
+          baton: of `baton_barriers`.
+          attend: does a band: waits for rows, and at each tile from first to last for every ring, to be ready, awaits
+            and passes the baton, and says what is free again.
         """
         me, width = lax.axis_index("wg"), self.blocks.warpgroups
         rounds = lax.div(
@@ -160,7 +187,8 @@ class Pipeline:
             for ring in rings:
                 for stage in range(self.blocks.stages):
                     plgpu.barrier_arrive(ring.free.at[stage])
-            lax.fori_loop(0, rounds, lambda turn, done: self._compute(table, rings, attend, turn, done), 0)
+            pl.when(me == width - 1)(lambda: self.pass_baton(baton))  # the first to have it is warpgroup 0
+            lax.fori_loop(0, rounds, lambda turn, done: self._compute(table, rings, baton, attend, turn, done), 0)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(me == width)
@@ -174,7 +202,13 @@ class Pipeline:
             self._prepare(rings, done - 1, head)
 
     def _compute(
-        self, table: Ref, rings: Sequence[Ring], attend: Callable[[Band], None], turn: Scalar, done: Scalar
+        self,
+        table: Ref,
+        rings: Sequence[Ring],
+        baton: Ref | None,
+        attend: Callable[[Band], None],
+        turn: Scalar,
+        done: Scalar,
     ) -> Scalar:
         """One item, of which this warpgroup has one band.
 
@@ -188,6 +222,8 @@ class Pipeline:
 
         def skip(tile: Scalar, _: None) -> None:
             stage = lax.rem(ring_turn + tile, self.blocks.stages)
+            self.await_baton(baton)
+            self.pass_baton(baton)
             for ring in rings:
                 plgpu.barrier_wait(ring.ready.at[stage])
                 plgpu.barrier_arrive(ring.free.at[stage])

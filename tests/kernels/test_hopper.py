@@ -1,5 +1,6 @@
 """The Hopper kernels: what they visit, that they lower for CUDA without one, and on a Hopper what they compute."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,6 +14,8 @@ from pallas_kernels.scale_attention import hopper_blocks
 from pallas_kernels.scale_attention import hopper_tiles as tiles
 from pallas_kernels.scale_attention.hopper import candidates, hopper_attention, hopper_attention_packed
 from pallas_kernels.scale_attention.hopper_blocks import DEFAULT_KIND, NEEDS, TUNED, Blocks, HopperBlocks, tuned_blocks
+from pallas_kernels.scale_attention.hopper_common import LOG2E
+from pallas_kernels.scale_attention.hopper_forward import SAFE_SCALE
 from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
 from pallas_kernels.scale_attention.reference import reference_attention, scale_queries_and_keys
 
@@ -206,14 +209,24 @@ class TestBlocks:
             Blocks(*numbers)
 
 
-def attend(operands, ranges, q_scale):
+def test_what_needs_no_maximum_stays_within_float32_and_bfloat16():
+    most = SAFE_SCALE * LOG2E * (1 + float(jnp.finfo("bfloat16").eps))  # the norm of a rounded key may exceed 1
+    assert np.exp2(-most) >= float(jnp.finfo("bfloat16").tiny)
+    assert 2**20 * 1e4 * np.exp2(most) <= float(jnp.finfo("float32").max)
+
+
+def attend(operands, ranges, q_scale, blocks=None):
     attention = hopper_attention if len(operands) == 3 else hopper_attention_packed
-    return attention(*operands, ranges, q_scale)
+    return attention(*operands, ranges, q_scale, blocks=blocks)
 
 
-def value_and_gradients(operands, ranges, q_scale, dout):
-    out, pull = jax.vjp(lambda operands, scale: attend(operands, ranges, scale), operands, q_scale)
+def value_and_gradients(operands, ranges, q_scale, dout, blocks=None):
+    out, pull = jax.vjp(lambda operands, scale: attend(operands, ranges, scale, blocks), operands, q_scale)
     return out, pull(dout)
+
+
+def with_relay(blocks, relay):
+    return HopperBlocks(*(dataclasses.replace(getattr(blocks, name), relay=relay) for name in NEEDS))
 
 
 def lower(function, *arguments):
@@ -239,6 +252,12 @@ class TestLowersForCudaWithoutOne:
             *(operands, scale, out),
         )
         assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+    @pytest.mark.parametrize("relay", [False, True], ids=["free", "relay"])
+    def test_with_a_baton_and_without(self, relay):
+        ranges = ScaleLadder((1, 2, 9)).key_ranges("block_diagonal")
+        blocks, (operands, scale, out) = with_relay(tuned_blocks(ranges, True), relay), shapes_of(86, True, True)
+        assert lower(lambda *a: value_and_gradients(a[0], ranges, *a[1:], blocks), operands, scale, out)
 
     @pytest.mark.parametrize(("size", "dtype"), [(32, "bfloat16"), (64, "float16")])
     def test_other_heads_and_dtypes(self, size, dtype):
@@ -321,6 +340,32 @@ class TestOnAHopper:
             np.testing.assert_allclose(np.sum(parts, axis=(0, 1)), true_gradients[3], rtol=1e-4, atol=1e-4)
             most = TOLERANCE[dtype][2] * np.linalg.norm(parts, axis=(0, 1)) + 1e-4
             np.testing.assert_array_less(np.abs(dscale - true_gradients[3]), most)
+
+    @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("sides", [(1, 2, 3, 16), "256"], ids=str)
+    def test_a_baton_changes_no_bit(self, sides, pattern, norm):
+        ladder = ScaleLadder.preset(sides) if isinstance(sides, str) else ScaleLadder(sides)
+        ranges, rng = ladder.key_ranges(pattern), np.random.default_rng(0)
+        qkv, dout = (jnp.asarray(rng.normal(size=(2, ladder.length, *n, 3, 64)), "bfloat16") for n in ((3,), ()))
+        scale, tuned = jnp.asarray([4.0, -0.5, 11.0]) if norm else None, tuned_blocks(ranges, norm)
+
+        def run(relay):
+            blocks = with_relay(tuned, relay)
+            return jax.jit(lambda *a: value_and_gradients(a[0], ranges, *a[1:], blocks))((qkv,), scale, dout)
+
+        jax.tree.map(np.testing.assert_array_equal, run(False), run(True))
+
+    def test_heads_with_and_without_a_maximum_are_right(self):
+        """Unit keys that bfloat16 has exactly: else their rounding would be most of the error of large scales."""
+        ladder, rng = ScaleLadder((1, 2, 5, 16)), np.random.default_rng(0)
+        q, k, v, dout = (jnp.asarray(rng.normal(size=(1, ladder.length, 4, 64)), "bfloat16") for _ in range(4))
+        k, scale = jnp.sign(k), jnp.asarray([SAFE_SCALE, -SAFE_SCALE, 1.1 * SAFE_SCALE, 100.0])
+        ranges = ladder.key_ranges("block_diagonal")
+        out = jax.jit(lambda q, k, v, scale: attend((q, k, v), ranges, scale))(q, k, v, scale)
+        truth = true_values(q, k, v, dout, scale, ranges)[0]
+        for head in range(4):
+            assert error_of(out[:, :, head], truth[:, :, head]) < TOLERANCE["bfloat16"][0]
 
 
 def true_values(q, k, v, dout, scale, ranges):
