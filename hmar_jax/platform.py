@@ -1,7 +1,7 @@
 """Flags of XLA's compilers, in one place, and where compiled programs are kept: to be set before JAX starts.
 
-Of flags, only those are here that let devices exchange and compute at a time. The rest stays as XLA has it: on GPUs it
-times cuBLAS against Triton for each matrix product, and launches kernels as CUDA graphs.
+Of flags, only those are here that let devices exchange and compute at a time, and one that programs bring along. The
+rest stays as XLA has it: on GPUs it times cuBLAS's ways for each matrix product, and launches kernels as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ FLAGS = {
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",
     ),
 }
+
+# For `jax.jit` of the sampler and the train step, however JAX was started. Where XLA may write products in Triton, it
+# leaves biases and GELU to kernels of their own, which cuBLAS adds on its way out, and compiles for longer.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_disable_hlo_passes": "cublas-pad-for-gemms"}
 
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:

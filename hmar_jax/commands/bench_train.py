@@ -157,7 +157,7 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
     from hmar_jax.compile_check.work import model_flops
     from hmar_jax.training import sharding
-    from hmar_jax.training.state import make_train_step
+    from hmar_jax.training.state import jit_train_step, make_train_step
 
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
@@ -165,8 +165,7 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
         objective, state, frozen, optimizer = _fresh(config)
         batch = _random_batch(config, objective.model_config, mesh)
         start = time.perf_counter()
-        layout = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
-        step = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0, out_shardings=layout)
+        step = jit_train_step(make_train_step(config, objective, optimizer), state, mesh)
         lowered = step.lower(state, frozen, batch)
         compiled = lowered.compile()
         compile_seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ from hmar_jax.tokenizer import perceptual
 from hmar_jax.training import sharding
 from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts
 from hmar_jax.training.optimizer import make_optimizer
-from hmar_jax.training.state import TrainState, make_train_step
+from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
 
 class Compiled(NamedTuple):
@@ -121,10 +121,9 @@ def lower_train_step(setup: Setup) -> jax.stages.Lowered:
     """The step that `hmar-jax train` jits: objective, optimizer and all, with the state donated."""
     config, mesh = setup.config, setup.mesh
     optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, setup.state.params)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, setup.state), sharding.replicated(mesh)
     step = make_train_step(config, setup.objective, optimizer)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(setup.state, setup.frozen, _batch(setup))
+        return jit_train_step(step, setup.state, mesh).lower(setup.state, setup.frozen, _batch(setup))
 
 
 def lower_sampler(setup: Setup, batch: int) -> jax.stages.Lowered:

@@ -42,6 +42,7 @@ from hmar_jax.config import ModelConfig, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy, write_whole, writing
 from hmar_jax.model import Model
+from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import program
 from hmar_jax.sampling.schedule import Controls, Schedule
 from hmar_jax.training import distributed, sharding
@@ -152,7 +153,7 @@ def _numbers(num_classes: int, labels: Sequence[int], per_class: int) -> np.ndar
     return np.add.outer(np.arange(per_class) * num_classes, np.unique(labels)).ravel().astype(np.uint32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=program.COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
 def _sample(
     options: program.Options,
     mesh: Mesh,

@@ -13,6 +13,7 @@ import jax
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.networks import networks
+from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
 
@@ -26,11 +27,6 @@ class Options:
     plan: Plan
     greedy: bool = False
     record: bool = False
-
-
-# Where XLA may write products in Triton, it looks for the fastest one layer by layer, and leaves biases and GELU to
-# kernels of their own, which cuBLAS adds on its way out.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)

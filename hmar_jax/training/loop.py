@@ -36,7 +36,7 @@ from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
 from hmar_jax.training.objectives import OBJECTIVES, Objective
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
-from hmar_jax.training.state import TrainState, make_train_step
+from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
 logger = logging.getLogger(__name__)
 _NO_STEPS = range(0)
@@ -81,9 +81,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
         overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=jax.process_count() == 1)
         logger.info("Parameters:\n%s", overview)
 
-    # Without the layout of its result pinned, XLA chooses another, and compiles again for it.
-    layout = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
-    step_fn = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0, out_shardings=layout)
+    step_fn = jit_train_step(make_train_step(config, objective, optimizer), state, mesh)
     show = _sample_writer(config, objective, workdir)
     rate = learning_rate(config.optimizer, config.steps, config.batch_size)
     start = int(state.step)

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from hmar_jax.config import TrainConfig
 from hmar_jax.params import Tree
+from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts
+from hmar_jax.training.sharding import replicated
 
 
 @jax.tree_util.register_dataclass
@@ -92,3 +95,10 @@ def make_train_step(
         return TrainState(state.step + 1, state.key, params, ema, opt, extra), metrics
 
     return train_step
+
+
+def jit_train_step(step: Callable[..., Any], state: TrainState, mesh: Mesh) -> Any:
+    """What `make_train_step` gives, jitted for states like this one on `mesh`: donated, and laid out as they came."""
+    # Without the layout of its result pinned, XLA chooses another, and compiles again for it.
+    layout = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=layout, compiler_options=COMPILER_OPTIONS)

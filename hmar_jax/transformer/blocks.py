@@ -12,13 +12,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import fused
-from pallas_kernels.scale_attention import BATCH_AXES, packed_scale_attention, scale_attention
+from hmar_jax.transformer.fused import Branch
+from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes
+from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
 Remat = Literal["dots", "all"]
 # VAR's cap on the learned temperature of QK-norm.
@@ -44,15 +46,40 @@ def split_by_sample[T](arrays: T) -> T:
 
     XLA, left to choose, may split them as the parameters are instead, and then exchanges activations.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(axis for axis, kind in kinds if axis in BATCH_AXES and kind == AxisType.Auto)
+    mesh, automatic = jax.sharding.get_abstract_mesh(), automatic_axes()
+    axes = tuple(axis for axis in BATCH_AXES if axis in automatic)
     ways = math.prod(mesh.shape[axis] for axis in axes)
 
     def split(x: jax.Array) -> jax.Array:
-        return x if ways == 1 or x.shape[0] % ways else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+        return x if not automatic or x.shape[0] % ways else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
     return jax.tree.map(split, arrays)
+
+
+def by_head(columns: jax.Array, heads: int) -> jax.Array:
+    """(…,3HD), q, k and v of all heads → those of the first heads, of the next …: a part for each way of `tensor`.
+
+    The columns of a product are then split as attention splits heads, where the mesh in use has that axis.
+    """
+    ways = _tensor_ways(heads)
+    if ways == 1:
+        return columns
+    parts = columns.reshape(*columns.shape[:-1], 3, ways, -1).swapaxes(-3, -2).reshape(columns.shape)
+    free = [PartitionSpec.UNCONSTRAINED] * (columns.ndim - 1)
+    return jax.lax.with_sharding_constraint(parts, PartitionSpec(*free, HEAD_AXES))
+
+
+def _from_by_head(columns: jax.Array, heads: int) -> jax.Array:
+    """What `by_head` gives → (…,3,H,D)."""
+    parts = columns.reshape(*columns.shape[:-1], _tensor_ways(heads), 3, -1).swapaxes(-3, -2)
+    return parts.reshape(*columns.shape[:-1], 3, heads, -1)
+
+
+def _tensor_ways(heads: int) -> int:
+    """Parts that the mesh in use splits heads into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape[name] for name in automatic_axes() if name in HEAD_AXES)
+    return ways if heads % ways == 0 else 1
 
 
 class KeysValues(NamedTuple):
@@ -77,21 +104,18 @@ class Attention(nnx.Module):
         proj_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
         self.proj = nnx.Linear(width, width, kernel_init=proj_init, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, scale: jax.Array, shift: jax.Array, ladder: ScaleLadder, past: KeysValues | None
-    ) -> tuple[jax.Array, KeysValues]:
-        """Attention among modulated_norm(x, scale, shift), without the bias of `proj`, which `add_gated` adds.
+    def __call__(self, qkv: jax.Array, ladder: ScaleLadder, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
+        """Attention among tokens x, without the bias of `proj`, which `fused.norm_linear` adds.
 
         Args:
-          x: (B,N,C). scale, shift: (B,1,C). past: keys and values of all tokens before x.
+          qkv: x @ `qkv`, (B,N,3C). past: keys and values of all tokens before x.
 
         Returns:
-          As x; and the keys and values of its tokens.
+          (B,N,C); and the keys and values of x.
         """
         q_bias, v_bias = (bias[...].astype(jnp.float32) for bias in (self.q_bias, self.v_bias))
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-        qkv = fused.add_bias(fused.norm_linear(x, scale, shift, _kernel(self.qkv)), bias)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
+        qkv = _from_by_head(fused.add_bias(qkv, by_head(bias, self.heads)), self.heads)
         q_scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
         own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
         if ladder.length == 1:
@@ -101,7 +125,7 @@ class Attention(nnx.Module):
         else:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
             attended = scale_attention(qkv[:, :, 0], k, v, ladder, pattern=self.pattern, q_scale=q_scale)
-        return attended.reshape(x.shape) @ _kernel(self.proj), own
+        return attended.reshape(*qkv.shape[:2], -1) @ _kernel(self.proj), own
 
 
 class Block(nnx.Module):
@@ -153,11 +177,13 @@ class Block(nnx.Module):
         g1, g2, s1, s2, b1, b2 = modulation
         if drop is not None:  # a dropped branch has closed gates
             g1, g2 = (drop_path(gate, drop[0], jax.random.fold_in(drop[1], i)) for i, gate in enumerate((g1, g2)))
-        attended, own = self.attention(x, s1, b1, ladder, past)
-        proj_bias = _bias(self.attention.proj)
-        x, hidden = fused.add_norm_linear(x, attended, proj_bias, g1, s2, b2, _kernel(self.fc1))
+        x, qkv = fused.norm_linear(x, None, s1, b1, by_head(_kernel(self.attention.qkv), self.attention.heads))
+        attended, own = self.attention(qkv, ladder, past)
+        branch = Branch(attended, _bias(self.attention.proj), g1)
+        x, hidden = fused.norm_linear(x, branch, s2, b2, _kernel(self.fc1))
+        x = split_by_sample(x)
         out = fused.gelu_linear(hidden, _bias(self.fc1), _kernel(self.fc2))
-        return fused.add_gated(x, out, _bias(self.fc2), g2), own
+        return split_by_sample(fused.add_gated(x, Branch(out, _bias(self.fc2), g2))), own
 
 
 def _kernel(layer: nnx.Linear) -> jax.Array:
@@ -288,4 +314,5 @@ class Head(nnx.Module):
             return fused.scores(*self._operands(x, modulation), targets)
 
     def _operands(self, x: jax.Array, modulation: Modulation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return fused.modulated_norm(x, *modulation), _kernel(self.linear), _bias(self.linear)
+        x = fused.modulated_norm(*split_by_sample((x, *modulation)))
+        return x, _kernel(self.linear), _bias(self.linear)

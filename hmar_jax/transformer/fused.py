@@ -2,7 +2,8 @@
 
 As soon as matrix products run at full speed, training waits for memory. A normalised or activated copy of the tokens
 costs more to keep and to read again than to compute again, so that a product here keeps the arrays which its operand is
-made from. Biases are added by the step after a product, whose backward pass sums their gradients on its way.
+made from. Biases are added by cuBLAS before a product is written, and GELU after them (`add_bias`, `gelu`), or by the
+step after it, where its backward pass sums their gradients on its way (`add_gated`).
 
 Arithmetic is float32 between products; what is handed on has the dtype of the tokens. Where the code says
 `optimization_barrier`, XLA is to write one array once, or to compute it a second time, against its own judgement.
@@ -12,15 +13,16 @@ Axis letters: B batch, L tokens, C width, F features, V codebook.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import optimization_barrier
+
+from pallas_kernels import token_gradients
+from pallas_kernels.token_gradients import Branch
 
 _EPS = 1e-6
 _GELU_SCALE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -39,64 +41,63 @@ def _wide(x: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------- products of what is recomputed
 
 
-def norm_linear(x: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array) -> jax.Array:
-    """modulated_norm(x, scale, shift) @ kernel: (B,L,C), twice (B,1,C), (C,F) → (B,L,F)."""
-    return _linear(_norm, (x, scale, shift), kernel)[0]
-
-
-def add_norm_linear(
-    x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array, scale: jax.Array, shift: jax.Array, kernel: jax.Array
+@jax.custom_vjp
+def norm_linear(
+    x: jax.Array, branch: Branch | None, scale: jax.Array, shift: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum add_gated(x, y, bias, gate), and `norm_linear` of it: → (B,L,C), (B,L,F)."""
-    product, total = _linear(_add_norm, (x, y, bias, gate, scale, shift), kernel)
-    return total, product
+    """The sum add_gated(x, branch), or x, and modulated_norm(sum, scale, shift) @ kernel.
+
+    Args:
+      x: (B,L,C). branch: what is added to it first, if anything. scale, shift: (B,1,C) float32. kernel: (C,F).
+
+    Returns:
+      (B,L,C), (B,L,F).
+    """
+    total, operand = _norm(x, branch, scale, shift)
+    return total, operand @ kernel
 
 
-def gelu_linear(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
-    """biased_gelu(x, bias) @ kernel: (B,L,F), (F,), (F,C) → (B,L,C)."""
-    return _linear(_gelu, (x, bias), kernel)[0]
+def _norm(x: jax.Array, branch: Branch | None, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = x if branch is None else add_gated(x, branch)
+    return total, modulated_norm(total, scale, shift)
 
 
-def _norm(*inputs: jax.Array) -> tuple[jax.Array, None]:
-    return modulated_norm(*inputs), None
-
-
-def _add_norm(
-    x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array, scale: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    total = add_gated(x, y, bias, gate)
-    return modulated_norm(total, scale, shift), total
-
-
-def _gelu(*inputs: jax.Array) -> tuple[jax.Array, None]:
-    return biased_gelu(*inputs), None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax.Array) -> tuple[jax.Array, Any]:
-    """With operand, passed = make(*inputs): operand @ kernel, and passed; the gradient keeps `inputs` alone."""
-    operand, passed = make(*inputs)
-    return operand @ kernel, passed
-
-
-def _linear_forward(
-    make: Callable[..., Any], inputs: tuple[jax.Array, ...], kernel: jax.Array
-) -> tuple[tuple[jax.Array, Any], Any]:
-    (operand, passed), _ = jax.vjp(make, *inputs)  # as the backward pass makes it
-    return (operand @ kernel, passed), (inputs, kernel)
-
-
-def _linear_backward(make: Callable[..., Any], kept: Any, grads: tuple[jax.Array, Any]) -> tuple[Any, jax.Array]:
-    (inputs, kernel), (dproduct, dpassed) = kept, grads
+def _norm_linear_backward(kept: Any, grads: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    (*inputs, kernel), (dtotal, dproduct) = kept, grads
     # Else XLA finds what the forward pass made of them, and keeps that, or makes it long before it is needed.
     inputs, dproduct = optimization_barrier((inputs, dproduct))
-    (operand, _), pull = jax.vjp(make, *inputs)
+    (_, operand), pull = jax.vjp(_norm, *inputs)
     dkernel = jnp.einsum("blc,blf->cf", operand, dproduct)
     doperand = jnp.einsum("blf,cf->blc", dproduct, kernel)
-    return pull((doperand, dpassed)), dkernel
+    x, branch, scale, _ = inputs
+    if token_gradients.serves(x):
+        return *token_gradients.norm_gradients(x, branch, scale, doperand, dtotal), dkernel
+    return *pull((dtotal, doperand)), dkernel
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+norm_linear.defvjp(lambda *inputs: (norm_linear(*inputs), inputs), _norm_linear_backward)
+
+
+@jax.custom_vjp
+def gelu_linear(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
+    """gelu(x + bias) @ kernel, GELU by its tanh approximation: (B,L,F), (F,), (F,C) → (B,L,C)."""
+    return _gelu_linear_forward(x, bias, kernel)[0]
+
+
+def _gelu_linear_forward(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    z = add_bias(x, bias)
+    return jax.nn.gelu(z, approximate=True) @ kernel, (z, kernel)  # by cuBLAS, as in `add_bias`
+
+
+def _gelu_linear_backward(kept: tuple[jax.Array, jax.Array], dproduct: jax.Array) -> tuple[jax.Array, ...]:
+    (z, kernel), dproduct = optimization_barrier((kept, dproduct))
+    doperand = jnp.einsum("blc,fc->blf", dproduct, kernel)
+    gradients = token_gradients.gelu_gradients if token_gradients.serves(z) else gelu_gradients
+    operand, dz, dbias = gradients(z, doperand)
+    return dz, dbias, jnp.einsum("blf,blc->fc", operand, dproduct)
+
+
+gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
 
 
 # -------------------------------------------------------------------------------------------- between products
@@ -128,57 +129,38 @@ modulated_norm.defvjp(lambda x, scale, shift: (modulated_norm(x, scale, shift), 
 
 
 @jax.custom_vjp
-def add_gated(x: jax.Array, y: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
-    """Residual branch: x + gate·(y + bias), for twice (B,L,C), (C,), (B,1,C) float32 → (B,L,C)."""
-    return (x + gate * (y + bias)).astype(x.dtype)
+def add_gated(x: jax.Array, branch: Branch) -> jax.Array:
+    """Residual branch: x + gate·(y + bias), (B,L,C)."""
+    return (x + branch.gate * (branch.y + branch.bias)).astype(x.dtype)
 
 
-def _add_gated_backward(kept: tuple[jax.Array, ...], dx: jax.Array) -> tuple[jax.Array, ...]:
-    y, bias, gate = kept
+def _add_gated_backward(branch: Branch, dx: jax.Array) -> tuple[jax.Array, Branch]:
+    y, bias, gate = branch
     total, product = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dx, _wide(dx) * y))
-    return dx, (gate * dx).astype(y.dtype), jnp.sum(gate * total, axis=(0, 1)), product + bias * total
+    return dx, Branch((gate * dx).astype(y.dtype), jnp.sum(gate * total, axis=(0, 1)), product + bias * total)
 
 
-add_gated.defvjp(lambda x, y, bias, gate: (add_gated(x, y, bias, gate), (y, bias, gate)), _add_gated_backward)
+add_gated.defvjp(lambda x, branch: (add_gated(x, branch), branch), _add_gated_backward)
 
 
-@jax.custom_vjp
-def biased_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """GELU of x + bias by its tanh approximation: (B,L,F), (F,) → (B,L,F)."""
-    # In this form, which no gradient is taken of, XLA has cuBLAS do it before the product that x is gets written.
-    return jax.nn.gelu(x + bias.astype(x.dtype), approximate=True)
-
-
-def _biased_gelu_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    z = x + bias
-    return (z * _gelu_gate(z)).astype(x.dtype), (x, bias)
-
-
-def _gelu_gate(z: jax.Array) -> jax.Array:
-    """(1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
-    an inverse root but many for a tanh or a division.
-    """  # fmt: skip
-    return jnp.square(jax.lax.rsqrt(1 + jnp.exp(-_GELU_SCALE * (z + _GELU_CUBE * z * z * z))))
-
-
-def _biased_gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, bias = kept
-    z = x + bias
-    gate = _gelu_gate(z)
-    slope = gate + z * gate * (1 - gate) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * z * z)
-    return _with_sum((dy * slope).astype(x.dtype))
-
-
-biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
+def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `token_gradients.gelu_gradients`."""
+    wide = _wide(z)
+    # (1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
+    # an inverse root but many for a tanh or a division.
+    gate = jnp.square(jax.lax.rsqrt(1 + jnp.exp(-_GELU_SCALE * (wide + _GELU_CUBE * wide * wide * wide))))
+    slope = gate + wide * gate * (1 - gate) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * wide * wide)
+    return (wide * gate).astype(z.dtype), *_with_sum((dy * slope).astype(z.dtype))
 
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """As +, for (B,L,F) and (F,)."""
-    return x + bias.astype(x.dtype)  # as for `biased_gelu`
+    # In the tokens' dtype XLA has cuBLAS do it, and GELU after it, before the product that x is gets written.
+    return x + bias.astype(x.dtype)
 
 
-add_bias.defvjp(lambda x, bias: ((x + bias).astype(x.dtype), None), lambda _, dy: _with_sum(dy))
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: _with_sum(dy))
 
 
 def _with_sum(dy: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -49,8 +49,8 @@ SHORT = {
 LABELS = [0, 1, 2, 1, 0]
 
 
-def sent_by_fsdp():
-    """Bytes of a train step's parameters, and kind → payload of its collectives, where `fsdp` splits all."""
+def sent_by(mesh):
+    """Bytes of a train step's parameters, of the tokens in a block, and kind → payload of its collectives."""
     config = stage_config(
         "next_scale",
         Path("nowhere"),
@@ -58,13 +58,15 @@ def sent_by_fsdp():
         sides=(1, 2, 4),
         tokenizer=TokenizerConfig(channels=4, norm_groups=2, codebook_size=64, latent_channels=4),
         transformer=TransformerConfig(3, 128, 4, num_classes=10, branch_depth=1),
-        mesh=MeshConfig(fsdp=8),
-        scan_layers=True,
+        mesh=mesh,
+        scan_layers=mesh.fsdp > 1,  # else loops hide how often
     )
-    setup = programs.prepare(config, Topology("here", CHIPS["v5e"], tuple(jax.devices())))
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    setup = programs.prepare(config, Topology("here", CHIPS["v5e"], tuple(devices)))
     text = programs.lower_train_step(setup).compile().as_text()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.state.params))
-    return size, {kind: sums.payload for kind, sums in costs.collectives(Program(text)).items()}
+    tokens = 4 * 128 * 21 * 128
+    return size, tokens, {kind: sums.payload for kind, sums in costs.collectives(Program(text)).items()}
 
 
 # The meshes of a run: a second one takes over after checkpoint 2. All axes but 2 heads divide by 4.
@@ -81,7 +83,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
-from test_devices import LABELS, RUNS, SHORT, sent_by_fsdp
+from test_devices import LABELS, RUNS, SHORT, sent_by
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
@@ -91,7 +93,7 @@ from hmar_jax.training.checkpoint import Checkpoints
 
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
 assert jax.device_count() == 8
-sent = sent_by_fsdp()
+sent = {"fsdp": sent_by(MeshConfig(data=1, fsdp=8)), "tensor": sent_by(MeshConfig(data=1, tensor=4))}
 report, seen = {}, {}
 save, put = Checkpoints.save, loop.sharding.put_batch
 def spy(self, step, state, *rest):
@@ -229,11 +231,17 @@ def test_samples_do_not_depend_on_the_mesh(eight, starts):
 
 
 def test_fsdp_gathers_weights_twice_and_sends_no_activations(eight):
-    size, sent = eight[1]["sent"]
+    size, _, sent = eight[1]["sent"]["fsdp"]
     metrics = 4096  # a few scalars
     assert sent["all-gather"] <= 2 * size  # forward, and backward
     assert sent["all-reduce"] < size + metrics  # how a CPU scatters the gradients
     assert sum(sent.values()) < 3.1 * size
+
+
+def test_tensor_sums_tokens_twice_a_block_and_pass_and_exchanges_little_else(eight):
+    size, tokens, sent = eight[1]["sent"]["tensor"]
+    assert 13 * tokens <= sent["all-reduce"] < 13.5 * tokens  # 3 blocks, and the head's gradient
+    assert sum(sent.values()) - sent["all-reduce"] < 1.2 * size  # conditions, embeddings, weights by head
 
 
 def test_each_run_compiles_its_step_once(eight):

@@ -1,0 +1,143 @@
+"""Gradients of what stands between a block's products, each in one pass over the tokens, on NVIDIA GPUs by Triton.
+
+XLA makes several passes of each: it cannot sum over channels, use that sum, and sum over tokens, in one kernel.
+
+Axis letters: B batch, L tokens, C width, F features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import devices
+
+
+class Branch(NamedTuple):
+    """What is added to tokens x (B,L,C), as x + gate·(y + bias): y (B,L,C), bias (C,) and gate (B,1,C) float32."""
+
+    y: jax.Array
+    bias: jax.Array
+    gate: jax.Array
+
+
+def serves(x: jax.Array) -> bool:
+    """Whether the kernels run on the device that is compiled for, and take tokens of this dtype."""
+    return devices.device()[0] == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and devices.has_triton()
+
+
+def norm_gradients(
+    x: jax.Array, branch: Branch | None, scale: jax.Array, doperand: jax.Array, dtotal: jax.Array
+) -> tuple[jax.Array, Branch | None, jax.Array, jax.Array]:
+    """Gradients of total = x + gate·(y + bias), or x, and of operand = LN(total)(1 + scale) + shift, eps 1e-6.
+
+    Args:
+      x: (B,L,C). branch: what is added to it, if anything. scale: (B,1,C) float32.
+      doperand, dtotal: gradients by both results, (B,L,C) in the dtype of x.
+
+    Returns:
+      By x, branch, scale and shift.
+    """
+
+    def run(x: jax.Array, branch: Branch | None, scale: jax.Array, *gradients: jax.Array) -> tuple[jax.Array, ...]:
+        batch, length, width = x.shape
+        spec = NormSpec(length, width, branch is not None)
+        # What there is none of is neither read nor written.
+        y, bias, gate = (x, scale, scale) if branch is None else branch
+        like_y = jax.ShapeDtypeStruct(y.shape if branch else (1,), x.dtype)
+        runs = -(-length // spec.run)
+        sums = jax.ShapeDtypeStruct((batch, runs, 4, width), jnp.float32)
+        dx, dy, sums = devices.triton_call(
+            *(x, scale, *gradients, y, bias, gate),
+            kernel=_kernels().norm_kernel,
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), like_y, sums],
+            grid=(runs, batch),
+            name="norm_gradients",
+            num_warps=spec.warps,
+            spec=spec,
+        )
+        return dx, dy, *(jnp.sum(sums[:, :, i], axis=1)[:, None] for i in range(4 if branch else 2))
+
+    dx, dy, dscale, dshift, *rest = _on_each_device(run, x, branch, scale, doperand, dtotal)
+    if branch is None:
+        return dx, None, dscale, dshift
+    dgate, total = rest
+    return dx, Branch(dy, jnp.sum(branch.gate * total, axis=(0, 1)), dgate), dscale, dshift
+
+
+def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """GELU of z by its tanh approximation, the gradient by z, and its sum over the tokens.
+
+    Args:
+      z, dy: (B,L,F), of one dtype; dy is the gradient by the result.
+
+    Returns:
+      (B,L,F) twice, and (F,) float32.
+    """
+
+    def run(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        batch, length, width = z.shape
+        spec = GeluSpec(batch * length, width)
+        runs = -(-spec.length // spec.run)
+        like = jax.ShapeDtypeStruct(z.shape, z.dtype)
+        value, dz, sums = devices.triton_call(
+            *(z, dy),
+            kernel=_kernels().gelu_kernel,
+            out_shape=[like, like, jax.ShapeDtypeStruct((runs, width), jnp.float32)],
+            grid=(runs, -(-width // spec.columns)),
+            name="gelu_gradients",
+            num_warps=spec.warps,
+            spec=spec,
+        )
+        return value, dz, jnp.sum(sums, axis=0)[None]
+
+    value, dz, sums = _on_each_device(run, z, dy)
+    return value, dz, jnp.sum(sums, axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """What `norm_kernel` is compiled for: L, C, whether there is a branch, tokens of a program, its warps."""
+
+    length: int
+    width: int
+    branch: bool
+    run: int = 16
+    warps: int = 2
+
+    @property
+    def lanes(self) -> int:
+        """C, up to the next power of 2."""
+        return 1 << (self.width - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class GeluSpec:
+    """What `gelu_kernel` is compiled for: tokens, F, tokens of a program, its tile, its warps."""
+
+    length: int
+    width: int
+    run: int = 128
+    rows: int = 16
+    columns: int = 128
+    warps: int = 4
+
+
+def _on_each_device(run: Any, *arguments: Any) -> tuple[jax.Array, ...]:
+    """Runs a kernel on every device's own samples: all but biases, (C,), have them in their first axis."""
+    axes = tuple(name for name in devices.BATCH_AXES if name in devices.automatic_axes())
+    if not axes:
+        return run(*arguments)
+    specs = jax.tree.map(lambda x: P() if x.ndim == 1 else P(axes), arguments)
+    return jax.shard_map(run, in_specs=specs, out_specs=P(axes), check_vma=False)(*arguments)
+
+
+def _kernels() -> Any:
+    """Imported when first used: without Triton that fails."""
+    from pallas_kernels import token_gradients_triton
+
+    return token_gradients_triton
