@@ -15,9 +15,9 @@ from hmar_jax.transformer.hmar import HMAR, Condition
 
 
 def predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Predict:
-    """The model as a function of logits; the null half runs in the same batch, where there is guidance at all."""
-    cond = _condition(model, labels, null_label, plan)
-    of_labels, ladder = cond.first(labels.shape[0]), model.ladder
+    """The model as a function of logits; in guided passes a sample runs twice, with its label and without."""
+    cond, ladder = _condition(model, labels, null_label, plan), model.ladder
+    of_labels = cond.every(cond.embedding.shape[0] // labels.shape[0])
 
     @jax.named_scope("transformer")
     def predict(scale: int, inputs: ScaleInputs, cfg: jax.Array | None) -> jax.Array:
@@ -28,8 +28,7 @@ def predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Pr
         logits = run(x, given, ladder.only(scale))
         if cfg is None:
             return logits
-        cond_logits, null_logits = jnp.split(logits, 2)
-        return filters.guide(cond_logits, null_logits, cfg)
+        return filters.guide(*_apart(logits), cfg)
 
     return predict
 
@@ -37,8 +36,8 @@ def predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Pr
 def cached_predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Predict:
     """As `predictor`, for VAR: a scale's tokens see the coarser ones, whose keys and values are kept between passes.
 
-    Scales are to be asked for in order, once each. Where any pass is guided all run the null half, which has its own
-    keys and values.
+    Scales are to be asked for in order, once each. Where any pass is guided all run for the null label too, which has
+    its own keys and values.
     """
     cond = _condition(model, labels, null_label, plan)
     batch = cond.embedding.shape[0]
@@ -52,19 +51,27 @@ def cached_predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan
         logits, cache = model.extend(x, cond, model.ladder.until(scale), cache)
         if not guided:
             return logits
-        cond_logits, null_logits = jnp.split(logits, 2)
-        return cond_logits if cfg is None else filters.guide(cond_logits, null_logits, cfg)
+        of_labels, of_null = _apart(logits)
+        return of_labels if cfg is None else filters.guide(of_labels, of_null, cfg)
 
     return predict
 
 
 @jax.named_scope("transformer")
 def _condition(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Condition:
-    """Of the labels and, where any pass is guided, as many null labels after them."""
+    """Of the labels, each followed by the null label where any pass is guided.
+
+    Side by side, not in two halves: where devices share the batch, one has both.
+    """
     guided = any(any(steps) for steps in plan.guided)
-    return model.condition(jnp.concatenate([labels, jnp.full_like(labels, null_label)]) if guided else labels)
+    return model.condition(jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).ravel() if guided else labels)
 
 
 def _twice(inputs: ScaleInputs) -> ScaleInputs:
-    """For both halves of a guided batch."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
+    """For both labels of guided samples."""
+    return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), inputs)
+
+
+def _apart(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those of the labels, and of the null label, of guided samples."""
+    return logits[::2], logits[1::2]

@@ -40,9 +40,9 @@ class Condition(NamedTuple):
     next_scale: BranchModulation
     masked: BranchModulation
 
-    def first(self, number: int) -> Condition:
-        """That of the first samples alone."""
-        return jax.tree.map(lambda x: x[..., :number, :, :], self)
+    def every(self, step: int) -> Condition:
+        """That of every so manieth sample, from the first on."""
+        return jax.tree.map(lambda x: x[..., ::step, :, :], self)
 
 
 class Branch(nnx.Module):

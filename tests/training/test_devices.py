@@ -1,4 +1,4 @@
-"""Training on 8 simulated devices tracks one device on any mesh; what does not fit the devices is a sentence."""
+"""On 8 simulated devices training tracks one device on any mesh; what does not fit the devices is a sentence."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_training import (
     CLASSES,
@@ -34,6 +34,7 @@ from hmar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TokenizerC
 from hmar_jax.errors import InputError
 from hmar_jax.networks import structure
 from hmar_jax.pretrained import from_pretrained
+from hmar_jax.sampling import program
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import loop, sharding
 from hmar_jax.training.metrics import read_metrics
@@ -69,6 +70,18 @@ def sent_by(mesh):
     return size, tokens, {kind: sums.payload for kind, sums in costs.collectives(Program(text)).items()}
 
 
+def sent_by_sampling(model):
+    """Bytes that eight devices exchange when they share a guided batch."""
+    schedule = model.schedule("next-scale", cfg=2.0)
+    options = program.Options(model.config, model.dtype, schedule.plan)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(np.arange(8), NamedSharding(mesh, P("data")))
+        given = rows.astype(np.int32) % 3, rows.astype(np.uint32), schedule.controls, np.uint32(0)
+        text = program.sample.lower(options, model.params, *given).compile().as_text()
+    return sum(sums.payload for sums in costs.collectives(Program(text)).values())
+
+
 # The meshes of a run: a second one takes over after checkpoint 2. All axes but 2 heads divide by 4.
 RUNS = {
     "moved": ("next_scale", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]),
@@ -83,12 +96,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
-from test_devices import LABELS, RUNS, SHORT, sent_by
+from test_devices import LABELS, RUNS, SHORT, sent_by, sent_by_sampling
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
 from hmar_jax.model import Model
 from hmar_jax.pretrained import from_pretrained
+from hmar_jax.sampling import program
 from hmar_jax.training.checkpoint import Checkpoints
 
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
@@ -153,6 +167,7 @@ with jax.set_mesh(mesh):
     params = jax.device_put(model.params, loop.sharding.tree_shardings(model.params, mesh))
     with sound_argmax():
         tokens = Model(model.config, params).sample(LABELS, seed=3).tokens.tolist()
+sent["sampling"] = sent_by_sampling(model)
 sentences = []
 for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh": MeshConfig(data=3, fsdp=2)}):
     try:
@@ -228,6 +243,10 @@ def test_samples_do_not_depend_on_the_mesh(eight, starts):
     with sound_argmax():
         one = from_pretrained(starts / "next_scale").sample(LABELS, seed=3)
     assert one.tokens.tolist() == eight[1]["tokens"]
+
+
+def test_devices_that_share_a_guided_batch_exchange_no_more_than_random_keys(eight):
+    assert eight[1]["sent"]["sampling"] < 4096
 
 
 def test_fsdp_gathers_weights_twice_and_sends_no_activations(eight):
