@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from hmar_jax.config import TokenizerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.autoencoder import Decoder, Encoder
+from hmar_jax.tokenizer.layers import thin_conv
 from hmar_jax.tokenizer.quantizer import Quantizer
 from pallas_kernels.scale_attention import BATCH_AXES
 
@@ -76,11 +77,7 @@ class Tokenizer(nnx.Module):
         """The decoder's last convolution, perhaps with another kernel: → (B,S,S,3) float32, not clipped."""
         own: Any = self.decoder.conv_out
         kernel = own.kernel[...] if kernel is None else kernel
-        layout = ("NHWC", "HWIO", "NHWC")
-        pixels = jax.lax.conv_general_dilated(
-            features, kernel.astype(features.dtype), (1, 1), "SAME", dimension_numbers=layout
-        )
-        return pixels.astype(jnp.float32) + own.bias[...]
+        return thin_conv(features, kernel) + own.bias[...]
 
     def decode(self, tokens: jax.Array) -> jax.Array:
         """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""

@@ -8,8 +8,9 @@ from flax import nnx
 from tiny_models import TINY, lively_params
 
 from hmar_jax.networks import networks
+from hmar_jax.tokenizer import layers
 from hmar_jax.tokenizer import tokenizer as tokenizer_module
-from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, UpsampleConv
+from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, UpsampleConv, thin_conv
 
 
 def lively(layer):
@@ -35,6 +36,17 @@ def test_group_norm_is_its_definition(shape):
     spread = 10.0 ** np.arange(shape[-1])[::-1] / 1e3  # channels of a group far apart
     maps = spread * np.random.default_rng(0).normal(size=shape) + spread
     np.testing.assert_allclose(layer(jnp.float32(maps)), normed(layer, np.float32(maps)), atol=2e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 128])
+@pytest.mark.parametrize("stretch", [1, 24, 1024])
+@pytest.mark.parametrize("shape", [(2, 12, 16, 8), (3, 7, 5, 12), (1, 1, 1, 640)])
+def test_moments_are_those_about_the_middle_in_stretches_of_any_length(monkeypatch, shape, stretch, lanes):
+    monkeypatch.setattr(layers, "_STRETCH", stretch)
+    maps, middle = np.random.default_rng(0).normal(size=shape), np.random.default_rng(1).normal(size=shape[::3])
+    distance = maps - middle[:, None, None]
+    given = layers._moments(lanes, jnp.float32(maps), jnp.float32(middle))
+    np.testing.assert_allclose(given, (distance.mean((1, 2)), np.square(distance).mean((1, 2))), rtol=1e-5, atol=1e-6)
 
 
 def test_a_mean_far_from_zero_costs_the_variance_no_digits():
@@ -81,6 +93,18 @@ def test_group_norm_rounds_once():
     np.testing.assert_allclose(given.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-8, atol=1e-6)
 
 
+def test_bfloat16_in_pairs_is_computed_as_one_by_one():
+    def scaled(x, factor):
+        return nnx.silu(x * factor)
+
+    maps = jax.random.normal(jax.random.key(0), (2, 3, 5, 6), jnp.bfloat16)
+    maps = maps.at[0, 0, 0].set(jnp.array([0, -0.0, 1e-39, jnp.inf, 3e38, -1e30], jnp.bfloat16))
+    factor = 1 + jax.random.uniform(jax.random.key(1), (2, 1, 1, 6))
+    given = layers._pairwise(scaled, maps, factor)
+    assert given.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(given, scaled(maps.astype(jnp.float32), factor).astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize(("height", "width", "inputs", "outputs"), [(4, 4, 3, 5), (1, 1, 4, 4), (2, 5, 4, 2)])
 def test_upsampling_equals_nearest_neighbours_and_a_convolution(height, width, inputs, outputs):
     folded = lively(UpsampleConv(inputs, outputs, (3, 3), rngs=nnx.Rngs(0)))
@@ -94,6 +118,27 @@ def test_upsampling_equals_nearest_neighbours_and_a_convolution(height, width, i
     np.testing.assert_allclose(*both(maps), atol=2e-6)
     ours, theirs = (jax.grad(lambda x, i=i: jnp.sum(both(x)[i] ** 2))(maps) for i in range(2))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (2, 1)])
+def test_a_thin_convolution_is_one_and_has_its_gradients(height, width):
+    maps = jax.random.normal(jax.random.key(0), (2, height, width, 6))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 6, 3))
+    weights = jax.random.normal(jax.random.key(2), (2, height, width, 3))
+
+    def plain(maps, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(maps, kernel, (1, 1), "SAME", dimension_numbers=layout, precision="highest")
+
+    def gradients(convolve):
+        return jax.grad(lambda *inputs: jnp.sum(weights * convolve(*inputs)), (0, 1))(maps, kernel)
+
+    np.testing.assert_allclose(thin_conv(maps, kernel), plain(maps, kernel), atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *map(gradients, (thin_conv, plain)))
+    narrow = [values.astype(jnp.bfloat16) for values in (maps, kernel)]
+    given, expected = thin_conv(narrow[0], kernel), plain(*(values.astype(jnp.float32) for values in narrow))
+    assert given.dtype == jnp.float32
+    np.testing.assert_allclose(given, expected, atol=9 * 2**-9 * jnp.abs(expected).max())  # nine roundings
 
 
 def test_a_pointwise_convolution_is_one():
