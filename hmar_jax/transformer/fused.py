@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import optimization_barrier
 
-from pallas_kernels import token_gradients
+from pallas_kernels import devices, token_gradients
 from pallas_kernels.token_gradients import Branch
 
 _EPS = 1e-6
@@ -53,8 +53,22 @@ def norm_linear(
     Returns:
       (B,L,C), (B,L,F).
     """
-    total, operand = _norm(x, branch, scale, shift)
+    if branch is not None and adds_as_it_norms(x):
+        from pallas_kernels.add_norm import add_norm
+
+        total, operand = add_norm(x, branch, scale, shift)
+    else:
+        total, operand = _norm(x, branch, scale, shift)
     return total, operand @ kernel
+
+
+def adds_as_it_norms(x: jax.Array) -> bool:
+    """Whether `norm_linear` adds a branch to tokens (B,L,C) and normalises the sum in one kernel."""
+    if not devices.is_hopper(*devices.device()):
+        return False
+    from pallas_kernels.add_norm import fits  # wants a part of Pallas that others do without
+
+    return fits(x)
 
 
 def _norm(x: jax.Array, branch: Branch | None, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
