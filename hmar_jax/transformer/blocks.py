@@ -294,9 +294,7 @@ class Stack(nnx.Module):
         if not self.depth:
             return x, cache
         graphdef, stacked = nnx.split(self.blocks)
-        known = ladder.length - x.shape[1]
-
-        leaves_branch = self._leaves_branch(x)
+        known, leaves_branch = ladder.length - x.shape[1], self._leaves_branch(x)
 
         def step(carry: tuple[Pending, KeysValues], layer: tuple) -> tuple[tuple[Pending, KeysValues], None]:
             tokens, cache = carry
