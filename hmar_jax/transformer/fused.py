@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import optimization_barrier
 
-from pallas_kernels import devices, token_gradients
-from pallas_kernels.token_gradients import Branch
+from pallas_kernels import token_gradients
+from pallas_kernels.token_gradients import Residual
 
 _EPS = 1e-6
 _GELU_SCALE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -43,7 +43,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def norm_linear(
-    x: jax.Array, branch: Branch | None, scale: jax.Array, shift: jax.Array, kernel: jax.Array
+    x: jax.Array, branch: Residual | None, scale: jax.Array, shift: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The sum add_gated(x, branch), or x, and modulated_norm(sum, scale, shift) @ kernel.
 
@@ -53,25 +53,11 @@ def norm_linear(
     Returns:
       (B,L,C), (B,L,F).
     """
-    if branch is not None and adds_as_it_norms(x):
-        from pallas_kernels.add_norm import add_norm
-
-        total, operand = add_norm(x, branch, scale, shift)
-    else:
-        total, operand = _norm(x, branch, scale, shift)
+    total, operand = _norm(x, branch, scale, shift)
     return total, operand @ kernel
 
 
-def adds_as_it_norms(x: jax.Array) -> bool:
-    """Whether `norm_linear` adds a branch to tokens (B,L,C) and normalises the sum in one kernel."""
-    if not devices.is_hopper(*devices.device()):
-        return False
-    from pallas_kernels.add_norm import fits  # wants a part of Pallas that others do without
-
-    return fits(x)
-
-
-def _norm(x: jax.Array, branch: Branch | None, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _norm(x: jax.Array, branch: Residual | None, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = x if branch is None else add_gated(x, branch)
     return total, modulated_norm(total, scale, shift)
 
@@ -143,15 +129,15 @@ modulated_norm.defvjp(lambda x, scale, shift: (modulated_norm(x, scale, shift), 
 
 
 @jax.custom_vjp
-def add_gated(x: jax.Array, branch: Branch) -> jax.Array:
+def add_gated(x: jax.Array, branch: Residual) -> jax.Array:
     """Residual branch: x + gate·(y + bias), (B,L,C)."""
     return (x + branch.gate * (branch.y + branch.bias)).astype(x.dtype)
 
 
-def _add_gated_backward(branch: Branch, dx: jax.Array) -> tuple[jax.Array, Branch]:
+def _add_gated_backward(branch: Residual, dx: jax.Array) -> tuple[jax.Array, Residual]:
     y, bias, gate = branch
     total, product = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dx, _wide(dx) * y))
-    return dx, Branch((gate * dx).astype(y.dtype), jnp.sum(gate * total, axis=(0, 1)), product + bias * total)
+    return dx, Residual((gate * dx).astype(y.dtype), jnp.sum(gate * total, axis=(0, 1)), product + bias * total)
 
 
 add_gated.defvjp(lambda x, branch: (add_gated(x, branch), branch), _add_gated_backward)

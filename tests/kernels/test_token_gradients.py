@@ -9,7 +9,7 @@ from triton_tools import compile_kernel, interpreter, spilled_bytes
 
 from hmar_jax.transformer import fused
 from pallas_kernels import devices, token_gradients
-from pallas_kernels.token_gradients import Branch, GeluSpec, NormSpec
+from pallas_kernels.token_gradients import GeluSpec, NormSpec, Residual
 
 pytest.importorskip("triton", reason="the extra test has Triton for Linux on x86-64 only")
 from pallas_kernels import token_gradients_triton as kernels
@@ -23,7 +23,7 @@ def norm_case(batch, length, width, dtype, with_branch):
     rng = np.random.default_rng(0)
     x, y, doperand, dtotal = (rng.normal(size=(batch, length, width)).astype(jnp.dtype(dtype)) for _ in range(4))
     scale, shift, gate = (rng.normal(size=(batch, 1, width)).astype(np.float32) for _ in range(3))
-    branch = Branch(y, rng.normal(size=width).astype(np.float32), gate) if with_branch else None
+    branch = Residual(y, rng.normal(size=width).astype(np.float32), gate) if with_branch else None
     return (x, branch, scale, doperand, dtotal), shift
 
 
@@ -136,7 +136,7 @@ def traced_kernels(monkeypatch, mesh, served=True):
     monkeypatch.setattr(devices, "has_triton", lambda: served)
 
     def loss(x, rows, bias, kernel):
-        branch = Branch(x, bias, rows)
+        branch = Residual(x, bias, rows)
         x, hidden = fused.norm_linear(x, branch, rows, rows, kernel)
         return jnp.sum(x + fused.gelu_linear(hidden, bias, kernel), dtype=jnp.float32)
 

@@ -48,7 +48,7 @@ NORM = {"scale": (B, 1, C), "shift": (B, 1, C)}
 BRANCH = {"X": (B, L, C), "Y": (B, L, C), "bias": (C,), "gate": (B, 1, C)}
 CASES = {
     "modulated_norm": (fused.modulated_norm, norm, {"X": (B, L, C), **NORM}),
-    "add_gated": (lambda x, *branch: fused.add_gated(x, fused.Branch(*branch)), add, BRANCH),
+    "add_gated": (lambda x, *branch: fused.add_gated(x, fused.Residual(*branch)), add, BRANCH),
     "add_bias": (fused.add_bias, jnp.add, {"X": (B, L, F), "bias": (F,)}),
     "norm_linear": (
         lambda x, *rest: fused.norm_linear(x, None, *rest),
@@ -56,7 +56,7 @@ CASES = {
         {"X": (B, L, C), **NORM, "KERNEL": (C, F)},
     ),
     "add_norm_linear": (
-        lambda x, y, bias, gate, *rest: fused.norm_linear(x, fused.Branch(y, bias, gate), *rest),
+        lambda x, y, bias, gate, *rest: fused.norm_linear(x, fused.Residual(y, bias, gate), *rest),
         add_norm_linear,
         {**BRANCH, **NORM, "KERNEL": (C, F)},
     ),
