@@ -56,7 +56,7 @@ def split_by_sample[T](arrays: T) -> T:
     return jax.tree.map(split, arrays)
 
 
-def by_head(columns: jax.Array, heads: int) -> jax.Array:
+def _by_head(columns: jax.Array, heads: int) -> jax.Array:
     """(…,3HD), q, k and v of all heads → those of the first heads, of the next …: a part for each way of `tensor`.
 
     The columns of a product are then split as attention splits heads, where the mesh in use has that axis.
@@ -70,7 +70,7 @@ def by_head(columns: jax.Array, heads: int) -> jax.Array:
 
 
 def _from_by_head(columns: jax.Array, heads: int) -> jax.Array:
-    """What `by_head` gives → (…,3,H,D)."""
+    """What `_by_head` gives → (…,3,H,D)."""
     parts = columns.reshape(*columns.shape[:-1], _tensor_ways(heads), 3, -1).swapaxes(-3, -2)
     return parts.reshape(*columns.shape[:-1], 3, heads, -1)
 
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
         """
         q_bias, v_bias = (bias[...].astype(jnp.float32) for bias in (self.q_bias, self.v_bias))
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-        qkv = _from_by_head(fused.add_bias(qkv, by_head(bias, self.heads)), self.heads)
+        qkv = _from_by_head(fused.add_bias(qkv, _by_head(bias, self.heads)), self.heads)
         q_scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
         own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
         if ladder.length == 1:
@@ -177,7 +177,7 @@ class Block(nnx.Module):
         g1, g2, s1, s2, b1, b2 = modulation
         if drop is not None:  # a dropped branch has closed gates
             g1, g2 = (drop_path(gate, drop[0], jax.random.fold_in(drop[1], i)) for i, gate in enumerate((g1, g2)))
-        x, qkv = fused.norm_linear(x, None, s1, b1, by_head(_kernel(self.attention.qkv), self.attention.heads))
+        x, qkv = fused.norm_linear(x, None, s1, b1, _by_head(_kernel(self.attention.qkv), self.attention.heads))
         attended, own = self.attention(qkv, ladder, past)
         branch = Residual(attended, _bias(self.attention.proj), g1)
         x, hidden = fused.norm_linear(x, branch, s2, b2, _kernel(self.fc1))

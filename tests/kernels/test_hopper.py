@@ -338,8 +338,9 @@ class TestOnAHopper:
                 assert error_of(gradient, true) < TOLERANCE[dtype][1]
         if norm:
             np.testing.assert_allclose(np.sum(parts, axis=(0, 1)), true_gradients[3], rtol=1e-4, atol=1e-4)
-            # A token by itself has a weight that is rounded, where no maximum makes it 1, and a gradient of 0.
-            most = TOLERANCE[dtype][2] * np.linalg.norm(parts, axis=(0, 1)) + {"bfloat16": 2e-3, "float16": 1e-4}[dtype]
+            # The gradient of a lone token is 0. Its weight is not quite 1 where it is rounded without a maximum.
+            least = 2e-3 if (ladder.length, dtype) == (1, "bfloat16") else 1e-4
+            most = TOLERANCE[dtype][2] * np.linalg.norm(parts, axis=(0, 1)) + least
             np.testing.assert_array_less(np.abs(dscale - true_gradients[3]), most)
 
     @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
