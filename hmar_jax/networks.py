@@ -57,7 +57,7 @@ def networks(
     """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
     graphdef, abstract = structure(config, dtype, remat, scan)
     state = nnx.State(abstract)
-    nnx.replace_by_pure_dict(state, params)
+    nnx.replace_by_pure_dict(state, join_blocks(params))
     return nnx.merge(graphdef, state)
 
 
@@ -75,10 +75,47 @@ def held_dtypes(config: ModelConfig, dtype: str) -> dict[str, np.dtype]:
 
 
 def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as `held_dtypes` has them."""
+    """The parameters as sampling reads them fastest: in `held_dtypes`, and where it unrolls block by block."""
     held = held_dtypes(config, dtype)
+    flat = trees.flatten(join_blocks(params))
+    params = trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
+    return split_blocks(params) if unrolls() else params
+
+
+def unrolls() -> bool:
+    """Whether sampling runs blocks one after the other: on a GPU a loop would copy each one's weights in every pass."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "gpu"
+
+
+def split_blocks(params: trees.Tree) -> trees.Tree:
+    """A stack's parameters, whose leading axis is its depth, each as a dict of one array a block: {0: …, 1: …}.
+
+    A CUDA graph holds the address of what its kernels read; a slice of a stack XLA tells it anew in every run, one call
+    of the driver each. AdaLN's, which all blocks multiply at once, stay together.
+    """
     flat = trees.flatten(params)
-    return trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
+    apart = jax.jit(lambda stacks: jax.tree.map(jnp.unstack, stacks))({n: x for n, x in flat.items() if _is_split(n)})
+    blocks = {f"{name}.{i}": block for name, all_blocks in apart.items() for i, block in enumerate(all_blocks)}
+    return trees.unflatten({name: x for name, x in flat.items() if name not in apart} | blocks)
+
+
+def join_blocks(params: trees.Tree) -> trees.Tree:
+    """The inverse of `split_blocks`, and nothing to what it has not split.
+
+    In a program that takes the blocks apart again, XLA leaves out both.
+    """
+    stacks: dict[str, dict[int, Any]] = {}
+    for name, x in (flat := trees.flatten(params)).items():
+        stack, _, index = name.rpartition(".")
+        if index.isdigit() and _is_split(stack):
+            stacks.setdefault(stack, {})[int(index)] = x
+    joined = {name: jnp.stack([blocks[i] for i in range(len(blocks))]) for name, blocks in stacks.items()}
+    return trees.unflatten({name: x for name, x in flat.items() if name.rpartition(".")[0] not in stacks} | joined)
+
+
+def _is_split(name: str) -> bool:
+    return name.startswith("transformer.") and ".blocks." in name and ".adaln" not in name
 
 
 def init_params(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from hmar_jax.config import ModelConfig
-from hmar_jax.networks import networks
+from hmar_jax.networks import networks, unrolls
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
@@ -52,7 +52,7 @@ def sample(
     """
     config = options.config
     assert config.transformer is not None
-    nets = networks(config, params, options.dtype, scan=not _unrolled())
+    nets = networks(config, params, options.dtype, scan=not unrolls())
     key = jax.random.key(seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     causal = config.transformer.pattern == "block_causal"
@@ -71,9 +71,3 @@ def sample(
     )
     images = (nets.tokenizer.decode_latents(latents) + 1) / 2
     return images, tokens, draws if options.record else []
-
-
-def _unrolled() -> bool:
-    """Whether blocks are compiled one after the other: on a GPU a loop would copy each one's weights in every pass."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "gpu"
