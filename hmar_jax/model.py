@@ -96,13 +96,14 @@ class Model:
     Attributes:
       config: what it is.
       params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
-        products in bfloat16 read them.
+        products in bfloat16 read them; on GPUs those of blocks one by one (`networks.join_blocks` stacks them).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
         self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
+        self._placed: tuple[Mesh, Any] | None = None
 
     @property
     def transformer(self) -> HMAR | None:
@@ -241,6 +242,18 @@ class Model:
             self._check_mask_branch("A schedule with masked steps")
         return schedule
 
+    def placed(self, mesh: Mesh) -> Any:
+        """The parameters, whole on each device of a mesh, if nobody has said where they are to be.
+
+        They stay there for the next call: what is not there JAX sends again in every one, and even on one device looks
+        at each array for a microsecond to find that it is.
+        """
+        if any(getattr(leaf, "committed", False) for leaf in jax.tree.leaves(self.params)):
+            return self.params
+        if self._placed is None or self._placed[0] != mesh:
+            self._placed = mesh, jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        return self._placed[1]
+
     def _sample(
         self,
         labels: ArrayLike,
@@ -262,11 +275,12 @@ class Model:
         options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
         mesh = _mesh()
         labels, numbers, kept = jax.tree.map(lambda array: _over_devices(array, mesh), (labels, numbers, kept))
+        params = self.placed(mesh)
 
         def run(ticket: Any = None) -> tuple[Any, Any, Any]:
             with jax.set_mesh(mesh):
                 return program.sample(
-                    options, self.params, labels, numbers, schedule.controls, np.uint32(seed), kept, ticket
+                    options, params, labels, numbers, schedule.controls, np.uint32(seed), kept, ticket
                 )
 
         if on_scale is None:

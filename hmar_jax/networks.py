@@ -75,11 +75,12 @@ def held_dtypes(config: ModelConfig, dtype: str) -> dict[str, np.dtype]:
 
 
 def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as sampling reads them fastest: in `held_dtypes`, and where it unrolls block by block."""
+    """The parameters as sampling reads them fastest: in `held_dtypes`; where blocks run one by one, each on its own."""
     held = held_dtypes(config, dtype)
     flat = trees.flatten(join_blocks(params))
     params = trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
-    return split_blocks(params) if unrolls() else params
+    on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    return split_blocks(params) if on_device and unrolls() else params
 
 
 def unrolls() -> bool:

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import TINY, random_tokens
 
 import hmar_jax
@@ -156,3 +158,13 @@ def test_official_var_generation(golden_var, golden_model):
     out = golden_model("var").sample(golden_var["labels"], "var", cfg=1.5, greedy=True)
     np.testing.assert_array_equal(out.tokens, golden_var["var_tokens"])
     np.testing.assert_allclose(out.images.transpose(0, 3, 1, 2), golden_var["var_img"], rtol=0, atol=3e-5)
+
+
+def test_parameters_go_to_a_mesh_once_and_stay_where_somebody_has_put_them(model):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    placed = model.placed(mesh)
+    assert model.placed(mesh) is placed
+    assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {NamedSharding(mesh, PartitionSpec())}
+    jax.tree.map(np.testing.assert_array_equal, placed, model.params)
+    put = Model(TINY, jax.device_put(model.params, jax.devices()[0]))
+    assert put.placed(mesh) is put.params

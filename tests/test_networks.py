@@ -1,11 +1,15 @@
-"""In which dtype parameters are held."""
+"""How parameters are held: in which dtype, and where blocks run one by one apart."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_models import TINY, tiny
 
+from hmar_jax import Model, networks
 from hmar_jax import params as trees
-from hmar_jax.networks import hold
+from hmar_jax.networks import hold, join_blocks, split_blocks
+from hmar_jax.pretrained import from_pretrained, save_model
 
 KERNEL_OF_PRODUCT = {
     "transformer.trunk.blocks.attention.qkv.kernel": True,
@@ -44,3 +48,42 @@ def test_for_float32_parameters_are_held_as_they_are(model):
     kept = hold(TINY, stored, "float32")
     for name, leaf in trees.flatten(stored).items():
         assert trees.flatten(kept)[name] is leaf
+
+
+def test_what_is_split_into_blocks_is_joined_again(model):
+    split = trees.flatten(split_blocks(model.params))
+    depth = TINY.transformer.trunk_depth
+    for i in range(depth):
+        stack = trees.flatten(model.params)["transformer.trunk.blocks.fc1.kernel"]
+        assert (split[f"transformer.trunk.blocks.fc1.kernel.{i}"] == stack[i]).all()
+    assert "transformer.trunk.blocks.fc1.kernel" not in split
+    # All blocks multiply the condition by AdaLN's at once; a tokenizer has no stacks.
+    assert {name for name in split if name[-1].isdigit()} == {
+        f"{name}.{i}"
+        for name, leaf in trees.flatten(model.params).items()
+        if name.startswith("transformer") and ".blocks." in name and ".adaln" not in name
+        for i in range(len(leaf))
+    }
+    joined = join_blocks(trees.unflatten(split))
+    jax.tree.map(np.testing.assert_array_equal, joined, model.params)
+
+
+@pytest.fixture
+def unrolled(monkeypatch):
+    monkeypatch.setattr(networks, "unrolls", lambda: True)
+
+
+def test_where_blocks_run_one_by_one_a_model_holds_them_so_and_is_the_same(model, unrolled, tmp_path):
+    apart = Model(TINY, model.params)
+    assert "transformer.trunk.blocks.attention.proj.bias.0" in trees.flatten(apart.params)
+    assert Model(TINY, apart.params).params.keys() == apart.params.keys()
+    labels, tokens = [1], np.zeros((1, TINY.ladder.length), np.int32)
+    found, expected = (m.next_scale_logits(labels, tokens) for m in (apart, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    saved = from_pretrained(save_model(tmp_path / "model", apart, "made for a test"))
+    jax.tree.map(np.testing.assert_array_equal, join_blocks(saved.params), model.params)
+
+
+def test_parameters_on_the_host_stay_whole(model, unrolled):
+    held = hold(TINY, jax.tree.map(np.asarray, model.params), "float32")
+    assert "transformer.trunk.blocks.fc1.kernel" in trees.flatten(held)

@@ -217,7 +217,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         placed = [jax.device_put(x, split) for x in (labels.astype(np.int32), numbers.astype(np.uint32))]
         options = program.Options(model.config, model.dtype, schedule.plan)
         start = time.perf_counter()
-        given = (model.params, *placed, schedule.controls, np.uint32(0), None, None)
+        given = (model.placed(mesh), *placed, schedule.controls, np.uint32(0), None, None)
         compiled = program.sample.lower(options, *given).compile()
         compile_seconds = time.perf_counter() - start
 

@@ -19,6 +19,7 @@ from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import fused
 from hmar_jax.transformer.fused import Residual
+from pallas_kernels import token_passes
 from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes
 from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
@@ -91,6 +92,17 @@ class KeysValues(NamedTuple):
     v: jax.Array
 
 
+class Pending(NamedTuple):
+    """Tokens (B,L,C), and a branch that is still to be added to them, if any: a norm does it by the way."""
+
+    x: jax.Array
+    branch: Residual | None = None
+
+    def added(self) -> jax.Array:
+        """The sum, (B,L,C)."""
+        return self.x if self.branch is None else split_by_sample(fused.add_gated(self.x, self.branch))
+
+
 class Attention(nnx.Module):
     """Multi-head scale attention; q and k are L2-normalised and q scaled by a learned factor per head."""
 
@@ -156,34 +168,34 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        tokens: Pending,
         modulation: Modulation,
         ladder: ScaleLadder,
         *,
         drop: tuple[jax.Array, jax.Array] | None = None,
         past: KeysValues | None = None,
-    ) -> tuple[jax.Array, KeysValues]:
-        """One block.
+    ) -> tuple[Pending, KeysValues]:
+        """One block, its last branch still to be added.
 
         Args:
-          x: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
+          tokens: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
           modulation: what the method of that name gives.
           drop: rate and key of drop-path; None when not training.
           past: this block's keys and values of all tokens before x.
 
         Returns:
-          As x; and the keys and values of its tokens.
+          As tokens; and the keys and values of its tokens.
         """
         g1, g2, s1, s2, b1, b2 = modulation
         if drop is not None:  # a dropped branch has closed gates
             g1, g2 = (drop_path(gate, drop[0], jax.random.fold_in(drop[1], i)) for i, gate in enumerate((g1, g2)))
-        x, qkv = fused.norm_linear(x, None, s1, b1, _by_head(_kernel(self.attention.qkv), self.attention.heads))
+        x, qkv = fused.norm_linear(*tokens, s1, b1, _by_head(_kernel(self.attention.qkv), self.attention.heads))
         attended, own = self.attention(qkv, ladder, past)
         branch = Residual(attended, _bias(self.attention.proj), g1)
         x, hidden = fused.norm_linear(x, branch, s2, b2, _kernel(self.fc1))
         x = split_by_sample(x)
         out = fused.gelu_linear(hidden, _bias(self.fc1), _kernel(self.fc2))
-        return split_by_sample(fused.add_gated(x, Residual(out, _bias(self.fc2), g2))), own
+        return Pending(x, Residual(out, _bias(self.fc2), g2)), own
 
 
 def _kernel(layer: nnx.Linear) -> jax.Array:
@@ -231,17 +243,25 @@ class Stack(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         drops = None if key is None else (jnp.asarray(self.drop_rates), jax.random.split(key, self.depth))
         layers = (stacked, modulations, drops)
+        # A gradient would keep what goes from block to block: tokens alone, not a branch besides.
+        leaves_branch = key is None and self._leaves_branch(x)
 
-        def step(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        def step(carry: Pending, layer: tuple) -> tuple[Pending, None]:
+            x, branch = carry
             params, modulation, drop = layer
             x, modulation = split_by_sample((x, modulation))
-            x, _ = nnx.merge(graphdef, params)(fused.row_major(x), modulation, ladder, drop=drop)
+            after, _ = nnx.merge(graphdef, params)(Pending(fused.row_major(x), branch), modulation, ladder, drop=drop)
+            x, branch = after if leaves_branch else Pending(after.added())
             # Else XLA keeps a float32 twin of it, or adds up anew in each block what those before have added.
-            return jax.lax.optimization_barrier(x), None
+            return Pending(jax.lax.optimization_barrier(x), branch), None
 
         if self.remat == "all":
             step = jax.checkpoint(step, prevent_cse=not self.scan)
-        return self._run(step, x, layers)
+        return self._run(step, Pending(x), layers).added()
+
+    def _leaves_branch(self, x: jax.Array) -> bool:
+        """Whether a block's last branch is left for the next one's norm to add; a loop would have to begin with one."""
+        return not self.scan and token_passes.adds(x)
 
     def _run[T](self, step: Callable[[T, Any], tuple[T, None]], carry: T, layers: Any) -> T:
         """Applies a step to each block's part of `layers` in turn."""
@@ -275,21 +295,23 @@ class Stack(nnx.Module):
         if not self.depth:
             return x, cache
         graphdef, stacked = nnx.split(self.blocks)
-        known = ladder.length - x.shape[1]
+        known, leaves_branch = ladder.length - x.shape[1], self._leaves_branch(x)
 
-        def step(carry: tuple[jax.Array, KeysValues], layer: tuple) -> tuple[tuple[jax.Array, KeysValues], None]:
-            x, cache = carry
+        def step(carry: tuple[Pending, KeysValues], layer: tuple) -> tuple[tuple[Pending, KeysValues], None]:
+            tokens, cache = carry
             params, modulation, i = layer
             here = (i, 0, 0, 0, 0)
-            past = [jax.lax.dynamic_slice(c, here, (1, x.shape[0], known, *c.shape[3:]))[0] for c in cache]
-            x, own = nnx.merge(graphdef, params)(x, modulation, ladder, past=KeysValues(*past))
+            past = [jax.lax.dynamic_slice(c, here, (1, c.shape[1], known, *c.shape[3:]))[0] for c in cache]
+            after, own = nnx.merge(graphdef, params)(tokens, modulation, ladder, past=KeysValues(*past))
+            after = after if leaves_branch else Pending(after.added())
             # Carried, not stacked by a scan, the cache is written where it is.
-            after = (i, 0, known, 0, 0)
+            where = (i, 0, known, 0, 0)
             pairs = zip(cache, own, strict=True)
-            return (x, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], after) for c, o in pairs))), None
+            return (after, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], where) for c, o in pairs))), None
 
         layers = (stacked, modulations, jnp.arange(self.depth))
-        return self._run(step, (x, cache), layers)
+        tokens, cache = self._run(step, (Pending(x), cache), layers)
+        return tokens.added(), cache
 
 
 class Head(nnx.Module):

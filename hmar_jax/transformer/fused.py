@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import optimization_barrier
 
-from pallas_kernels import token_gradients
-from pallas_kernels.token_gradients import Residual
+from pallas_kernels import token_passes
+from pallas_kernels.token_passes import Residual
 
 _EPS = 1e-6
 _GELU_SCALE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -53,7 +53,10 @@ def norm_linear(
     Returns:
       (B,L,C), (B,L,F).
     """
-    total, operand = _norm(x, branch, scale, shift)
+    if branch is not None and token_passes.adds(x):
+        total, operand = token_passes.add_norm(x, branch, scale, shift)
+    else:
+        total, operand = _norm(x, branch, scale, shift)
     return total, operand @ kernel
 
 
@@ -70,12 +73,18 @@ def _norm_linear_backward(kept: Any, grads: tuple[jax.Array, jax.Array]) -> tupl
     dkernel = jnp.einsum("blc,blf->cf", operand, dproduct)
     doperand = jnp.einsum("blf,cf->blc", dproduct, kernel)
     x, branch, scale, _ = inputs
-    if token_gradients.serves(x):
-        return *token_gradients.norm_gradients(x, branch, scale, doperand, dtotal), dkernel
+    if token_passes.serves(x):
+        return *token_passes.norm_gradients(x, branch, scale, doperand, dtotal), dkernel
     return *pull((dtotal, doperand)), dkernel
 
 
-norm_linear.defvjp(lambda *inputs: (norm_linear(*inputs), inputs), _norm_linear_backward)
+def _norm_linear_forward(*inputs: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    (*given, kernel) = inputs
+    total, operand = _norm(*given)
+    return (total, operand @ kernel), inputs
+
+
+norm_linear.defvjp(_norm_linear_forward, _norm_linear_backward)
 
 
 @jax.custom_vjp
@@ -92,7 +101,7 @@ def _gelu_linear_forward(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> tu
 def _gelu_linear_backward(kept: tuple[jax.Array, jax.Array], dproduct: jax.Array) -> tuple[jax.Array, ...]:
     (z, kernel), dproduct = optimization_barrier((kept, dproduct))
     doperand = jnp.einsum("blc,fc->blf", dproduct, kernel)
-    gradients = token_gradients.gelu_gradients if token_gradients.serves(z) else gelu_gradients
+    gradients = token_passes.gelu_gradients if token_passes.serves(z) else gelu_gradients
     operand, dz, dbias = gradients(z, doperand)
     return dz, dbias, jnp.einsum("blf,blc->fc", operand, dproduct)
 
@@ -144,7 +153,7 @@ add_gated.defvjp(lambda x, branch: (add_gated(x, branch), branch), _add_gated_ba
 
 
 def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `token_gradients.gelu_gradients`."""
+    """As `token_passes.gelu_gradients`."""
     wide = _wide(z)
     # (1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
     # an inverse root but many for a tanh or a division.

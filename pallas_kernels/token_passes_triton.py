@@ -1,4 +1,4 @@
-"""The Triton kernels behind `token_gradients`.
+"""The Triton kernels behind `token_passes`.
 
 A program works through a run of tokens, with whole rows of channels in its registers, and keeps the sums over them
 there. What the programs have summed is added up by XLA, in the same order every time.
@@ -14,6 +14,28 @@ import triton.language as tl
 
 EPS = tl.constexpr(1e-6)
 GELU_SCALE, GELU_CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # 2·sqrt(2/π)
+
+
+@triton.jit
+def add_norm_kernel(x, y, bias, gate, scale, shift, total, operand, spec: tl.constexpr):
+    """Of (B,L,C), (C,), (B,C)."""
+    first, sample = tl.program_id(0) * spec.run, tl.program_id(1).to(tl.int64)
+    channels = tl.arange(0, spec.lanes)
+    inside = channels < spec.width
+    offset = tl.load(bias + channels, mask=inside, other=0.0)
+    opening = tl.load(gate + sample * spec.width + channels, mask=inside, other=0.0)
+    factor = 1 + tl.load(scale + sample * spec.width + channels, mask=inside, other=0.0)
+    shifted = tl.load(shift + sample * spec.width + channels, mask=inside, other=0.0)
+    for i in range(spec.run):
+        at = (sample * tl.num_programs(0) * spec.run + first + i) * spec.width + channels
+        given = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) + offset
+        rounded = (given + opening * added).to(x.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        n = rounded.to(tl.float32)
+        n = tl.where(inside, n - tl.sum(n, 0) / spec.width, 0.0)
+        n *= tl.rsqrt(tl.sum(n * n, 0) / spec.width + EPS)
+        tl.store(operand + at, (n * factor + shifted).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""Gradients of what stands between a block's products, each in one pass over the tokens, on NVIDIA GPUs by Triton.
+"""What stands between a block's products, and gradients of it, each in one pass over the tokens, on GPUs by Triton.
 
-XLA makes several passes of each: it cannot sum over channels, use that sum, and sum over tokens, in one kernel. On an
-H200, bfloat16, B=16, L=2240: the norm of 1536 channels with a branch takes 0.29 rather than 0.50 ms, without one 0.21
-rather than 0.27; GELU of 6144 features 0.50 rather than 0.57.
+XLA makes several passes of each: it cannot write a sum and its norm from one kernel, nor sum over channels, use that
+sum, and sum over tokens. Gradients on an H200, bfloat16, B=16, L=2240: the norm of 1536 channels with a branch takes
+0.29 rather than 0.50 ms, without one 0.21 rather than 0.27; GELU of 6144 features 0.50 rather than 0.57.
 
 Axis letters: B batch, L tokens, C width, F features.
 """
@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import devices
 
+FEWEST_TO_ADD = 4096  # tokens
+
 
 class Residual(NamedTuple):
     """What is added to tokens x (B,L,C), as x + gate·(y + bias): y (B,L,C), bias (C,) and gate (B,1,C) float32."""
@@ -30,6 +32,42 @@ class Residual(NamedTuple):
 def serves(x: jax.Array) -> bool:
     """Whether the kernels run on the device that is compiled for, and take tokens of this dtype."""
     return devices.device()[0] == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and devices.has_triton()
+
+
+def add_norm(x: jax.Array, branch: Residual, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum x + gate·(y + bias), rounded, and its norm LN(sum)(1 + scale) + shift, eps 1e-6.
+
+    Args:
+      x: (B,L,C). branch: what is added to it, its y in the dtype of x. scale, shift: (B,1,C) float32.
+
+    Returns:
+      Both as x; arithmetic is float32.
+    """
+
+    def run(x: jax.Array, branch: Residual, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, ...]:
+        batch, length, width = x.shape
+        spec = AddSpec.of(batch, length, width)
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        total, operand = devices.triton_call(
+            *(x, *branch, scale, shift),
+            kernel=_kernels().add_norm_kernel,
+            out_shape=[like, like],
+            grid=(length // spec.run, batch),
+            name="add_norm",
+            num_warps=spec.warps,
+            spec=spec,
+        )
+        return total, operand
+
+    total, operand = _on_each_device(run, x, branch, scale, shift)
+    return total, operand
+
+
+def adds(x: jax.Array) -> bool:
+    """Whether `add_norm` is worth while for tokens (B,L,C) here: XLA's CUDA graphs end at a Triton kernel, and with few
+    tokens it is graphs that save time.
+    """  # fmt: skip
+    return x.shape[0] * x.shape[1] >= FEWEST_TO_ADD and serves(x)
 
 
 def norm_gradients(
@@ -101,8 +139,34 @@ def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, j
     return value, dz, jnp.sum(sums, axis=0)
 
 
+class _Rows:
+    """A spec of whole rows."""
+
+    width: int
+
+    @property
+    def lanes(self) -> int:
+        """C, up to the next power of 2."""
+        return 1 << (self.width - 1).bit_length()
+
+
 @dataclasses.dataclass(frozen=True)
-class NormSpec:
+class AddSpec(_Rows):
+    """What `add_norm_kernel` is compiled for: C, tokens of a program, which divide L, and its warps."""
+
+    width: int
+    run: int
+    warps: int = 4
+
+    @classmethod
+    def of(cls, batch: int, length: int, width: int) -> AddSpec:
+        """With runs as long as leaves enough programs to fill a GPU; they share what all tokens of a sample do."""
+        longest = max(1, min(16, batch * length // 1024))
+        return cls(width, max(run for run in range(1, longest + 1) if length % run == 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec(_Rows):
     """What `norm_kernel` is compiled for: L, C, whether there is a branch, tokens of a program, its warps."""
 
     length: int
@@ -110,11 +174,6 @@ class NormSpec:
     branch: bool
     run: int = 16
     warps: int = 2
-
-    @property
-    def lanes(self) -> int:
-        """C, up to the next power of 2."""
-        return 1 << (self.width - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +199,6 @@ def _on_each_device(run: Any, *arguments: Any) -> tuple[jax.Array, ...]:
 
 def _kernels() -> Any:
     """Imported when first used: without Triton that fails."""
-    from pallas_kernels import token_gradients_triton
+    from pallas_kernels import token_passes_triton
 
-    return token_gradients_triton
+    return token_passes_triton
