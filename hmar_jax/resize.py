@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# A resize with as many weights or fewer, those of both axes multiplied, is one product. Larger ones are two: far fewer
+# multiplications, but transposes between.
+_AT_ONCE = 2**17
+
 
 @functools.cache
 def area_matrix(source: int, target: int) -> np.ndarray:
@@ -41,8 +45,14 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 def apply(matrix: np.ndarray, x: jax.Array) -> jax.Array:
     """Resizes both axes of a square map, in float32 at highest precision: (B,s,s,Z) → (B,t,t,Z)."""
-    if matrix.shape[0] == matrix.shape[1]:
+    target, source = matrix.shape
+    if target == source:
         return x  # both kinds of matrix are the identity there
+    contract = functools.partial(jnp.einsum, precision="highest")
+    if matrix.size**2 <= _AT_ONCE:
+        # With the pixels last, as `thin_conv` has them, a GPU transposes nothing before or after.
+        pixels = jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], x.shape[0], source**2)
+        resized = contract("zbm,nm->zbn", pixels, np.kron(matrix, matrix))
+        return jnp.moveaxis(resized.reshape(*resized.shape[:2], target, target), 0, -1)
     m = jnp.asarray(matrix)
-    rows = jnp.einsum("th,bhwz->btwz", m, x, precision="highest")
-    return jnp.einsum("uw,btwz->btuz", m, rows, precision="highest")
+    return contract("uw,btwz->btuz", m, contract("th,bhwz->btwz", m, x))

@@ -94,7 +94,8 @@ def _thresholds(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
         # Others cannot branch on what they have summed over all threads.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(rows, top_k.reshape(1), top_p.reshape(1)).reshape(*logits.shape[:-1], 1)
+    # One array, which XLA makes of slices in one kernel; it would copy two. Float32 has whole numbers far beyond V.
+    return kernel(rows, jnp.stack([top_k.astype(jnp.float32), top_p])).reshape(*logits.shape[:-1], 1)
 
 
 class _Bracket(NamedTuple):
@@ -107,11 +108,11 @@ class _Bracket(NamedTuple):
     probes: Scalar
 
 
-def _search_row(logits_ref: Any, top_k_ref: Any, top_p_ref: Any, thresholds_ref: Any) -> None:
-    """The kernel: references to (R,V), (1,), (1,) and (R,)."""
+def _search_row(logits_ref: Any, filters_ref: Any, thresholds_ref: Any) -> None:
+    """The kernel: references to (R,V), (2,) for top-k and top-p, and (R,); all float32."""
     row, size = lax.axis_index("row"), logits_ref.shape[1]
     logits = plgpu.load(logits_ref.at[row], layout=_layout(size), optimized=False)
-    top_k, top_p = top_k_ref[0], top_p_ref[0]
+    top_k, top_p = filters_ref[0], filters_ref[1]
     largest = jnp.max(logits)
 
     def begin(low: Scalar, below_low: Scalar, dropping: Scalar) -> _Bracket:
@@ -146,7 +147,7 @@ def _search_row(logits_ref: Any, top_k_ref: Any, top_p_ref: Any, thresholds_ref:
         return lax.while_loop(is_open, probe, bracket)
 
     among = begin(_rank(jnp.min(logits)), jnp.float32(0), (top_k > 0) & (top_k < size))
-    among = search(among, lambda _, below: below, (size - top_k).astype(jnp.float32))
+    among = search(among, lambda _, below: below, size - top_k)
     mass = jnp.where(logits < _value(among.low), 0.0, jnp.exp(logits - largest))
     spare = (1 - top_p) * jnp.sum(mass)
     among = search(begin(among.low, among.below_low, top_p < 1), lambda tail, _: jnp.sum(tail * mass), spare)

@@ -141,7 +141,8 @@ def least_confident(confidence: jax.Array, candidates: jax.Array, number: jax.Ar
     Args:
       confidence: (B,N) float32. candidates: (B,N) bool. number: int32 () or (B,), at most a row's candidates.
     """
-    order = jnp.lexsort((confidence, ~candidates), axis=-1)  # candidates first, whatever the others' confidence
-    rows = jnp.arange(confidence.shape[0])[:, None]
-    among_least = jnp.arange(confidence.shape[1]) < jnp.asarray(number)[..., None]
-    return jnp.zeros_like(candidates).at[rows, order].set(among_least)
+    value = jnp.where(jnp.isnan(confidence), jnp.inf, confidence)  # NaN would be before none and after none
+    index, own, other = jnp.arange(value.shape[1]), value[:, :, None], value[:, None]
+    before = (other < own) | ((other == own) & (index < index[:, None]))
+    rank = jnp.sum(before & candidates[:, None], axis=-1)
+    return candidates & (rank < jnp.asarray(number)[..., None])

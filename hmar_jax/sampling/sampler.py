@@ -78,6 +78,8 @@ def sample_tokens(
     """
     side = quantizer.ladder.sides[-1]
     latents = jnp.zeros((keys.shape[0], side, side, quantizer.codebook.shape[-1]))
+    passes = jnp.asarray([at[:2] for scale in range(len(plan.counts)) for at in plan.passes(scale)], jnp.uint32)
+    token_keys, order_keys = jax.vmap(pass_keys, in_axes=(None, 0, 0))(keys, *passes.T)
     committed, draws = [], []
     for scale in range(len(plan.counts)):
         pooled = quantizer.pool(latents, scale)
@@ -93,12 +95,12 @@ def sample_tokens(
                 lift = quantizer.lift(tokens, scale, ~masked if leak_free else None)
                 inputs = ScaleInputs(pooled, quantizer.pool(lift, scale), masked)
             logits = predict(scale, inputs, controls.cfg[step.number] if step.guided else None)
-            drawn, confidence = _draw(logits, step, controls, keys, greedy)
+            drawn, confidence = _draw(logits, step, controls, token_keys, greedy)
             draws.append(Draw(drawn, masked, confidence))
             tokens = jnp.where(masked, drawn, tokens)
             if step.remaining:
                 remaining = -(-step.remaining * to_draw // masked.shape[1])  # all of them, unless some are kept
-                order = _order(plan.order, confidence, step, controls, keys, greedy)
+                order = _order(plan.order, confidence, step, controls, order_keys, greedy)
                 masked = filters.least_confident(order, masked, remaining)
         if tell is not None:
             tokens = tell(scale, tokens)
@@ -107,7 +109,7 @@ def sample_tokens(
     return jnp.concatenate(committed, axis=1), latents, draws
 
 
-def pass_keys(keys: jax.Array, scale: int, step: int) -> tuple[jax.Array, jax.Array]:
+def pass_keys(keys: jax.Array, scale: jax.Array | int, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """A pass's own keys for each sample, (B,) each: of its tokens, and of the order in which they are committed."""
     own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, scale), step)))(keys)
     return own[:, 0], own[:, 1]
@@ -116,24 +118,24 @@ def pass_keys(keys: jax.Array, scale: int, step: int) -> tuple[jax.Array, jax.Ar
 def _draw(
     logits: jax.Array, step: Pass, controls: Controls, keys: jax.Array, greedy: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and their probabilities, both (B,N)."""
+    """Tokens and their probabilities, both (B,N); keys of all passes, (P,B)."""
     if greedy:
         return filters.argmax(logits)
     i = step.number
     filtered = filters.filter_logits(logits / controls.temperature[i], controls.top_k[i], controls.top_p[i])
-    return filters.draw(filtered, pass_keys(keys, step.scale, step.step)[0])
+    return filters.draw(filtered, keys[i])
 
 
 def _order(
     policy: Order, confidence: jax.Array, step: Pass, controls: Controls, keys: jax.Array, greedy: bool
 ) -> jax.Array:
-    """What decides which tokens are committed, (B,N): the greatest first."""
+    """What decides which tokens are committed, (B,N): the greatest first; keys of all passes, (P,B)."""
     number = confidence.shape[1]
     match policy:
         case "random":  # the same in all steps of a scale
-            return orders.random(pass_keys(keys, step.scale, 0)[1], number)
+            return orders.random(keys[step.number - step.step], number)
         case "halton":
             return jnp.broadcast_to(-orders.halton(math.isqrt(number)), confidence.shape)
     if greedy:
         return confidence
-    return orders.confident(confidence, controls.noise[step.number], pass_keys(keys, step.scale, step.step)[1])
+    return orders.confident(confidence, controls.noise[step.number], keys[step.number])

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TokenizerConfig
-from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, UpsampleConv
+from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, ThinConv, UpsampleConv
 
 
 def _conv(inputs: int, outputs: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
             up = _upsample(width, dtype=dtype, rngs=rngs) if 0 < i <= config.halvings else None
             self.levels.append(make(inputs, width, config.decoder_blocks, attention=i == deepest, resample=up))
         self.norm_out = _norm(config, widths[0], dtype=dtype, rngs=rngs)
-        self.conv_out = _conv(widths[0], 3, 3, dtype=dtype, rngs=rngs)
+        self.conv_out = ThinConv(widths[0], 3, (3, 3), padding=1, dtype=dtype, rngs=rngs)
 
     def features(self, latents: jax.Array) -> jax.Array:
         """(B,h,h,Z) → (B,S,S,channels): all but `conv_out`, which the adaptive weight needs to apply by itself."""

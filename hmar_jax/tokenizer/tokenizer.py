@@ -6,7 +6,6 @@ Axis letters: B batch, S pixels a side, h latents a side, L tokens, Z latent cha
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from jax.typing import DTypeLike
 from hmar_jax.config import TokenizerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.autoencoder import Decoder, Encoder
-from hmar_jax.tokenizer.layers import thin_conv
 from hmar_jax.tokenizer.quantizer import Quantizer
 from pallas_kernels.scale_attention import BATCH_AXES
 
@@ -75,9 +73,7 @@ class Tokenizer(nnx.Module):
 
     def render(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """The decoder's last convolution, perhaps with another kernel: → (B,S,S,3) float32, not clipped."""
-        own: Any = self.decoder.conv_out
-        kernel = own.kernel[...] if kernel is None else kernel
-        return thin_conv(features, kernel) + own.bias[...]
+        return self.decoder.conv_out(features, kernel)
 
     def decode(self, tokens: jax.Array) -> jax.Array:
         """(B,L) int32 → (B,S,S,3) float32 in [-1,1]."""

@@ -10,7 +10,7 @@ from tiny_models import TINY, lively_params
 from hmar_jax.networks import networks
 from hmar_jax.tokenizer import layers
 from hmar_jax.tokenizer import tokenizer as tokenizer_module
-from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, UpsampleConv, thin_conv
+from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, ThinConv, UpsampleConv, thin_conv
 
 
 def lively(layer):
@@ -139,6 +139,14 @@ def test_a_thin_convolution_is_one_and_has_its_gradients(height, width):
     given, expected = thin_conv(narrow[0], kernel), plain(*(values.astype(jnp.float32) for values in narrow))
     assert given.dtype == jnp.float32
     np.testing.assert_allclose(given, expected, atol=9 * 2**-9 * jnp.abs(expected).max())  # nine roundings
+
+
+@pytest.mark.parametrize("features", [3, 6])
+def test_a_thin_convolution_with_its_bias_is_a_plain_one(features):
+    layer = lively(ThinConv(6, features, (3, 3), padding=1, precision="highest", rngs=nnx.Rngs(0)))
+    maps = jax.random.normal(jax.random.key(0), (2, 5, 7, 6))
+    np.testing.assert_allclose(layer(maps), layer.plainly(maps), atol=1e-5)
+    np.testing.assert_allclose(layer(maps, 2 * layer.kernel[...]), 2 * layer(maps) - layer.bias[...], atol=1e-5)
 
 
 def test_a_pointwise_convolution_is_one():
