@@ -96,7 +96,7 @@ class Model:
     Attributes:
       config: what it is.
       params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
-        products in bfloat16 read them; on GPUs those of blocks one by one (`networks.join_blocks` stacks them).
+        products in bfloat16 read them; on GPUs laid out for them (`networks.undo_layout` undoes that).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
     """
 

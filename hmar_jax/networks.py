@@ -14,9 +14,12 @@ from jax.typing import DTypeLike
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig
+from hmar_jax.tokenizer.layers import ThinConv
 from hmar_jax.tokenizer.tokenizer import Tokenizer
 from hmar_jax.transformer.blocks import Remat
 from hmar_jax.transformer.hmar import HMAR
+
+_OHWI = "ohwi"
 
 
 class Networks(nnx.Module):
@@ -57,30 +60,34 @@ def networks(
     """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
     graphdef, abstract = structure(config, dtype, remat, scan)
     state = nnx.State(abstract)
-    nnx.replace_by_pure_dict(state, join_blocks(params))
+    nnx.replace_by_pure_dict(state, undo_layout(params))
     return nnx.merge(graphdef, state)
 
 
 def held_dtypes(config: ModelConfig, dtype: str) -> dict[str, np.dtype]:
-    """Parameters that are best held in a compute dtype below float32, by dotted name: the kernels of its products.
+    """Parameters that are best held in a compute dtype below float32, by dotted name: what its products read.
 
-    Converted once, they are half as much to read in every pass. What is computed in float32 stays as it is.
+    These are kernels, half as much to read in every pass, and biases of convolutions, which would be converted in each
+    sample. What is computed in float32 stays as it is.
     """
     narrow = jnp.dtype(dtype)
     if narrow == jnp.float32:
         return {}
-    layers = nnx.iter_modules(nnx.merge(*structure(config, dtype)))
-    kernels = [path for path, layer in layers if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype == narrow]
-    return {".".join(map(str, (*path, "kernel"))): narrow for path in kernels}
+    names = []
+    for path, layer in nnx.iter_modules(nnx.merge(*structure(config, dtype))):
+        if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype == narrow:
+            bias = isinstance(layer, nnx.Conv) and not isinstance(layer, ThinConv)
+            names += [(*path, "kernel"), (*path, "bias")] if bias else [(*path, "kernel")]
+    return {".".join(map(str, name)): narrow for name in names}
 
 
 def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as sampling reads them fastest: in `held_dtypes`; where blocks run one by one, each on its own."""
+    """The parameters as sampling reads them fastest: in `held_dtypes`, on GPUs laid out for them."""
     held = held_dtypes(config, dtype)
-    flat = trees.flatten(join_blocks(params))
+    flat = trees.flatten(undo_layout(params))
     params = trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
     on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    return split_blocks(params) if on_device and unrolls() else params
+    return lay_out_for_gpu(params) if on_device and unrolls() else params
 
 
 def unrolls() -> bool:
@@ -89,34 +96,51 @@ def unrolls() -> bool:
     return (device.platform if device else jax.default_backend()) == "gpu"
 
 
-def split_blocks(params: trees.Tree) -> trees.Tree:
-    """A stack's parameters, whose leading axis is its depth, each as a dict of one array a block: {0: …, 1: …}.
+def lay_out_for_gpu(params: trees.Tree) -> trees.Tree:
+    """Parameters as a GPU reads them in place; `params` may be a part of the tree.
 
-    A CUDA graph holds the address of what its kernels read; a slice of a stack XLA tells it anew in every run, one call
-    of the driver each. AdaLN's, which all blocks multiply at once, stay together.
+    A stack's arrays, whose leading axis is its depth, become dicts of one array a block, {0: …, 1: …}: a CUDA graph
+    holds the address of what its kernels read, and of a slice XLA tells it anew in every run. AdaLN's, which all blocks
+    multiply at once, stay together. A convolution's `kernel` becomes `kernel.ohwi`, output channels first, as cuDNN
+    wants it: XLA would turn it in every run.
     """
     flat = trees.flatten(params)
-    apart = jax.jit(lambda stacks: jax.tree.map(jnp.unstack, stacks))({n: x for n, x in flat.items() if _is_split(n)})
-    blocks = {f"{name}.{i}": block for name, all_blocks in apart.items() for i, block in enumerate(all_blocks)}
-    return trees.unflatten({name: x for name, x in flat.items() if name not in apart} | blocks)
+
+    @jax.jit
+    def lay_out(chosen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        turned = {f"{name}.{_OHWI}": jnp.moveaxis(x, -1, 0) for name, x in chosen.items() if not _is_stack(name)}
+        stacks = {name: jnp.unstack(x) for name, x in chosen.items() if _is_stack(name)}
+        return turned | {f"{name}.{i}": block for name, blocks in stacks.items() for i, block in enumerate(blocks)}
+
+    chosen = {name: x for name, x in flat.items() if _is_stack(name) or _is_convolution(name, x)}
+    return trees.unflatten({name: x for name, x in flat.items() if name not in chosen} | lay_out(chosen))
 
 
-def join_blocks(params: trees.Tree) -> trees.Tree:
-    """The inverse of `split_blocks`, and nothing to what it has not split.
+def undo_layout(params: trees.Tree) -> trees.Tree:
+    """The inverse of `lay_out_for_gpu`, and nothing to what was not laid out.
 
-    In a program that takes the blocks apart again, XLA leaves out both.
+    In a program that takes blocks apart and convolves, XLA leaves out both.
     """
     stacks: dict[str, dict[int, Any]] = {}
-    for name, x in (flat := trees.flatten(params)).items():
-        stack, _, index = name.rpartition(".")
-        if index.isdigit() and _is_split(stack):
-            stacks.setdefault(stack, {})[int(index)] = x
+    whole = {}
+    for name, x in trees.flatten(params).items():
+        before, _, last = name.rpartition(".")
+        if last.isdigit() and _is_stack(before):
+            stacks.setdefault(before, {})[int(last)] = x
+        elif last == _OHWI:
+            whole[before] = jnp.moveaxis(x, 0, -1)
+        else:
+            whole[name] = x
     joined = {name: jnp.stack([blocks[i] for i in range(len(blocks))]) for name, blocks in stacks.items()}
-    return trees.unflatten({name: x for name, x in flat.items() if name.rpartition(".")[0] not in stacks} | joined)
+    return trees.unflatten(whole | joined)
 
 
-def _is_split(name: str) -> bool:
+def _is_stack(name: str) -> bool:
     return name.startswith("transformer.") and ".blocks." in name and ".adaln" not in name
+
+
+def _is_convolution(name: str, x: Any) -> bool:
+    return name.endswith(".kernel") and x.ndim == 4
 
 
 def init_params(

@@ -29,7 +29,7 @@ from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy
 from hmar_jax.model import Model
-from hmar_jax.networks import held_dtypes, join_blocks, structure
+from hmar_jax.networks import held_dtypes, structure, undo_layout
 from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
 
@@ -142,7 +142,7 @@ def save_model(
 
     flat = {
         name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
-        for name, leaf in trees.flatten(join_blocks(model.params)).items()
+        for name, leaf in trees.flatten(undo_layout(model.params)).items()
     }
     return write_model(path, model.config, flat, source=source, licences=licences, replace=replace)
 

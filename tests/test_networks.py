@@ -1,4 +1,4 @@
-"""How parameters are held: in which dtype, and where blocks run one by one apart."""
+"""How parameters are held: in which dtype, and how laid out."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,17 @@ from tiny_models import TINY, tiny
 
 from hmar_jax import Model, networks
 from hmar_jax import params as trees
-from hmar_jax.networks import hold, join_blocks, split_blocks
+from hmar_jax.networks import hold, lay_out_for_gpu, undo_layout
 from hmar_jax.pretrained import from_pretrained, save_model
 
-KERNEL_OF_PRODUCT = {
+READ_BY_PRODUCT = {
     "transformer.trunk.blocks.attention.qkv.kernel": True,
     "transformer.masked.stack.blocks.fc2.kernel": True,
     "transformer.next_scale.head.linear.kernel": True,
     "transformer.word.kernel": True,
     "tokenizer.decoder.conv_in.kernel": True,
+    "tokenizer.decoder.conv_in.bias": True,
+    "tokenizer.decoder.conv_out.bias": False,
     "transformer.trunk.blocks.adaln.kernel": False,
     "transformer.next_scale.head.adaln.kernel": False,
     "transformer.trunk.blocks.fc1.bias": False,
@@ -28,11 +30,11 @@ KERNEL_OF_PRODUCT = {
 }
 
 
-@pytest.mark.parametrize("name", KERNEL_OF_PRODUCT)
-def test_for_bfloat16_the_kernels_of_its_products_alone_are_held_in_it(model, name):
+@pytest.mark.parametrize("name", READ_BY_PRODUCT)
+def test_for_bfloat16_what_its_products_read_alone_is_held_in_it(model, name):
     held = trees.flatten(hold(TINY, model.params, "bfloat16"))
     given = trees.flatten(model.params)
-    assert held[name].dtype == (jnp.bfloat16 if KERNEL_OF_PRODUCT[name] else jnp.float32)
+    assert held[name].dtype == (jnp.bfloat16 if READ_BY_PRODUCT[name] else jnp.float32)
     assert (held[name] == given[name].astype(held[name].dtype)).all()
 
 
@@ -50,22 +52,20 @@ def test_for_float32_parameters_are_held_as_they_are(model):
         assert trees.flatten(kept)[name] is leaf
 
 
-def test_what_is_split_into_blocks_is_joined_again(model):
-    split = trees.flatten(split_blocks(model.params))
-    depth = TINY.transformer.trunk_depth
-    for i in range(depth):
-        stack = trees.flatten(model.params)["transformer.trunk.blocks.fc1.kernel"]
-        assert (split[f"transformer.trunk.blocks.fc1.kernel.{i}"] == stack[i]).all()
-    assert "transformer.trunk.blocks.fc1.kernel" not in split
-    # All blocks multiply the condition by AdaLN's at once; a tokenizer has no stacks.
-    assert {name for name in split if name[-1].isdigit()} == {
-        f"{name}.{i}"
-        for name, leaf in trees.flatten(model.params).items()
-        if name.startswith("transformer") and ".blocks." in name and ".adaln" not in name
-        for i in range(len(leaf))
-    }
-    joined = join_blocks(trees.unflatten(split))
-    jax.tree.map(np.testing.assert_array_equal, joined, model.params)
+def test_a_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be_undone(model):
+    given, laid_out = trees.flatten(model.params), trees.flatten(lay_out_for_gpu(model.params))
+    expected = {}
+    for name, leaf in given.items():
+        if name.startswith("transformer") and ".blocks." in name and ".adaln" not in name:
+            expected |= {f"{name}.{i}": block for i, block in enumerate(leaf)}
+        elif name.startswith("tokenizer") and name.endswith(".kernel"):  # all its layers are convolutions
+            expected[f"{name}.ohwi"] = np.moveaxis(leaf, -1, 0)
+        else:
+            expected[name] = leaf
+    assert laid_out.keys() == expected.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(laid_out[name], leaf)
+    jax.tree.map(np.testing.assert_array_equal, undo_layout(trees.unflatten(laid_out)), model.params)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def unrolled(monkeypatch):
     monkeypatch.setattr(networks, "unrolls", lambda: True)
 
 
-def test_where_blocks_run_one_by_one_a_model_holds_them_so_and_is_the_same(model, unrolled, tmp_path):
+def test_on_gpus_a_model_holds_it_and_is_the_same(model, unrolled, tmp_path):
     apart = Model(TINY, model.params)
     assert "transformer.trunk.blocks.attention.proj.bias.0" in trees.flatten(apart.params)
     assert Model(TINY, apart.params).params.keys() == apart.params.keys()
@@ -81,7 +81,7 @@ def test_where_blocks_run_one_by_one_a_model_holds_them_so_and_is_the_same(model
     found, expected = (m.next_scale_logits(labels, tokens) for m in (apart, model))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     saved = from_pretrained(save_model(tmp_path / "model", apart, "made for a test"))
-    jax.tree.map(np.testing.assert_array_equal, join_blocks(saved.params), model.params)
+    jax.tree.map(np.testing.assert_array_equal, undo_layout(saved.params), model.params)
 
 
 def test_parameters_on_the_host_stay_whole(model, unrolled):
