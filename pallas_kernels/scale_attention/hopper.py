@@ -7,7 +7,7 @@ busy, `hopper_forward` and `hopper_backward` what is computed. All read and writ
 sum is split between thread blocks, so results are bit-equal from run to run.
 
 With QK-norm the loading warpgroup normalises column tiles in shared memory, and the inverse norm of a row is a factor
-of its logits: normalised q and k never go to global memory.
+of its logits: normalised q and k never go to global memory, but for keys with `Blocks.paired`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import numpy as np
 
 SHARED_BYTES = 227 * 1024  # what a thread block may use on Hopper
 REGISTERS = 64 * 1024  # of a multiprocessor
-SHORT = 512
 DEFAULT_KIND = "NVIDIA H200"  # whose blocks serve kinds that nobody has measured: Hoppers have the same multiprocessor
 
 
@@ -55,6 +54,8 @@ class Blocks:
       stages: column tiles in flight.
       loader_registers: of each thread that loads; the other threads get what that leaves.
       relay: whether computing warpgroups issue products one after the other, see `hopper_pipeline`.
+      paired: whether a tile's logits and the values of the tile before are multiplied together, see `hopper_forward`;
+        no other kernel heeds it.
 
     Raises:
       ValueError: a number is not supported.
@@ -66,6 +67,7 @@ class Blocks:
     stages: int
     loader_registers: int = 32
     relay: bool = False
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.warpgroups <= 4:
@@ -83,8 +85,12 @@ class Blocks:
         return min((pool - self.loader_registers) // self.warpgroups // 8 * 8, 240)
 
     def accumulators(self, needs: Needs, head_size: int) -> int:
-        """Registers of a computing thread that hold accumulators: float32, a tile spread over 128 threads."""
-        return self.rows * (needs.logits * self.columns + needs.sums * head_size) // 128
+        """Registers of a computing thread that hold accumulators: float32, a tile spread over 128 threads.
+
+        With pairs of products also the weights of the tile before, of 16 bits.
+        """
+        weights = self.columns // 2 if self.paired else 0
+        return self.rows * (needs.logits * self.columns + needs.sums * head_size + weights) // 128
 
     def shared_terms(self, needs: Needs, head_size: int) -> dict[str, int]:
         """Bytes of shared memory, term by term; operands and outputs have 16 bits."""
@@ -119,19 +125,21 @@ class HopperBlocks:
             getattr(self, name).check(needs, head_size)
 
 
-# The fastest measured, bfloat16, D of 64, by kind of device, then by whether some query sees more than `SHORT` keys and
-# whether there is QK-norm. Short ranges leave wide tiles half empty, and a relay waits there for whoever begins or ends
-# a band. With QK-norm the loading warpgroup wants registers, to normalise a tile once for all who read it: of these
-# four, at any length, beat three with wider tiles. The kernel for dk and dv has no registers to give.
+# The fastest measured, bfloat16, D of 64, by kind of device, then by how many keys some query sees more than, the most
+# that there is a row for, and whether there is QK-norm. Short ranges leave wide tiles half empty, and a relay waits
+# there for whoever begins or ends a band. With QK-norm the loading warpgroup wants registers, to normalise a tile once
+# for all who read it: of these four beat three with wider tiles. Only the longest ranges repay the pass over all keys
+# that pairs of products want. The kernel for dk and dv has no registers to give.
 TUNED = {
     DEFAULT_KIND: {
-        (False, False): HopperBlocks(Blocks(4, 64, 64, 7, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32)),
-        (False, True): HopperBlocks(Blocks(4, 64, 64, 7, 64), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32)),
-        (True, False): HopperBlocks(
-            Blocks(3, 64, 128, 4, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32, True)
-        ),
-        (True, True): HopperBlocks(
+        (0, False): HopperBlocks(Blocks(4, 64, 64, 7, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32)),
+        (0, True): HopperBlocks(Blocks(4, 64, 64, 7, 64), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32)),
+        (512, False): HopperBlocks(Blocks(3, 64, 128, 4, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32, True)),
+        (512, True): HopperBlocks(
             Blocks(4, 64, 64, 7, 64, True), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32, True)
+        ),
+        (2048, True): HopperBlocks(
+            Blocks(4, 64, 64, 7, 32, True, True), Blocks(3, 64, 64, 5, 56), Blocks(3, 64, 64, 4, 32, True)
         ),
     },
 }
@@ -144,21 +152,22 @@ def tuned_blocks(key_ranges: np.ndarray, norm: bool) -> HopperBlocks:
       key_ranges: (L,2), what each query sees.
       norm: whether q and k are normalised.
     """
-    kind, long = _place(key_ranges)
-    return TUNED.get(kind, TUNED[DEFAULT_KIND])[long, norm]
+    kind, length = _place(key_ranges, norm)
+    return TUNED.get(kind, TUNED[DEFAULT_KIND])[length, norm]
 
 
 def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> str:
     """Where in this module blocks belong that are measured here; arguments as of `candidates`."""
     del head_size, dtype
-    kind, long = _place(key_ranges)
-    return f"TUNED[{kind!r}][{long}, {norm}]"
+    kind, length = _place(key_ranges, norm)
+    return f"TUNED[{kind!r}][{length}, {norm}]"
 
 
-def _place(key_ranges: np.ndarray) -> tuple[str, bool]:
-    """The kind of device that is compiled for; whether some query sees more than `SHORT` keys."""
+def _place(key_ranges: np.ndarray, norm: bool) -> tuple[str, int]:
+    """The kind of device that is compiled for; the greatest number in the table that some query sees more keys than."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind, bool(np.diff(key_ranges).max() > SHORT)
+    cases, most = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND]), np.diff(key_ranges).max()
+    return device.device_kind, max(length for length, normed in cases if length < most and normed == norm)
 
 
 def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> list[HopperBlocks]:
@@ -179,8 +188,9 @@ def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -
     found = [used]
     for name, needs in NEEDS.items():
         mine: Blocks = getattr(used, name)
-        for warpgroups, columns, relay in itertools.product((2, 3, 4), (64, 128), (False, True)):
-            cut = dataclasses.replace(mine, warpgroups=warpgroups, columns=columns, relay=relay)
+        choices = (2, 3, 4), (64, 128), (False, True), (False, True) if name == "forward" else (False,)
+        for warpgroups, columns, relay, paired in itertools.product(*choices):
+            cut = dataclasses.replace(mine, warpgroups=warpgroups, columns=columns, relay=relay, paired=paired)
             cuts = [dataclasses.replace(cut, stages=stages) for stages in range(2, 9)]
             fit = [blocks for blocks in cuts if sum(blocks.shared_terms(needs, head_size).values()) <= SHARED_BYTES]
             if fit and 5 * fit[0].accumulators(needs, head_size) <= 4 * fit[0].compute_registers:

@@ -209,6 +209,14 @@ def normalize(memory: Ref, factor: Ref) -> Callable[[Scalar, Scalar], None]:
     return prepare
 
 
+def unit_keys(qkv: Sequence[jax.Array], sign: jax.Array) -> jax.Array:
+    """(B,L,H,D): keys as `normalize` makes them, with a (H,) sign; outside of the kernel."""
+    keys = qkv[0][:, :, 1] if len(qkv) == 1 else qkv[1]
+    x = keys.astype(jnp.float32) * sign[:, None]
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    return (x * lax.rsqrt(jnp.maximum(squares, SMALLEST_SQUARE))).astype(keys.dtype)
+
+
 def through_norm(gradient: jax.Array, rows: Ref, gain: Any) -> tuple[jax.Array, jax.Array]:
     """Gradient by rows that were normalised → by the rows, and (R,) its inner products with the normalised rows.
 

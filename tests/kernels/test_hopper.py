@@ -13,7 +13,15 @@ from hmar_jax.scales import ScaleLadder
 from pallas_kernels.scale_attention import hopper_blocks
 from pallas_kernels.scale_attention import hopper_tiles as tiles
 from pallas_kernels.scale_attention.hopper import candidates, hopper_attention, hopper_attention_packed
-from pallas_kernels.scale_attention.hopper_blocks import DEFAULT_KIND, NEEDS, TUNED, Blocks, HopperBlocks, tuned_blocks
+from pallas_kernels.scale_attention.hopper_blocks import (
+    DEFAULT_KIND,
+    NEEDS,
+    TUNED,
+    Blocks,
+    HopperBlocks,
+    table_entry,
+    tuned_blocks,
+)
 from pallas_kernels.scale_attention.hopper_common import LOG2E
 from pallas_kernels.scale_attention.hopper_forward import SAFE_SCALE
 from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
@@ -158,10 +166,23 @@ class TestBlocks:
             threads = 128 * (mine.warpgroups * mine.compute_registers + mine.loader_registers)
             assert threads <= 65536
 
-    def test_every_kind_of_device_has_a_row_for_every_case(self):
+    def test_every_kind_of_device_has_rows_for_ranges_of_any_length(self):
         assert DEFAULT_KIND in TUNED
         for cases in TUNED.values():
-            assert sorted(cases) == [(False, False), (False, True), (True, False), (True, True)]
+            assert {(0, False), (0, True)} <= set(cases)
+
+    @pytest.mark.parametrize(
+        ("length", "norm", "row"),
+        [(1, True, 0), (9, True, 0), (10, True, 9), (99, True, 9), (100, True, 99), (100, False, 0)],
+    )
+    def test_a_row_is_of_ranges_longer_than_its_number(self, length, norm, row, monkeypatch):
+        cases = [(0, False), (0, True), (9, True), (99, True)]
+        rows = {case: HopperBlocks(*[Blocks(1, 64, 64, 2 + i)] * 3) for i, case in enumerate(cases)}
+        monkeypatch.setitem(TUNED, "NVIDIA H20", rows)
+        ranges = np.tile([[0, length]], (length, 1))
+        with device("NVIDIA H20"):
+            assert tuned_blocks(ranges, norm) == rows[row, norm]
+            assert table_entry(ranges, 64, "bfloat16", norm) == f"TUNED['NVIDIA H20'][{row}, {norm}]"
 
     def test_a_device_gets_its_own_row_and_one_that_nobody_measured_the_default(self, monkeypatch):
         ranges, other = ScaleLadder((1, 2)).key_ranges("block_causal"), HopperBlocks(*[Blocks(1, 64, 64, 2)] * 3)
@@ -170,7 +191,7 @@ class TestBlocks:
             assert tuned_blocks(ranges, norm=True) == other
         for kind in ("NVIDIA H200", "NVIDIA H800"):
             with device(kind):
-                assert tuned_blocks(ranges, norm=True) == TUNED[DEFAULT_KIND][False, True]
+                assert tuned_blocks(ranges, norm=True) == TUNED[DEFAULT_KIND][0, True]
 
     @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
     @pytest.mark.parametrize("size", [32, 64])
@@ -185,6 +206,8 @@ class TestBlocks:
             differing = [name for name in NEEDS if getattr(blocks, name) != getattr(used, name)]
             assert len(differing) == 1
         assert {name for b in others for name in NEEDS if getattr(b, name) != getattr(used, name)} == set(NEEDS)
+        assert {blocks.forward.paired for blocks in others} == {False, True}
+        assert not any(blocks.grad_queries.paired or blocks.grad_keys.paired for blocks in others)
 
     def test_candidates_print_as_what_the_table_wants(self):
         for blocks in candidates(ScaleLadder((1, 9)).key_ranges("block_causal"), 64, "float16", norm=True):
@@ -229,6 +252,10 @@ def with_relay(blocks, relay):
     return HopperBlocks(*(dataclasses.replace(getattr(blocks, name), relay=relay) for name in NEEDS))
 
 
+def in_pairs(blocks, relay=True):
+    return dataclasses.replace(blocks, forward=Blocks(4, 64, 64, 7, relay=relay, paired=True))
+
+
 def lower(function, *arguments):
     with device("NVIDIA H200"):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -258,6 +285,18 @@ class TestLowersForCudaWithoutOne:
         ranges = ScaleLadder((1, 2, 9)).key_ranges("block_diagonal")
         blocks, (operands, scale, out) = with_relay(tuned_blocks(ranges, True), relay), shapes_of(86, True, True)
         assert lower(lambda *a: value_and_gradients(a[0], ranges, *a[1:], blocks), operands, scale, out)
+
+    @pytest.mark.parametrize(
+        ("packed", "norm", "dtype"),
+        [(False, True, "bfloat16"), (True, True, "bfloat16"), (True, False, "bfloat16"), (True, True, "float16")],
+    )
+    def test_in_pairs_whether_or_not_logits_are_bounded(self, packed, norm, dtype):
+        ranges = ScaleLadder((1, 2, 9)).key_ranges("block_causal")
+        blocks, (operands, scale, _) = (
+            in_pairs(tuned_blocks(ranges, norm)),
+            shapes_of(86, packed, norm, dtype=dtype),
+        )
+        assert lower(lambda *a: attend(a[0], ranges, a[1], blocks), operands, scale)
 
     @pytest.mark.parametrize(("size", "dtype"), [(32, "bfloat16"), (64, "float16")])
     def test_other_heads_and_dtypes(self, size, dtype):
@@ -319,29 +358,16 @@ class TestOnAHopper:
     def test_values_and_gradients_are_those_of_the_reference_and_bit_equal_when_repeated(
         self, sides, size, dtype, pattern, norm, packed
     ):
-        ladder = ScaleLadder.preset(sides) if isinstance(sides, str) else ScaleLadder(sides)
-        ranges, rng = ladder.key_ranges(pattern), np.random.default_rng(0)
-        q, k, v, dout = (jnp.asarray(rng.normal(size=(2, ladder.length, 3, size)), dtype) for _ in range(4))
-        scale = jnp.asarray([4.0, -0.5, 11.0]) if norm else None
-        operands = (jnp.stack([q, k, v], axis=2),) if packed else (q, k, v)
-        function = jax.jit(lambda *a: value_and_gradients(a[0], ranges, *a[1:]))
-        result, again = function(operands, scale, dout), function(operands, scale, dout)
-        jax.tree.map(np.testing.assert_array_equal, result, again)
+        check_values_and_gradients(sides, size, dtype, pattern, norm, packed)
 
-        out, (gradients, dscale) = result
-        truth, true_gradients, parts = true_values(q, k, v, dout, scale, ranges)
-        if packed:
-            gradients = [gradients[0][:, :, i] for i in range(3)]
-        assert error_of(out, truth) < TOLERANCE[dtype][0]
-        for gradient, true in zip(gradients, true_gradients[:3], strict=True):
-            if np.any(true):
-                assert error_of(gradient, true) < TOLERANCE[dtype][1]
-        if norm:
-            np.testing.assert_allclose(np.sum(parts, axis=(0, 1)), true_gradients[3], rtol=1e-4, atol=1e-4)
-            # The gradient of a lone token is 0. Its weight is not quite 1 where it is rounded without a maximum.
-            least = 2e-3 if (ladder.length, dtype) == (1, "bfloat16") else 1e-4
-            most = TOLERANCE[dtype][2] * np.linalg.norm(parts, axis=(0, 1)) + least
-            np.testing.assert_array_less(np.abs(dscale - true_gradients[3]), most)
+    @pytest.mark.parametrize("packed", [False, True], ids=["three", "packed"])
+    @pytest.mark.parametrize("relay", [False, True], ids=["free", "relay"])
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("sides", [(1,), (1, 2, 3, 16), (1, 2, 37)], ids=str)
+    def test_pairs_of_products_give_the_values_and_gradients_of_the_reference(self, sides, pattern, relay, packed):
+        check_values_and_gradients(
+            *(sides, 64, "bfloat16", pattern, True, packed), lambda blocks: in_pairs(blocks, relay)
+        )
 
     @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
     @pytest.mark.parametrize("pattern", PATTERNS)
@@ -358,16 +384,47 @@ class TestOnAHopper:
 
         jax.tree.map(np.testing.assert_array_equal, run(False), run(True))
 
-    def test_heads_with_and_without_a_maximum_are_right(self):
+    @pytest.mark.parametrize("paired", [False, True], ids=["one_by_one", "pairs"])
+    def test_heads_with_and_without_a_maximum_are_right(self, paired):
         """Unit keys that bfloat16 has exactly: else their rounding would be most of the error of large scales."""
         ladder, rng = ScaleLadder((1, 2, 5, 16)), np.random.default_rng(0)
         q, k, v, dout = (jnp.asarray(rng.normal(size=(1, ladder.length, 4, 64)), "bfloat16") for _ in range(4))
         k, scale = jnp.sign(k), jnp.asarray([SAFE_SCALE, -SAFE_SCALE, 1.1 * SAFE_SCALE, 100.0])
         ranges = ladder.key_ranges("block_diagonal")
-        out = jax.jit(lambda q, k, v, scale: attend((q, k, v), ranges, scale))(q, k, v, scale)
+        blocks = tuned_blocks(ranges, norm=True)
+        blocks = in_pairs(blocks) if paired else blocks
+        out = jax.jit(lambda q, k, v, scale: attend((q, k, v), ranges, scale, blocks))(q, k, v, scale)
         truth = true_values(q, k, v, dout, scale, ranges)[0]
         for head in range(4):
             assert error_of(out[:, :, head], truth[:, :, head]) < TOLERANCE["bfloat16"][0]
+
+
+def check_values_and_gradients(sides, size, dtype, pattern, norm, packed, adapt=lambda blocks: blocks):
+    """Those of the reference, and bit-equal when repeated, with the blocks that `adapt` makes of the tuned ones."""
+    ladder = ScaleLadder.preset(sides) if isinstance(sides, str) else ScaleLadder(sides)
+    ranges, rng = ladder.key_ranges(pattern), np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(2, ladder.length, 3, size)), dtype) for _ in range(4))
+    scale = jnp.asarray([4.0, -0.5, 11.0]) if norm else None
+    operands = (jnp.stack([q, k, v], axis=2),) if packed else (q, k, v)
+    blocks = adapt(tuned_blocks(ranges, norm))
+    function = jax.jit(lambda *a: value_and_gradients(a[0], ranges, *a[1:], blocks))
+    result, again = function(operands, scale, dout), function(operands, scale, dout)
+    jax.tree.map(np.testing.assert_array_equal, result, again)
+
+    out, (gradients, dscale) = result
+    truth, true_gradients, parts = true_values(q, k, v, dout, scale, ranges)
+    if packed:
+        gradients = [gradients[0][:, :, i] for i in range(3)]
+    assert error_of(out, truth) < TOLERANCE[dtype][0]
+    for gradient, true in zip(gradients, true_gradients[:3], strict=True):
+        if np.any(true):
+            assert error_of(gradient, true) < TOLERANCE[dtype][1]
+    if norm:
+        np.testing.assert_allclose(np.sum(parts, axis=(0, 1)), true_gradients[3], rtol=1e-4, atol=1e-4)
+        # The gradient of a lone token is 0. Its weight is not quite 1 where it is rounded without a maximum.
+        least = 2e-3 if (ladder.length, dtype) == (1, "bfloat16") else 1e-4
+        most = TOLERANCE[dtype][2] * np.linalg.norm(parts, axis=(0, 1)) + least
+        np.testing.assert_array_less(np.abs(dscale - true_gradients[3]), most)
 
 
 def true_values(q, k, v, dout, scale, ranges):
