@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import devices
 
-FEWEST_TO_ADD = 4096  # tokens
+FEWEST_TO_ADD = 8192  # tokens
 
 
 class Residual(NamedTuple):

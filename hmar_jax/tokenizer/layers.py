@@ -156,24 +156,22 @@ def _fold(kernel: jax.Array, axis: int) -> jax.Array:
 
 
 class ThinConv(nnx.Conv):
-    """A 3x3 convolution of few channels by `thin_conv`, its bias added in float32; `plainly` as XLA has it."""
-
-    plainly = nnx.Conv.__call__
+    """A 3x3 convolution to few channels by `thin_conv`, its bias added in float32."""
 
     def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """(B,H,W,C) → (B,H,W,F) float32, perhaps with another kernel."""
         assert self.bias is not None
-        return thin_conv(x, self.kernel[...] if kernel is None else kernel, self.precision) + self.bias[...]
+        return thin_conv(x, self.kernel[...] if kernel is None else kernel) + self.bias[...]
 
 
-def thin_conv(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike = None) -> jax.Array:
+def thin_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution to few channels, without bias: (B,H,W,C), (3,3,C,F) → (B,H,W,F) float32.
 
     One product makes what each pixel adds to its nine neighbours, F planes for each, in the dtype of x; then they are
     added where they belong. Convolutions would compute, or leave idle, the many channels that their tiles have.
     """
     height, width = x.shape[1:3]
-    planes = jnp.einsum("ijcf,bhwc->ijfbhw", kernel.astype(x.dtype), x, precision=precision)
+    planes = jnp.einsum("ijcf,bhwc->ijfbhw", kernel.astype(x.dtype), x)
     planes = with_layout_constraint(planes, Layout(tuple(range(planes.ndim))))
     padded = jnp.pad(planes, [(0, 0)] * 4 + [(1, 1), (1, 1)]).astype(jnp.float32)
     total = sum(padded[i, j, :, :, i : i + height, j : j + width] for i in range(3) for j in range(3))

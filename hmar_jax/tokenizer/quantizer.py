@@ -18,7 +18,6 @@ from flax import nnx
 from hmar_jax import resize
 from hmar_jax.config import TokenizerConfig
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.tokenizer.layers import ThinConv
 
 
 def phi_of_scale(num_scales: int, phis: int) -> tuple[int, ...]:
@@ -56,7 +55,7 @@ class Quantizer(nnx.Module):
             jax.random.uniform(rngs.params(), (size, channels), minval=-1 / size, maxval=1 / size)
         )
         self.phis = nnx.List(
-            ThinConv(channels, channels, (3, 3), padding=1, precision="highest", rngs=rngs) for _ in range(config.phis)
+            nnx.Conv(channels, channels, (3, 3), padding=1, precision="highest", rngs=rngs) for _ in range(config.phis)
         )
 
     def nearest(self, latents: jax.Array) -> jax.Array:
@@ -85,8 +84,8 @@ class Quantizer(nnx.Module):
         maps = codes.reshape(tokens.shape[0], side, side, codes.shape[-1])
         lifted = resize.apply(resize.bicubic_matrix(side, full), maps)
         phi = self.phis[phi_of_scale(self.ladder.num_scales, len(self.phis))[scale]]
-        # cuDNN would interrupt the CUDA graph, and wants transposes before and after; a TPU would pad narrow planes.
-        return 0.5 * lifted + 0.5 * jax.lax.platform_dependent(lifted, cuda=phi, default=phi.plainly)
+        # On a GPU by cuDNN, which ends XLA's CUDA graph: as well, for one begins when the GPU has been sent all of it.
+        return 0.5 * lifted + 0.5 * phi(lifted)
 
     @jax.named_scope("quantizer")
     def pool(self, maps: jax.Array, scale: int) -> jax.Array:

@@ -163,7 +163,7 @@ def test_channels_levels_latents_codes_and_downsampling_are_free(fields, sides, 
 def test_the_last_convolution_can_be_given_another_kernel():
     tokenizer = networks(TINY, lively_params(TINY)).tokenizer
     features = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
-    own = tokenizer.decoder.conv_out.plainly(features)
+    own = nnx.Conv.__call__(tokenizer.decoder.conv_out, features)
     np.testing.assert_allclose(tokenizer.render(features), own, atol=1e-6)
     bias = tokenizer.decoder.conv_out.bias[...]
     doubled = tokenizer.render(features, 2 * tokenizer.decoder.conv_out.kernel[...])
