@@ -20,7 +20,7 @@ from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import fused
 from hmar_jax.transformer.fused import Residual
 from pallas_kernels import token_passes
-from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes, device, is_hopper
+from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes
 from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
 Remat = Literal["dots", "all"]
@@ -125,10 +125,10 @@ class Attention(nnx.Module):
         Returns:
           (B,N,C); and the keys and values of x.
         """
-        qkv, q_scale = (
-            _from_by_head(fused.add_bias(qkv, _by_head(self.qkv_bias(), self.heads)), self.heads),
-            self.q_scale(),
-        )
+        q_bias, v_bias = (bias[...].astype(jnp.float32) for bias in (self.q_bias, self.v_bias))
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        qkv = _from_by_head(fused.add_bias(qkv, _by_head(bias, self.heads)), self.heads)
+        q_scale = jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
         own = KeysValues(qkv[:, :, 1], qkv[:, :, 2])
         if ladder.length == 1:
             attended = own.v  # a token by itself attends to itself
@@ -138,15 +138,6 @@ class Attention(nnx.Module):
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
             attended = scale_attention(qkv[:, :, 0], k, v, ladder, pattern=self.pattern, q_scale=q_scale)
         return attended.reshape(*qkv.shape[:2], -1) @ _kernel(self.proj), own
-
-    def qkv_bias(self) -> jax.Array:
-        """(3C,) float32; keys have none."""
-        q_bias, v_bias = (bias[...].astype(jnp.float32) for bias in (self.q_bias, self.v_bias))
-        return jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-
-    def q_scale(self) -> jax.Array:
-        """(H,) float32."""
-        return jnp.exp(jnp.minimum(self.log_scale[...], _MAX_LOG_SCALE))
 
 
 class Block(nnx.Module):
@@ -158,7 +149,6 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, hidden = config.width, config.mlp_ratio * config.width
-        self.heads, self.features = config.heads, hidden
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.fc1 = nnx.Linear(width, hidden, kernel_init=weight_init(width), dtype=dtype, rngs=rngs)
         out_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
@@ -206,34 +196,6 @@ class Block(nnx.Module):
         x = split_by_sample(x)
         out = fused.gelu_linear(hidden, _bias(self.fc1), _kernel(self.fc2))
         return Pending(x, Residual(out, _bias(self.fc2), g2)), own
-
-    def in_one_kernel(self, x: jax.Array, modulation: Modulation) -> jax.Array:
-        """As a call for tokens (B,L,C) of one scale that `few_tokens` has let pass, on a Hopper."""
-        from pallas_kernels import small_block  # wants a part of Pallas that others do without
-
-        attention = self.attention
-        weights = small_block.Weights(
-            qkv=_kernel(attention.qkv),
-            proj=_kernel(attention.proj),
-            fc1=_kernel(self.fc1),
-            fc2=_kernel(self.fc2),
-            qkv_bias=attention.qkv_bias(),
-            proj_bias=_bias(attention.proj),
-            fc1_bias=_bias(self.fc1),
-            fc2_bias=_bias(self.fc2),
-            q_scale=attention.q_scale(),
-        )
-        stacked = jax.tree.map(lambda part: part[None], (weights, small_block.Modulation(*modulation)))
-        return small_block.blocks(x, *stacked)
-
-
-def few_tokens(x: jax.Array, heads: int, features: int) -> bool:
-    """Whether a block over tokens (B,L,C) of one scale is faster as one kernel than as one for each step of it."""
-    if not is_hopper(*device()):
-        return False
-    from pallas_kernels import small_block
-
-    return small_block.serves(x, heads, features)
 
 
 def _kernel(layer: nnx.Linear) -> jax.Array:
@@ -283,16 +245,12 @@ class Stack(nnx.Module):
         layers = (stacked, modulations, drops)
         # A gradient would keep what goes from block to block: tokens alone, not a branch besides.
         leaves_branch = key is None and self._leaves_branch(x)
-        few = key is None and ladder.num_scales == 1 and few_tokens(x, self.blocks.heads, self.blocks.features)
 
         def step(carry: Pending, layer: tuple) -> tuple[Pending, None]:
             x, branch = carry
             params, modulation, drop = layer
             x, modulation = split_by_sample((x, modulation))
-            block = nnx.merge(graphdef, params)
-            if few:
-                return Pending(block.in_one_kernel(x, modulation)), None
-            after, _ = block(Pending(fused.row_major(x), branch), modulation, ladder, drop=drop)
+            after, _ = nnx.merge(graphdef, params)(Pending(fused.row_major(x), branch), modulation, ladder, drop=drop)
             x, branch = after if leaves_branch else Pending(after.added())
             # Else XLA keeps a float32 twin of it, or adds up anew in each block what those before have added.
             return Pending(jax.lax.optimization_barrier(x), branch), None
