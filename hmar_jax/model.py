@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.networks import hold, networks
+from hmar_jax.networks import hold, networks, unrolls
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.orders import Order
 from hmar_jax.sampling.sampler import Kept
@@ -103,7 +104,7 @@ class Model:
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
         self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
-        self._placed: tuple[Mesh, Any] | None = None
+        self._placed: tuple[Mesh, list[Any], Any] | None = None
 
     @property
     def transformer(self) -> HMAR | None:
@@ -248,11 +249,16 @@ class Model:
         They stay there for the next call: what is not there JAX sends again in every one, and even on one device looks
         at each array for a microsecond to find that it is.
         """
-        if any(getattr(leaf, "committed", False) for leaf in jax.tree.leaves(self.params)):
+        leaves = jax.tree.leaves(self.params)
+        if any(getattr(leaf, "committed", False) for leaf in leaves):
             return self.params
-        if self._placed is None or self._placed[0] != mesh:
-            self._placed = mesh, jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-        return self._placed[1]
+        if self._placed is not None:
+            there, were, placed = self._placed
+            if there == mesh and len(were) == len(leaves) and all(map(operator.is_, were, leaves)):
+                return placed
+        placed = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        self._placed = mesh, leaves, placed
+        return placed
 
     def _sample(
         self,
@@ -364,7 +370,7 @@ def _decode_until(config: ModelConfig, dtype: str, params: Any, tokens: jax.Arra
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next_scale_logits(config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array) -> jax.Array:
-    nets = networks(config, params, dtype)
+    nets = networks(config, params, dtype, scan=not unrolls())
     return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens)
 
 
@@ -372,7 +378,7 @@ def _next_scale_logits(config: ModelConfig, dtype: str, params: Any, labels: jax
 def _masked_logits(
     config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array, masked: jax.Array
 ) -> jax.Array:
-    nets = networks(config, params, dtype)
+    nets = networks(config, params, dtype, scan=not unrolls())
     leak_free = config.transformer is not None and config.transformer.leak_free
     return teacher_forcing.masked_logits(
         nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, leak_free=leak_free

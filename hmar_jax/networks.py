@@ -57,7 +57,10 @@ def structure(
 def networks(
     config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
 ) -> Networks:
-    """The networks with the given parameters (nested dicts of arrays); cheap, and usable inside `jit`."""
+    """The networks with the given parameters (nested dicts of arrays), cheap inside `jit`.
+
+    Outside, what is laid out for GPUs is copied.
+    """
     graphdef, abstract = structure(config, dtype, remat, scan)
     state = nnx.State(abstract)
     nnx.replace_by_pure_dict(state, undo_layout(params))
@@ -82,7 +85,7 @@ def held_dtypes(config: ModelConfig, dtype: str) -> dict[str, np.dtype]:
 
 
 def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as sampling reads them fastest: in `held_dtypes`, on GPUs laid out for them."""
+    """The parameters as sampling reads them fastest: in `held_dtypes` and, if they are on GPUs, laid out for those."""
     held = held_dtypes(config, dtype)
     flat = trees.flatten(undo_layout(params))
     params = trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
@@ -97,7 +100,7 @@ def unrolls() -> bool:
 
 
 def lay_out_for_gpu(params: trees.Tree) -> trees.Tree:
-    """Parameters as a GPU reads them in place; `params` may be a part of the tree.
+    """Parameters as a GPU reads them in place; `params` may be a part of the tree, from its root.
 
     A stack's arrays, whose leading axis is its depth, become dicts of one array a block, {0: …, 1: …}: a CUDA graph
     holds the address of what its kernels read, and of a slice XLA tells it anew in every run. AdaLN's, which all blocks
@@ -105,15 +108,15 @@ def lay_out_for_gpu(params: trees.Tree) -> trees.Tree:
     wants it: XLA would turn it in every run.
     """
     flat = trees.flatten(params)
-
-    @jax.jit
-    def lay_out(chosen: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        turned = {f"{name}.{_OHWI}": jnp.moveaxis(x, -1, 0) for name, x in chosen.items() if not _is_stack(name)}
-        stacks = {name: jnp.unstack(x) for name, x in chosen.items() if _is_stack(name)}
-        return turned | {f"{name}.{i}": block for name, blocks in stacks.items() for i, block in enumerate(blocks)}
-
     chosen = {name: x for name, x in flat.items() if _is_stack(name) or _is_convolution(name, x)}
-    return trees.unflatten({name: x for name, x in flat.items() if name not in chosen} | lay_out(chosen))
+    return trees.unflatten({name: x for name, x in flat.items() if name not in chosen} | _lay_out(chosen))
+
+
+@jax.jit
+def _lay_out(chosen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    turned = {f"{name}.{_OHWI}": jnp.moveaxis(x, -1, 0) for name, x in chosen.items() if not _is_stack(name)}
+    stacks = {name: jnp.unstack(x) for name, x in chosen.items() if _is_stack(name)}
+    return turned | {f"{name}.{i}": block for name, blocks in stacks.items() for i, block in enumerate(blocks)}
 
 
 def undo_layout(params: trees.Tree) -> trees.Tree:

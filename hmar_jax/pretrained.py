@@ -202,7 +202,7 @@ def write_model(
 
 def tokenizer_fingerprint(model: Model) -> str:
     """SHA-256 of the tokenizer's parameters, whatever file they are in."""
-    flat = trees.flatten({"tokenizer": model.params["tokenizer"]})
+    flat = trees.flatten(undo_layout({"tokenizer": model.params["tokenizer"]}))
     return _fingerprint({name: tensors.digest(np.asarray(leaf)) for name, leaf in flat.items()})
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A resize with as many weights or fewer, those of both axes multiplied, is one product. Larger ones are two: far fewer
+# A resize whose Kronecker product has at most so many weights is one product. Larger ones are two: far fewer
 # multiplications, but transposes between.
 _AT_ONCE = 2**17
 

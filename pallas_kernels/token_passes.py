@@ -10,6 +10,7 @@ Axis letters: B batch, L tokens, C width, F features.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import devices
 
-FEWEST_TO_ADD = 8192  # tokens
+FEWEST_TO_ADD = 8192  # tokens of a device
 
 
 class Residual(NamedTuple):
@@ -64,10 +65,14 @@ def add_norm(x: jax.Array, branch: Residual, scale: jax.Array, shift: jax.Array)
 
 
 def adds(x: jax.Array) -> bool:
-    """Whether `add_norm` is worth while for tokens (B,L,C) here: XLA's CUDA graphs end at a Triton kernel, and with few
-    tokens it is graphs that save time.
-    """  # fmt: skip
-    return x.shape[0] * x.shape[1] >= FEWEST_TO_ADD and serves(x)
+    """Whether `add_norm` is worth while for tokens (B,L,C) of all devices.
+
+    XLA's CUDA graphs end at a Triton kernel, and where a device has few tokens it is graphs that save time.
+    """
+    mesh, automatic = jax.sharding.get_abstract_mesh(), devices.automatic_axes()
+    ways = math.prod(mesh.shape[name] for name in devices.BATCH_AXES if name in automatic)
+    enough = x.shape[0] % ways == 0 and x.shape[0] // ways * x.shape[1] >= FEWEST_TO_ADD
+    return enough and serves(x)
 
 
 def norm_gradients(

@@ -166,5 +166,9 @@ def test_parameters_go_to_a_mesh_once_and_stay_where_somebody_has_put_them(model
     assert model.placed(mesh) is placed
     assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {NamedSharding(mesh, PartitionSpec())}
     jax.tree.map(np.testing.assert_array_equal, placed, model.params)
+    changed = Model(TINY, model.params)
+    changed.placed(mesh)
+    changed.params = changed.params | {"tokenizer": jax.tree.map(jnp.zeros_like, changed.params["tokenizer"])}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(changed.placed(mesh)["tokenizer"]))
     put = Model(TINY, jax.device_put(model.params, jax.devices()[0]))
     assert put.placed(mesh) is put.params

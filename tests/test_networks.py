@@ -9,7 +9,8 @@ from tiny_models import TINY, tiny
 from hmar_jax import Model, networks
 from hmar_jax import params as trees
 from hmar_jax.networks import hold, lay_out_for_gpu, undo_layout
-from hmar_jax.pretrained import from_pretrained, save_model
+from hmar_jax.pretrained import from_pretrained, save_model, tokenizer_fingerprint
+from hmar_jax.sampling import program
 
 READ_BY_PRODUCT = {
     "transformer.trunk.blocks.attention.qkv.kernel": True,
@@ -70,16 +71,19 @@ def test_a_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be
 
 @pytest.fixture
 def unrolled(monkeypatch):
-    monkeypatch.setattr(networks, "unrolls", lambda: True)
+    for module in (networks, program):
+        monkeypatch.setattr(module, "unrolls", lambda: True)
 
 
 def test_on_gpus_a_model_holds_it_and_is_the_same(model, unrolled, tmp_path):
     apart = Model(TINY, model.params)
     assert "transformer.trunk.blocks.attention.proj.bias.0" in trees.flatten(apart.params)
-    assert Model(TINY, apart.params).params.keys() == apart.params.keys()
+    assert trees.flatten(Model(TINY, apart.params).params).keys() == trees.flatten(apart.params).keys()
     labels, tokens = [1], np.zeros((1, TINY.ladder.length), np.int32)
     found, expected = (m.next_scale_logits(labels, tokens) for m in (apart, model))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert apart.sample([1], greedy=True).tokens.tolist() == model.sample([1], greedy=True).tokens.tolist()
+    assert tokenizer_fingerprint(apart) == tokenizer_fingerprint(model)
     saved = from_pretrained(save_model(tmp_path / "model", apart, "made for a test"))
     jax.tree.map(np.testing.assert_array_equal, undo_layout(saved.params), model.params)
 

@@ -141,8 +141,19 @@ def least_confident(confidence: jax.Array, candidates: jax.Array, number: jax.Ar
     Args:
       confidence: (B,N) float32. candidates: (B,N) bool. number: int32 () or (B,), at most a row's candidates.
     """
+    rank = jax.lax.platform_dependent(confidence, candidates, cuda=_rank_by_comparing, default=_rank_by_sorting)
+    return candidates & (rank < jnp.asarray(number)[..., None])
+
+
+def _rank_by_sorting(confidence: jax.Array, candidates: jax.Array) -> jax.Array:
+    """(B,N) int32, how many candidates are before each; the earlier first of equals."""
+    order = jnp.lexsort((confidence, ~candidates), axis=-1)  # candidates first, whatever the others' confidence
+    return jnp.argsort(order, axis=-1)
+
+
+def _rank_by_comparing(confidence: jax.Array, candidates: jax.Array) -> jax.Array:
+    """As `_rank_by_sorting`, in one kernel: XLA:GPU does not write the (B,N,N) down."""
     value = jnp.where(jnp.isnan(confidence), jnp.inf, confidence)  # NaN would be before none and after none
     index, own, other = jnp.arange(value.shape[1]), value[:, :, None], value[:, None]
     before = (other < own) | ((other == own) & (index < index[:, None]))
-    rank = jnp.sum(before & candidates[:, None], axis=-1)
-    return candidates & (rank < jnp.asarray(number)[..., None])
+    return jnp.sum(before & candidates[:, None], axis=-1)

@@ -84,7 +84,7 @@ class Quantizer(nnx.Module):
         maps = codes.reshape(tokens.shape[0], side, side, codes.shape[-1])
         lifted = resize.apply(resize.bicubic_matrix(side, full), maps)
         phi = self.phis[phi_of_scale(self.ladder.num_scales, len(self.phis))[scale]]
-        # On a GPU by cuDNN, which ends XLA's CUDA graph: as well, for one begins when the GPU has been sent all of it.
+        # By cuDNN on a GPU, which ends XLA's CUDA graph: no loss, a graph begins when the GPU has been sent all of it.
         return 0.5 * lifted + 0.5 * phi(lifted)
 
     @jax.named_scope("quantizer")

@@ -181,7 +181,7 @@ class Block(nnx.Module):
           tokens: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
           modulation: what the method of that name gives.
           drop: rate and key of drop-path; None when not training.
-          past: this block's keys and values of all tokens before x.
+          past: this block's keys and values of all tokens before these.
 
         Returns:
           As tokens; and the keys and values of its tokens.
@@ -267,7 +267,10 @@ class Stack(nnx.Module):
         """Applies a step to each block's part of `layers` in turn."""
         if self.scan:
             return jax.lax.scan(step, carry, layers)[0]
-        step, (leaves, treedef) = jax.jit(step), jax.tree.flatten(layers)  # jitted, it is traced but once
+        step, (leaves, treedef) = (
+            jax.jit(step),
+            jax.tree.flatten(layers),
+        )  # jitted, it is traced once or twice, not for each block
         for layer in zip(*map(jnp.unstack, leaves), strict=True):
             carry, _ = step(carry, jax.tree.unflatten(treedef, layer))
         return carry

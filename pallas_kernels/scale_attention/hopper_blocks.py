@@ -125,11 +125,11 @@ class HopperBlocks:
             getattr(self, name).check(needs, head_size)
 
 
-# The fastest measured, bfloat16, D of 64, by kind of device, then by how many keys some query sees more than, the most
-# that there is a row for, and whether there is QK-norm. Short ranges leave wide tiles half empty, and a relay waits
-# there for whoever begins or ends a band. With QK-norm the loading warpgroup wants registers, to normalise a tile once
-# for all who read it: of these four beat three with wider tiles. Only the longest ranges repay the pass over all keys
-# that pairs of products want. The kernel for dk and dv has no registers to give.
+# The fastest measured, bfloat16, D of 64, by kind of device, then by the greatest number in the table that some query
+# sees more keys than, and whether there is QK-norm. Short ranges leave wide tiles half empty, and a relay waits there
+# for whoever begins or ends a band. With QK-norm the loading warpgroup wants registers, to normalise a tile once for
+# all who read it: of these four beat three with wider tiles. Only the longest ranges repay the pass over all keys that
+# pairs of products want. The kernel for dk and dv has no registers to give.
 TUNED = {
     DEFAULT_KIND: {
         (0, False): HopperBlocks(Blocks(4, 64, 64, 7, 32), Blocks(3, 64, 64, 5, 32), Blocks(3, 64, 64, 4, 32)),

@@ -227,9 +227,10 @@ def test_on_gpus_each_runs_the_kernels_on_its_own_samples(seen, mesh):
     assert seen == [("gelu_kernel", shape), ("norm_kernel", shape)]
 
 
-def test_few_tokens_are_left_to_xla(seen, monkeypatch):
-    monkeypatch.setattr(token_passes, "FEWEST_TO_ADD", 8 * 30 + 1)
-    with on_mesh():
+@pytest.mark.parametrize("ways", [1, 2])
+def test_few_tokens_of_a_device_are_left_to_xla(seen, monkeypatch, ways):
+    monkeypatch.setattr(token_passes, "FEWEST_TO_ADD", 8 * 30 // ways + 1)
+    with on_mesh(**({"data": ways} if ways > 1 else {})):
         jax.make_jaxpr(loss)(*LOSS_CASE)
     assert not seen
 
