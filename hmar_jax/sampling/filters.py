@@ -146,7 +146,7 @@ def least_confident(confidence: jax.Array, candidates: jax.Array, number: jax.Ar
 
 
 def _rank_by_sorting(confidence: jax.Array, candidates: jax.Array) -> jax.Array:
-    """(B,N) int32, how many candidates are before each; the earlier first of equals."""
+    """(B,N) int32, how many candidates are before each one, the earlier first of equals; of others it says nothing."""
     order = jnp.lexsort((confidence, ~candidates), axis=-1)  # candidates first, whatever the others' confidence
     return jnp.argsort(order, axis=-1)
 

@@ -267,10 +267,8 @@ class Stack(nnx.Module):
         """Applies a step to each block's part of `layers` in turn."""
         if self.scan:
             return jax.lax.scan(step, carry, layers)[0]
-        step, (leaves, treedef) = (
-            jax.jit(step),
-            jax.tree.flatten(layers),
-        )  # jitted, it is traced once or twice, not for each block
+        step = jax.jit(step)  # traced once or twice, then, not for each block
+        leaves, treedef = jax.tree.flatten(layers)
         for layer in zip(*map(jnp.unstack, leaves), strict=True):
             carry, _ = step(carry, jax.tree.unflatten(treedef, layer))
         return carry

@@ -21,6 +21,7 @@ from pallas_kernels import token_passes_triton as kernels
 
 # Norm of the difference over norm of what autodiff makes of the plain formulas.
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2}
+OF_ONE_ROUNDING = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
 
 
 def add_case(batch, length, width, dtype, offset=0.0):
@@ -70,11 +71,11 @@ def plain_norm_gradients(case, shift):
     return jax.vjp(fused._norm, x, branch, scale, shift)[1]((dtotal, doperand))
 
 
-def check(found, expected, dtype):
+def check(found, expected, dtype, tolerance=TOLERANCE):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         assert one.shape == other.shape
-        assert np.linalg.norm(one - other) <= TOLERANCE[dtype] * np.linalg.norm(other)
+        assert np.linalg.norm(one - other) <= tolerance[dtype] * np.linalg.norm(other)
 
 
 def gelu_case(shape, dtype):
@@ -99,12 +100,12 @@ def interpreted():
 def test_a_sum_and_its_norm_are_those_of_the_plain_formula(interpreted, length, dtype):
     for batch, width in [(1, 1), (2, 24)]:
         case = add_case(batch, length, width, dtype)
-        check(interpreted(add_norm, *case), plain_add_norm(*case), dtype)
+        check(interpreted(add_norm, *case), plain_add_norm(*case), dtype, OF_ONE_ROUNDING)
 
 
 def test_a_norm_stays_exact_on_tokens_far_from_zero(interpreted):
     case = add_case(1, 4, 1024, "float16", offset=100.0)
-    check(interpreted(add_norm, *case), plain_add_norm(*case), "float16")
+    check(interpreted(add_norm, *case), plain_add_norm(*case), "float16", OF_ONE_ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ class TestOnAGpu:
             case = add_case(batch, length, width, dtype)
             found, again = add_norm(*case), add_norm(*case)
             jax.tree.map(np.testing.assert_array_equal, found, again)
-            check(found, plain_add_norm(*case), dtype)
+            check(found, plain_add_norm(*case), dtype, OF_ONE_ROUNDING)
 
     def test_norm_gradients_are_those_of_the_plain_formulas_and_bit_equal_when_repeated(self, width, dtype):
         for with_branch in (False, True):
@@ -178,7 +179,8 @@ def test_the_kernels_compile_and_spill_little(tmp_path, spec, capability):
     ]
     others = dict.fromkeys(["scale", "shift", "gate", "bias", "sums"], "float32")
     compiled = compile_kernel(kernel, capability, "bfloat16", spec, others, num_warps=spec.warps)
-    assert spilled_bytes(compiled, tmp_path) <= 640  # with twice the warps they spill nothing, and are slower
+    most = 0 if isinstance(spec, AddSpec) else 640
+    assert spilled_bytes(compiled, tmp_path) <= most  # with twice the warps they spill nothing, and are slower
 
 
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")

@@ -227,6 +227,18 @@ def test_the_least_confident_candidates_are_chosen(confidence, candidates, numbe
     assert np.flatnonzero(rows[0]).tolist() == chosen
 
 
+@hypothesis.given(
+    confidence=st.lists(st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.nan]), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_ranking_by_comparing_as_gpus_do_equals_ranking_by_sorting(confidence, data):
+    size = len(confidence)
+    candidates = jnp.asarray([data.draw(st.lists(st.booleans(), min_size=size, max_size=size))])
+    given = jnp.asarray([confidence], jnp.float32), candidates
+    compared, sorted_ = filters._rank_by_comparing(*given), filters._rank_by_sorting(*given)
+    np.testing.assert_array_equal(compared[candidates], sorted_[candidates])
+
+
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(0, 6))
 def test_least_confident_equals_a_stable_sort_of_the_candidates(seed, number):
     rng = np.random.default_rng(seed)
