@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,19 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(ours).setLevel(logging.INFO)
     for theirs in ("absl", "asyncio"):  # Orbax logs pages of what it raises, and we say, anyway
         logging.getLogger(theirs).setLevel(logging.CRITICAL)
+    # What a save that failed had still to do is destroyed undone.
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
+    code, said = 0, ""
     try:
         importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
     except InputError as error:
-        print(f"hmar-jax {args.command}: {error}", file=sys.stderr)
-        return 2
+        code, said = 2, str(error)
     except KeyboardInterrupt:
-        print(f"hmar-jax {args.command}: interrupted", file=sys.stderr)
-        return 130
+        code, said = 130, "interrupted"
     finally:
         gc.collect()  # what Orbax left unheard is destroyed now, while its report is kept quiet
         sys.unraisablehook = shown
-    return 0
+    if said:
+        print(f"hmar-jax {args.command}: {said}", file=sys.stderr)
+    return code
 
 
 def _show_unraisable(show: Callable[[Any], Any], report: Any) -> None:
