@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.devices import device, is_hopper
 
+_GROUP = 128  # tokens drawn from together; numbers side by side in a TPU's registers
+
 
 def guide(cond: jax.Array, null: jax.Array, cfg: jax.Array) -> jax.Array:
     """Classifier-free guidance (Ho & Salimans 2022) as VAR scales it: (1+t)·cond - t·null."""
@@ -116,23 +118,34 @@ def _value(rank: jax.Array) -> jax.Array:
 
 @jax.named_scope("filters")
 def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Samples every token: (B,N,V) filtered logits → tokens (B,N) int32, their probabilities (B,N) float32."""
+    """Samples every token: (B,N,V) filtered logits → tokens (B,N) int32, their probabilities (B,N) float32.
+
+    First a group of tokens by its mass, then a token of that group: 160 random numbers for 4096 logits instead of 4096.
+    """
+    padding = -logits.shape[-1] % _GROUP
+    padded = jnp.pad(logits, [(0, 0), (0, 0), (0, padding)], constant_values=-jnp.inf)
+    groups = padded.reshape(*logits.shape[:2], -1, _GROUP)
+    masses = jax.nn.logsumexp(groups, axis=-1)
+    group_keys, token_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    group = _categorical(masses, group_keys)
+    chosen = jnp.take_along_axis(groups, group[..., None, None], axis=2)[:, :, 0]
+    within = _categorical(chosen, token_keys)
+    logit = jnp.take_along_axis(chosen, within[..., None], axis=-1)[..., 0]
+    return group * _GROUP + within, jnp.exp(logit - jax.nn.logsumexp(masses, axis=-1))
+
+
+def _categorical(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws from softmax(logits) by the Gumbel-max trick: (B,N,V) → (B,N) int32."""
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    tokens = jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)
-    return tokens, _probability(logits, tokens)
+    return jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)
 
 
 @jax.named_scope("filters")
 def argmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens, and their probabilities, as `draw` gives them."""
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return tokens, _probability(logits, tokens)
-
-
-def _probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Softmax at the tokens alone: (B,N,V) logits, (B,N) → (B,N) float32."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    largest = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return tokens, jnp.exp(largest - jax.nn.logsumexp(logits, axis=-1))
 
 
 def least_confident(confidence: jax.Array, candidates: jax.Array, number: jax.Array | int) -> jax.Array:

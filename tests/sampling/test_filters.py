@@ -181,14 +181,28 @@ def sample_keys(batch):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(batch))
 
 
-def test_draws_follow_the_softmax_of_what_is_left():
-    probabilities, number = np.array([0.5, 0.2, 0.0, 0.3]), 20_000
-    logits = jnp.where(jnp.asarray(probabilities) > 0, jnp.log(jnp.asarray(probabilities)), -jnp.inf)
-    tokens, confidence = filters.draw(jnp.broadcast_to(logits, (2, number // 2, 4)), sample_keys(2))
+PROBABILITIES = {
+    "one group": [0.5, 0.2, 0.0, 0.3],
+    "several groups": np.repeat([0.5, 0.0, 0.1, 0.4], 96) * np.tile([0.0, 1 / 64, 1 / 64], 128),
+    "one far from the others": np.eye(257)[256] * 0.9 + np.eye(257)[3] * 0.1,
+    "a group left, of four": np.arange(512) // 128 == 2,
+}
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_draws_follow_the_softmax_of_what_is_left(kind):
+    probabilities, number = np.asarray(PROBABILITIES[kind], np.float64), 40_000
+    probabilities /= probabilities.sum()
+    logits = jnp.where(jnp.asarray(probabilities) > 0, jnp.log(jnp.asarray(probabilities, jnp.float32)), -jnp.inf)
+    draw = jax.jit(lambda keys: filters.draw(jnp.broadcast_to(logits, (2, number // 2, logits.size)), keys))
+    tokens, confidence = draw(sample_keys(2))
     assert (tokens.dtype, tokens.shape) == (jnp.int32, (2, number // 2))
-    shares = np.bincount(np.ravel(tokens), minlength=4) / number
-    assert shares[2] == 0
-    assert (np.abs(shares - probabilities) <= 4 * np.sqrt(probabilities * (1 - probabilities) / number)).all()
+    expected, counts = number * probabilities, np.bincount(np.ravel(tokens), minlength=logits.size)
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    freedom = possible.sum() - 1
+    chi_square = (np.square(counts - expected)[possible] / expected[possible]).sum()
+    assert abs(chi_square - freedom) <= 4 * np.sqrt(2 * freedom)
     np.testing.assert_allclose(confidence, probabilities[np.asarray(tokens)], rtol=1e-5)
 
 
