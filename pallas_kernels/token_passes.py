@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import devices
 
 FEWEST_TO_ADD = 8192  # tokens of a device
+EPS = 1e-6  # of norms
+GELU_SCALE, GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # z·sigmoid(SCALE·(z + CUBE·z³)) is its tanh approximation
 
 
 class Residual(NamedTuple):

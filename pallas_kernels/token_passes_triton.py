@@ -12,8 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-6)
-GELU_SCALE, GELU_CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # 2·sqrt(2/π)
+from pallas_kernels import token_passes
+
+EPS = tl.constexpr(token_passes.EPS)
+GELU_SCALE, GELU_CUBE = tl.constexpr(token_passes.GELU_SCALE), tl.constexpr(token_passes.GELU_CUBE)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import tqdm
 
+from hmar_jax.commands.bench_rows import versions
 from hmar_jax.commands.bench_sample import add_sample
 from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
@@ -220,17 +220,6 @@ def tune(name: str, setting: Any, repeats: int) -> None:
 def _unprepared(setting: Any, error: Exception) -> InputError:
     said = str(error).partition("\n")[0]
     return InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.")
-
-
-def versions() -> dict[str, str]:
-    """Of what is measured, as far as it is installed."""
-    found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "jax-triton", "torch", "triton", "libtpu"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]:

@@ -9,22 +9,28 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import gc
-import json
-import os
+import functools
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
+from hmar_jax.commands.bench_rows import (
+    GIB,
+    Kernel,
+    check_counts,
+    device_name,
+    measure_all,
+    origins,
+    plain,
+    profile,
+    program_bytes,
+)
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole, writing
+from hmar_jax.files import writing
 from hmar_jax.scales import Pattern, ScaleLadder
 
 PUBLISHED = (("256", "d16", 8), ("256", "d16", 64), ("256", "d30", 8), ("512", "d24", 8), ("1024", "d24", 4))
@@ -37,7 +43,6 @@ OFFICIAL = {
     ("512", "d24", 8): ((443, 11.0), (512, 14.1)),
     ("1024", "d24", 4): ((848, 16.8), (1042, 23.7)),
 }
-GIB = 2.0**30
 LEGEND = (
     "ms: the compiled program, label to picture, median of the repeats and their ends; with fetch: Model.sample, which "
     "hands the pictures over as NumPy arrays, and its images/s. bound: the time of its matrix products at the device's "
@@ -95,42 +100,30 @@ def add_sample(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a row a setting and writes all to a folder as it goes, so that what was measured outlives a crash."""
-    for name in ("batch", "repeats"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise InputError(f"--{name} is {number}; expected a positive whole number.")
+    """Prints a row a setting and writes all to a folder as it goes."""
+    check_counts(args)
 
     import jax
 
-    from hmar_jax.commands.bench import versions
     from pallas_kernels.scale_attention import bench
 
     on_cpu = jax.default_backend() == "cpu"
     rows = settings(args, on_cpu)
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
-    device = f"CPU ({os.cpu_count()} cores)" if on_cpu else jax.devices()[0].device_kind
     rates = bench.measure_rates(_dtype(on_cpu), args.repeats)
-    title = f"{jax.local_device_count()} × {device}, each {rates.matmul / 1e12:.3g} TFLOP/s in matrix products, "
+    title = f"{jax.local_device_count()} × {device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in matrix products, "
     title += f"copies {rates.copy / 1e9:.4g} GB/s"
     print(f"{title}\n{LEGEND}\n", flush=True)
-    found: list[Measured] = []
-    with tqdm.tqdm(rows, desc="bench sample", disable=None, leave=False) as bar:
-        for setting in bar:
-            bar.set_postfix_str(setting.name)
-            try:
-                found.append(measure(setting, rates, args.repeats))
-            except jax.errors.JaxRuntimeError as error:
-                said = str(error).partition("\n")[0]
-                raise InputError(f"This device cannot run {setting.name} ({said}); choose a smaller --batch.") from None
-            gc.collect()  # the last row's weights, before the next one's are made
-            bar.write(as_lines(found[-1]))
-            report = {"device": device, "devices": jax.local_device_count(), "versions": versions()}
-            report |= {"rates": vars(rates), "rows": [as_json(row) for row in found]}
-            write_whole(args.output / "sample.json", (json.dumps(report, indent=1) + "\n").encode())
-            write_whole(args.output / "sample.md", as_page(title, found).encode())
-    print(f"The same is in {args.output / 'sample.json'}, {args.output / 'sample.md'}")
+    measure_all(
+        "sample",
+        args.output,
+        {setting.name: functools.partial(measure, setting, rates, args.repeats) for setting in rows},
+        facts={"devices": jax.local_device_count(), "rates": vars(rates)},
+        as_lines=as_lines,
+        as_json=as_json,
+        as_page=functools.partial(as_page, title),
+    )
 
 
 def settings(args: argparse.Namespace, on_cpu: bool) -> list[Setting]:
@@ -236,16 +229,9 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         seconds = tuple(once() for _ in range(repeats))
         whole()
         wholes = tuple(whole() for _ in range(repeats))
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                once()
-            parts = by_part(operation_times(Path(folder)), compiled.as_text() or "")
-    used: Any = compiled.memory_analysis()
-    memory = (
-        used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    )
+        parts = by_part(profile(once), compiled.as_text() or "")
     bound = least_seconds(model, schedule.plan, batch / len(devices), rates)
-    return Measured(setting, seconds, wholes, compile_seconds, bound, memory, parts)
+    return Measured(setting, seconds, wholes, compile_seconds, bound, program_bytes(compiled), parts)
 
 
 def schedule_name(config: ModelConfig) -> str:
@@ -290,39 +276,23 @@ def least_seconds(model: Any, plan: Any, batch: float, rates: Any) -> float:
     return seconds + batch * counted["flops"] / rates.matmul
 
 
-def operation_times(folder: Path) -> list[tuple[str, str, float]]:
-    """Operation of the program, kernel, and seconds, in the order in which the first device of a profile began them."""
-    import jax
-
-    (file,) = folder.rglob("*.xplane.pb")
-    planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "/device:" in plane.name]
-    lines = [line for line in (planes[0].lines if planes else ()) if line.name.startswith(("Stream", "XLA Ops"))]
-    events = sorted((event for line in lines for event in line.events), key=lambda event: event.start_ns)
-    return [(str(dict(e.stats).get("hlo_op", e.name)), e.name, e.duration_ns * 1e-9) for e in events]
-
-
-def by_part(times: Sequence[tuple[str, str, float]], program: str) -> dict[str, float]:
+def by_part(kernels: Sequence[Kernel], program: str) -> dict[str, float]:
     """Seconds of each part.
 
     Args:
-      times: as `operation_times` gives them. The operation may be a CUDA graph's; XLA names its own kernels after the
-        operation, and what others call theirs says nothing: such a kernel is counted with the one before it.
+      kernels: of a profile. XLA names its own after the operation, and what others call theirs says nothing: such a
+        kernel is counted with the one before it.
       program: the optimized HLO, which says in which named scope an operation was traced.
     """
-    origins = re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = .*?op_name=\"([^\"]*)\"", program, re.MULTILINE)
-    origin = {_plain(name): where for name, where in origins}
+    origin = origins(program)
     total, part = dict.fromkeys(PARTS, 0.0), "rest"
-    for operation, kernel, seconds in times:
-        where = origin.get(_plain(operation), origin.get(_plain(kernel)))
+    for operation, name, seconds in kernels:
+        where = origin.get(plain(operation), origin.get(plain(name)))
         if where is not None:
             scopes = re.split(r"\W+", where)
             part = next((part for part in PARTS if part in scopes), "rest")
         total[part] += seconds
-    return total if times else {}
-
-
-def _plain(operation: str) -> str:
-    return re.sub(r"\W", "_", operation.partition(" = ")[0].lstrip("%"))
+    return total if kernels else {}
 
 
 def as_json(row: Measured) -> dict[str, Any]:

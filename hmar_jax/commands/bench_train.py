@@ -8,28 +8,33 @@ those that XLA counts in the whole step.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import json
-import os
+import functools
 import re
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
+from hmar_jax.commands.bench_rows import (
+    GIB,
+    Kernel,
+    check_counts,
+    device_name,
+    measure_all,
+    origins,
+    plain,
+    profile,
+    program_bytes,
+)
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole, writing
+from hmar_jax.files import writing
 from hmar_jax.scales import ScaleLadder
 
 PUBLISHED = (("256", "d16", 64), ("256", "d30", 32), ("512", "d24", 16), ("1024", "d24", 2))  # pixels, model, batch
-GIB = 2.0**30
 LEGEND = (
     "ms: a whole step, median of the repeats and their ends. used: share of the device's measured matrix product rate "
     "that the step's model FLOPs take (nothing counts twice because it is recomputed); bound: the time they would take "
@@ -78,40 +83,28 @@ def add_train(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a row a setting and writes all to a folder as it goes, so that what was measured outlives a crash."""
-    for name in ("batch", "repeats"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise InputError(f"--{name} is {number}; expected a positive whole number.")
+    """Prints a row a setting and writes all to a folder as it goes."""
+    check_counts(args)
 
     import jax
 
-    from hmar_jax.commands.bench import versions
     from pallas_kernels.scale_attention import bench
 
-    on_cpu = jax.default_backend() == "cpu"
-    rows = settings(args, on_cpu)
+    rows = settings(args, jax.default_backend() == "cpu")
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
-    device = f"CPU ({os.cpu_count()} cores)" if on_cpu else jax.devices()[0].device_kind
     rate = bench.measure_rates(next(iter(rows.values())).dtype, args.repeats).matmul * jax.device_count()
-    title = f"{jax.device_count()} × {device}, {rate / 1e12:.3g} TFLOP/s in matrix products"
+    title = f"{jax.device_count()} × {device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
     print(f"{title}\n{LEGEND}\n", flush=True)
-    found: list[Measured] = []
-    with tqdm.tqdm(rows.items(), desc="bench train", disable=None, leave=False) as bar:
-        for name, config in bar:
-            bar.set_postfix_str(name)
-            try:
-                found.append(measure(name, config, args.repeats))
-            except jax.errors.JaxRuntimeError as error:
-                said = str(error).partition("\n")[0]
-                raise InputError(f"This device cannot run {name} ({said}); choose a smaller --batch.") from None
-            bar.write(as_lines(found[-1], rate))
-            report = {"device": device, "devices": jax.device_count(), "versions": versions(), "matmul_rate": rate}
-            report["rows"] = [as_json(row, rate) for row in found]
-            write_whole(args.output / "train.json", (json.dumps(report, indent=1) + "\n").encode())
-            write_whole(args.output / "train.md", as_page(title, found, rate).encode())
-    print(f"The same is in {args.output / 'train.json'}, {args.output / 'train.md'}")
+    measure_all(
+        "train",
+        args.output,
+        {name: functools.partial(measure, name, config, args.repeats) for name, config in rows.items()},
+        facts={"devices": jax.device_count(), "matmul_rate": rate},
+        as_lines=functools.partial(as_lines, rate=rate),
+        as_json=functools.partial(as_json, rate=rate),
+        as_page=functools.partial(as_page, title, rate=rate),
+    )
 
 
 def settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, TrainConfig]:
@@ -180,17 +173,10 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
         list(steps(3))  # the first ones load kernels
         seconds = tuple(steps(repeats))
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                list(steps(2))
-            parts = by_part(device_times(Path(folder)), compiled.as_text() or "", 2)
-    used: Any = compiled.memory_analysis()
-    memory = (
-        used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-    )
+        parts = by_part(profile(lambda: list(steps(2))), compiled.as_text() or "", 2)
     counted: Any = lowered.cost_analysis()  # of the whole step, before it is optimised
     flops = sum(model_flops(config, objective.model_config).values()) or counted["flops"]
-    return Measured(name, config, seconds, compile_seconds, memory, flops, parts)
+    return Measured(name, config, seconds, compile_seconds, program_bytes(compiled), flops, parts)
 
 
 def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
@@ -237,32 +223,17 @@ def _random_batch(config: TrainConfig, model: ModelConfig, mesh: Any) -> Any:
     return sharding.put_batch({"tokens": tokens, "label": rng.integers(0, model.num_classes, rows, np.int32)}, mesh)
 
 
-def device_times(folder: Path) -> dict[str, float]:
-    """Kernel, or operation on a TPU, → seconds that the first device of a profile spent in it."""
-    import jax
-
-    (file,) = folder.rglob("*.xplane.pb")
-    total: collections.Counter[str] = collections.Counter()
-    planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "/device:" in plane.name]
-    for line in planes[0].lines if planes else ():
-        if line.name.startswith("Stream") or line.name == "XLA Ops":
-            for event in line.events:
-                total[event.name] += event.duration_ns * 1e-9
-    return dict(total)
-
-
-def by_part(times: Mapping[str, float], program: str, steps: int) -> dict[str, float]:
+def by_part(kernels: Sequence[Kernel], program: str, steps: int) -> dict[str, float]:
     """Seconds a step of each part.
 
     Args:
-      times: of kernels, all steps together; XLA names its own after the operation. program: the optimized HLO, which
-        says where an operation comes from.
+      kernels: of a profile, all steps together; XLA names its own after the operation. program: the optimized HLO,
+        which says where an operation comes from.
     """
-    origins = re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = .*?op_name=\"([^\"]*)\"", program, re.MULTILINE)
-    origin = {_kernel_name(name): where for name, where in origins}
+    origin = origins(program)
     total = dict.fromkeys(_PARTS, 0.0)
-    for name, seconds in times.items():
-        where = origin.get(_kernel_name(name), "")
+    for _, name, seconds in kernels:
+        where = origin.get(plain(name), "")
         if "scale_attention" in name or "scale_attention" in where:
             part = "attention"
         elif "dot_general" in where or "conv_general" in where or re.search("gemm|nvjet|xmma|cutlass", name):
@@ -270,11 +241,7 @@ def by_part(times: Mapping[str, float], program: str, steps: int) -> dict[str, f
         else:
             part = next((part for part in ("optimizer", "head") if f"{part}/" in where or f"({part})" in where), "rest")
         total[part] += seconds / steps
-    return total if times else {}
-
-
-def _kernel_name(operation: str) -> str:
-    return re.sub(r"\W", "_", operation.lstrip("%"))
+    return total if kernels else {}
 
 
 def as_json(row: Measured, rate: float) -> dict[str, Any]:

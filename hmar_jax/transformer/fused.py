@@ -13,7 +13,6 @@ Axis letters: B batch, L tokens, C width, F features, V codebook.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +21,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import optimization_barrier
 
 from pallas_kernels import token_passes
-from pallas_kernels.token_passes import Residual
+from pallas_kernels.token_passes import EPS, GELU_CUBE, GELU_SCALE, Residual
 
-_EPS = 1e-6
-_GELU_SCALE, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 _EXACT = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
 
@@ -117,7 +114,7 @@ def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Arra
     """LN(x)(1+scale)+shift without affine parameters, eps 1e-6: (B,L,C), twice (B,1,C) float32 → (B,L,C)."""
     n = _wide(x)
     n = n - n.mean(axis=-1, keepdims=True)
-    n = n * jax.lax.rsqrt(jnp.mean(n * n, axis=-1, keepdims=True) + _EPS)
+    n = n * jax.lax.rsqrt(jnp.mean(n * n, axis=-1, keepdims=True) + EPS)
     return (n * (1 + scale) + shift).astype(x.dtype)
 
 
@@ -127,7 +124,7 @@ def _modulated_norm_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -
     x, dn = _wide(given), dy * (1 + scale)
     sums = [jnp.mean(of_row, axis=-1, keepdims=True) for of_row in (x, x * x, dn, dn * x)]
     dy, (mean, square, dn_mean, dn_x) = optimization_barrier((dy, sums))
-    inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + _EPS)
+    inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPS)
     n = (x - mean) * inverse
     dx = inverse * (dy * (1 + scale) - dn_mean - n * (inverse * (dn_x - mean * dn_mean)))
     dscale, dshift = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dy * n, dy))
@@ -157,8 +154,8 @@ def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, j
     wide = _wide(z)
     # (1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
     # an inverse root but many for a tanh or a division.
-    gate = jnp.square(jax.lax.rsqrt(1 + jnp.exp(-_GELU_SCALE * (wide + _GELU_CUBE * wide * wide * wide))))
-    slope = gate + wide * gate * (1 - gate) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * wide * wide)
+    gate = jnp.square(jax.lax.rsqrt(1 + jnp.exp(-GELU_SCALE * (wide + GELU_CUBE * wide * wide * wide))))
+    slope = gate + wide * gate * (1 - gate) * GELU_SCALE * (1 + 3 * GELU_CUBE * wide * wide)
     return (wide * gate).astype(z.dtype), *_with_sum((dy * slope).astype(z.dtype))
 
 

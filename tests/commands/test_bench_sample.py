@@ -9,6 +9,7 @@ import pytest
 
 from hmar_jax import params
 from hmar_jax.commands import bench_sample
+from hmar_jax.commands.bench_rows import Kernel
 from hmar_jax.commands.bench_sample import by_part, settings
 from hmar_jax.commands.main import main
 from hmar_jax.networks import held_dtypes
@@ -155,7 +156,7 @@ def test_kernels_are_told_apart_by_the_scope_they_were_traced_in():
         ("copy.1", "memcpy", 32.0),
     ]
     parts = {"transformer": 3.0, "filters": 4.0, "quantizer": 8.0, "decoder": 16.0, "rest": 96.0}
-    assert by_part(times, PROGRAM) == parts
+    assert by_part([Kernel(*kernel) for kernel in times], PROGRAM) == parts
 
 
 @pytest.mark.parametrize(

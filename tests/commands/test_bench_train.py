@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from hmar_jax.commands import bench_train
+from hmar_jax.commands.bench_rows import Kernel
 from hmar_jax.commands.bench_train import by_part, settings
 from hmar_jax.commands.main import main
 from hmar_jax.config import TokenizerConfig, TokenizerLossConfig, TrainConfig
@@ -56,16 +57,17 @@ ENTRY %main {
 
 
 def test_kernels_are_told_apart_by_name_and_origin():
-    times = {
-        "loop_fusion_3": 1.0,
-        "loop_fusion_4": 2.0,
-        "reduce_fusion": 4.0,
-        "gemm_fusion_1": 8.0,
-        "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT": 16.0,
-        "scale_attention_forward_mosaic_gpu_kernel": 32.0,
-        "memcpy32_post": 64.0,
-    }
-    parts = by_part(times, PROGRAM, steps=2)
+    times = [
+        ("loop_fusion_3", 1.0),
+        ("loop_fusion_4", 2.0),
+        ("reduce_fusion", 3.0),
+        ("reduce_fusion", 1.0),
+        ("gemm_fusion_1", 8.0),
+        ("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", 16.0),
+        ("scale_attention_forward_mosaic_gpu_kernel", 32.0),
+        ("memcpy32_post", 64.0),
+    ]
+    parts = by_part([Kernel("command_buffer_1", *kernel) for kernel in times], PROGRAM, steps=2)
     assert parts == {"matrix products": 12.0, "attention": 16.0, "head": 2.0, "optimizer": 1.0, "rest": 32.5}
 
 
