@@ -17,17 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmar_jax.commands.bench_rows import (
-    GIB,
-    Kernel,
-    check_counts,
-    device_name,
-    measure_all,
-    origins,
-    plain,
-    profile,
-    program_bytes,
-)
+from hmar_jax.commands import bench_rows
+from hmar_jax.commands.bench_rows import GIB, Kernel
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
@@ -101,7 +92,7 @@ def add_sample(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints a row a setting and writes all to a folder as it goes."""
-    check_counts(args)
+    bench_rows.check_counts(args)
 
     import jax
 
@@ -112,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     rates = bench.measure_rates(_dtype(on_cpu), args.repeats)
-    title = f"{jax.local_device_count()} × {device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in matrix products, "
-    title += f"copies {rates.copy / 1e9:.4g} GB/s"
+    title = f"{jax.local_device_count()} × {bench_rows.device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in "
+    title += f"matrix products, copies {rates.copy / 1e9:.4g} GB/s"
     print(f"{title}\n{LEGEND}\n", flush=True)
-    measure_all(
+    bench_rows.measure_all(
         "sample",
         args.output,
         {setting.name: functools.partial(measure, setting, rates, args.repeats) for setting in rows},
@@ -229,9 +220,9 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         seconds = tuple(once() for _ in range(repeats))
         whole()
         wholes = tuple(whole() for _ in range(repeats))
-        parts = by_part(profile(once), compiled.as_text() or "")
+        parts = by_part(bench_rows.profile(once), compiled.as_text() or "")
     bound = least_seconds(model, schedule.plan, batch / len(devices), rates)
-    return Measured(setting, seconds, wholes, compile_seconds, bound, program_bytes(compiled), parts)
+    return Measured(setting, seconds, wholes, compile_seconds, bound, bench_rows.program_bytes(compiled), parts)
 
 
 def schedule_name(config: ModelConfig) -> str:
@@ -284,10 +275,10 @@ def by_part(kernels: Sequence[Kernel], program: str) -> dict[str, float]:
         kernel is counted with the one before it.
       program: the optimized HLO, which says in which named scope an operation was traced.
     """
-    origin = origins(program)
+    origin = bench_rows.origins(program)
     total, part = dict.fromkeys(PARTS, 0.0), "rest"
     for operation, name, seconds in kernels:
-        where = origin.get(plain(operation), origin.get(plain(name)))
+        where = origin.get(bench_rows.plain(operation), origin.get(bench_rows.plain(name)))
         if where is not None:
             scopes = re.split(r"\W+", where)
             part = next((part for part in PARTS if part in scopes), "rest")

@@ -17,17 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmar_jax.commands.bench_rows import (
-    GIB,
-    Kernel,
-    check_counts,
-    device_name,
-    measure_all,
-    origins,
-    plain,
-    profile,
-    program_bytes,
-)
+from hmar_jax.commands import bench_rows
+from hmar_jax.commands.bench_rows import GIB, Kernel
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
@@ -84,7 +75,7 @@ def add_train(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints a row a setting and writes all to a folder as it goes."""
-    check_counts(args)
+    bench_rows.check_counts(args)
 
     import jax
 
@@ -94,9 +85,9 @@ def run(args: argparse.Namespace) -> None:
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     rate = bench.measure_rates(next(iter(rows.values())).dtype, args.repeats).matmul * jax.device_count()
-    title = f"{jax.device_count()} × {device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
+    title = f"{jax.device_count()} × {bench_rows.device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
     print(f"{title}\n{LEGEND}\n", flush=True)
-    measure_all(
+    bench_rows.measure_all(
         "train",
         args.output,
         {name: functools.partial(measure, name, config, args.repeats) for name, config in rows.items()},
@@ -173,10 +164,10 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
         list(steps(3))  # the first ones load kernels
         seconds = tuple(steps(repeats))
-        parts = by_part(profile(lambda: list(steps(2))), compiled.as_text() or "", 2)
+        parts = by_part(bench_rows.profile(lambda: list(steps(2))), compiled.as_text() or "", 2)
     counted: Any = lowered.cost_analysis()  # of the whole step, before it is optimised
     flops = sum(model_flops(config, objective.model_config).values()) or counted["flops"]
-    return Measured(name, config, seconds, compile_seconds, program_bytes(compiled), flops, parts)
+    return Measured(name, config, seconds, compile_seconds, bench_rows.program_bytes(compiled), flops, parts)
 
 
 def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
@@ -230,10 +221,10 @@ def by_part(kernels: Sequence[Kernel], program: str, steps: int) -> dict[str, fl
       kernels: of a profile, all steps together; XLA names its own after the operation. program: the optimized HLO,
         which says where an operation comes from.
     """
-    origin = origins(program)
+    origin = bench_rows.origins(program)
     total = dict.fromkeys(_PARTS, 0.0)
     for _, name, seconds in kernels:
-        where = origin.get(plain(name), "")
+        where = origin.get(bench_rows.plain(name), "")
         if "scale_attention" in name or "scale_attention" in where:
             part = "attention"
         elif "dot_general" in where or "conv_general" in where or re.search("gemm|nvjet|xmma|cutlass", name):
