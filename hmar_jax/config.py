@@ -206,7 +206,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the schedules of HMAR's training (FACTS §4 of the design; VAR's appendix).
+    """AdamW with the published schedules of HMAR's and VAR's training.
 
     Attributes:
       base_lr: learning rate for a global batch of 256; the peak is base_lr · batch / 256.

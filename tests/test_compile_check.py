@@ -361,7 +361,7 @@ class TestModelFlops:
         tokens = 64 * 680
         assert flops["blocks"] == 6 * 12 * 1024**2 * 16 * tokens
         assert flops["head"] == 6 * 1024 * 4096 * tokens
-        assert flops["attention"] == pytest.approx(3 * 16 * 29.0e9, rel=2e-3)  # FACTS: 29.0 GF forward, B=64, H=16
+        assert flops["attention"] == pytest.approx(3 * 16 * 29.0e9, rel=2e-3)  # 29.0 GF forward, B=64, H=16
 
     def test_a_frozen_trunk_has_no_backward_pass(self):
         model = ModelConfig(ScaleLadder((1, 2)), TokenizerConfig(), TransformerConfig(12, 64, 4, branch_depth=4))

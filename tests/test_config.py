@@ -227,7 +227,7 @@ def transformer_parameters(name, resolution="256"):
     return count(structure(config)[1]["transformer"])
 
 
-# FACTS §3, in millions; half of the last printed digit is the tolerance.
+# Published, in millions; half of the last printed digit is the tolerance.
 @pytest.mark.parametrize(
     ("name", "millions", "half_digit"),
     [

@@ -14,7 +14,7 @@ from hmar_jax.scales import ScaleLadder
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 IMAGES = 1_281_167
 
-# FACTS §4 of the design: epochs of the two stages, batch, base learning rate, final ratio, final weight decay.
+# Published: epochs of the two stages, batch, base learning rate, final ratio, final weight decay.
 PUBLISHED = {
     16: (200, 100, 768, 1e-4, 0.1, 0.05),
     20: (250, 100, 768, 1e-4, 0.1, 0.05),

@@ -29,7 +29,6 @@ COMMANDS = {
     "demo": "train all three stages on glyphs, from nothing to pictures",
 }
 
-
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -44,7 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, or 2 for bad input. argparse itself exits with 2 on a malformed command line, and
       `compile-check` with 1 where a program does not fit.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _arguments(list(sys.argv[1:] if argv is None else argv))
+    _prepare(args.command)
+    shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
+    code, said, torn = 0, "", False
+    try:
+        importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
+    except InputError as error:
+        code, said, torn = 2, str(error), error.__cause__ is not None
+    except KeyboardInterrupt:
+        code, said, torn = 130, "interrupted", True
+    finally:
+        if torn:
+            gc.collect()  # what Orbax left unheard is destroyed now, while its report is kept quiet
+        sys.unraisablehook = shown
+    if said:
+        print(f"hmar-jax {args.command}: {said}", file=sys.stderr)
+    return code
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The command's name, `command`, and the arguments that are its own, `rest`."""
     parser = argparse.ArgumentParser(
         prog="hmar-jax",
         description="Hierarchical masked autoregressive image generation in JAX.",
@@ -53,11 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments; `hmar-jax COMMAND --help` lists them")
-    args = parser.parse_args(argv)
-    # Before JAX is imported: its C++ layers log to standard error what means nothing to a user.
+    return parser.parse_args(argv)
+
+
+def _prepare(command: str) -> None:
+    """Sets what JAX reads when it is imported, and who may log what."""
+    # JAX's C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_flags()
-    if args.command in ("bench", "compile-check"):
+    if command in ("bench", "compile-check"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none: they tell what compiling takes
     else:
         use_compilation_cache()
@@ -72,20 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(theirs).setLevel(logging.CRITICAL)
     # What a save that failed had still to do is destroyed undone.
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-    shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
-    code, said = 0, ""
-    try:
-        importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
-    except InputError as error:
-        code, said = 2, str(error)
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted"
-    finally:
-        gc.collect()  # what Orbax left unheard is destroyed now, while its report is kept quiet
-        sys.unraisablehook = shown
-    if said:
-        print(f"hmar-jax {args.command}: {said}", file=sys.stderr)
-    return code
 
 
 def _show_unraisable(show: Callable[[Any], Any], report: Any) -> None:

@@ -30,7 +30,7 @@ from hmar_jax.scales import ScaleLadder
 Nested = tuple[tuple[float, ...], ...]
 SCALARS = ("cfg", "temperature", "top_k", "top_p", "noise")
 
-# FACTS: the published sampling settings by depth, (cfg, top-k); top-p is 0.99 for all.
+# The published sampling settings by depth, (cfg, top-k); top-p is 0.99 for all.
 _OFFICIAL_GUIDANCE = {16: (1.7, 1000), 20: (1.9, 950), 24: (2.1, 900), 30: (1.6, 650)}
 _OFFICIAL_COUNTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "official-256": ((1,), (1, 3), (1, 1, 2, 5), (16,), (25,), (36,), (64,), (100,), (169,), (256,)),

@@ -70,7 +70,7 @@ def resized(matrix, maps):
 
 
 def quantized_by_definition(quantizer, latents):
-    """FACTS §2 in float64: tokens, and the running reconstruction after each scale."""
+    """The residual quantizer in float64: tokens, and the running reconstruction after each scale."""
     codebook, full = np.asarray(quantizer.codebook[...], np.float64), quantizer.ladder.sides[-1]
     rest, tokens, sums = np.float64(latents), [], []
     for scale, side in enumerate(quantizer.ladder.sides):
