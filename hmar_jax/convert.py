@@ -20,9 +20,10 @@ from hmar_jax import official, tensors
 from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
+from hmar_jax.networks import shapes_of
 from hmar_jax.official import Kind
 from hmar_jax.params import check_shapes
-from hmar_jax.pretrained import open_model, shapes_of, write_model
+from hmar_jax.pretrained import open_model, write_model
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tensors import Tensor
 

@@ -54,6 +54,12 @@ def structure(
     return nnx.split(nnx.eval_shape(create))
 
 
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, by its dotted name."""
+    _, abstract = structure(config)
+    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
+
+
 def networks(
     config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
 ) -> Networks:

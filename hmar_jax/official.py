@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
-from flax import nnx
 
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.networks import structure
+from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
 
 Kind = Literal["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"]
@@ -69,9 +68,7 @@ def places(config: ModelConfig, kind: Kind) -> list[Place]:
     A `vae` has the tokenizer's, the other kinds the transformer's. `hmar-stage2` has one set of blocks and one head,
     which are the mask branch's: the next-scale branch has no place in it.
     """
-    _, abstract = structure(config)
-    network = "tokenizer" if kind == "vae" else "transformer"
-    shapes = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
+    network, shapes = "tokenizer" if kind == "vae" else "transformer", shapes_of(config)
     found = []
     for path in sorted(name for name in shapes if name.startswith(f"{network}.")):
         inner, shape = path.removeprefix(f"{network}."), shapes[path]

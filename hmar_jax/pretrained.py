@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from hmar_jax import hub, model_card, tensors
 from hmar_jax import params as trees
@@ -29,7 +28,7 @@ from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.files import remedy
 from hmar_jax.model import Model
-from hmar_jax.networks import held_dtypes, structure, undo_layout
+from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
 
@@ -119,12 +118,6 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path / CONFIG} is damaged ({error}); copy or export the model again.") from None
-
-
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model, by its dotted name."""
-    _, abstract = structure(config)
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
 
 
 def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:

@@ -13,7 +13,7 @@ from hmar_jax import InputError, official
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.model import Model
-from hmar_jax.pretrained import shapes_of
+from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
 
 KINDS = ("vae", "var", "hmar", "hmar-stage1", "hmar-stage2")
