@@ -25,6 +25,7 @@ import safetensors
 from flax import nnx
 
 from hmar_jax.errors import InputError
+from hmar_jax.params import check_shapes
 
 PerceptualParams = dict[str, jax.Array]
 
@@ -62,43 +63,21 @@ def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
     Raises:
       InputError: no such file, not a safetensors file, or missing, unexpected or misshapen entries.
     """
-    expected = file_shapes()
+    expected, remedy = file_shapes(), "hmar_jax/tokenizer/perceptual.py says how to make one."
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
             names = [name for name in list(file.keys()) if not name.startswith("classifier.")]
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            _check_entries(path, expected, found)
+            check_shapes(found, expected, f"The file {os.fspath(path)!r} of perceptual weights", remedy)
             entries = {name: file.get_tensor(name).astype(np.float32) for name in expected}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"Perceptual weights {os.fspath(path)!r} cannot be read as a .safetensors file ({error}); "
-            "hmar_jax/tokenizer/perceptual.py says how to make one."
+            f"Perceptual weights {os.fspath(path)!r} cannot be read as a .safetensors file ({error}); {remedy}"
         ) from error
     return {
         name: jnp.asarray(value.transpose(2, 3, 1, 0) if name.startswith("features.") and value.ndim == 4 else value)
         for name, value in entries.items()
     }
-
-
-def _check_entries(
-    path: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
-    """InputError that names the entries at fault, if any."""
-    faults = {
-        "lacks": sorted(expected.keys() - found.keys()),
-        "has the unexpected": sorted(found.keys() - expected.keys()),
-        "has the misshapen": [
-            f"{name} {found[name]} (expected {shape})"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    parts = [f"{verb} {', '.join(names)}" for verb, names in faults.items() if names]
-    if parts:
-        raise InputError(
-            f"Perceptual weights {os.fspath(path)!r}: the file {'; '.join(parts)}; "
-            "hmar_jax/tokenizer/perceptual.py says how to make one."
-        )
 
 
 def perceptual_distance(params: PerceptualParams, a: jax.Array, b: jax.Array) -> jax.Array:
