@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hmar_jax.config import ModelConfig, TransformerConfig
-from hmar_jax.scales import ScaleLadder
+from hmar_jax.sampling.schedule import preset_for
 from hmar_jax.tensors import Tensor
 
 
@@ -89,16 +89,6 @@ def _count(parameters: Mapping[str, Tensor], prefix: str) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e5 else str(number)
 
 
-def _schedule(ladder: ScaleLadder, transformer: TransformerConfig) -> str:
-    """The preset that suits a model: the published one where there is one for its ladder."""
-    if transformer.pattern == "block_causal":
-        return "var"
-    if not transformer.masked:
-        return "next-scale"
-    published = [size for size in (256, 512, 1024) if ladder == ScaleLadder.preset(size)]
-    return f"official-{published[0]}" if published else "small"
-
-
 def _usage(name: str, config: ModelConfig) -> list[str]:
     """Commands that run in the folder that the model directory lies in."""
     load = f"model = hmar_jax.from_pretrained({json.dumps(name, ensure_ascii=False)})"
@@ -116,7 +106,7 @@ def _usage(name: str, config: ModelConfig) -> list[str]:
             "images = model.tokenizer.decode(tokens)",
             "```",
         ]
-    schedule = _schedule(config.ladder, config.transformer)
+    schedule = preset_for(config.ladder, config.transformer)
     labels = [0, config.num_classes - 1]
     return [
         "```python",

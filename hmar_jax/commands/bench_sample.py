@@ -188,9 +188,12 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from hmar_jax.sampling import program
+    from hmar_jax.sampling.schedule import preset_for
 
     model = setting.build()
-    schedule = model.schedule(schedule_name(model.config))
+    if model.config.transformer is None:
+        raise InputError("The model is a tokenizer alone; bench sample needs one that has a transformer.")
+    schedule = model.schedule(preset_for(model.config.ladder, model.config.transformer))
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     batch = -(-setting.batch // len(devices)) * len(devices)
@@ -223,19 +226,6 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         parts = by_part(bench_rows.profile(once), compiled.as_text() or "")
     bound = least_seconds(model, schedule.plan, batch / len(devices), rates)
     return Measured(setting, seconds, wholes, compile_seconds, bound, bench_rows.program_bytes(compiled), parts)
-
-
-def schedule_name(config: ModelConfig) -> str:
-    """The published schedule of a model, or for other ladders the one like it."""
-    transformer = config.transformer
-    if transformer is None:
-        raise InputError("The model is a tokenizer alone; bench sample needs one that has a transformer.")
-    if transformer.pattern == "block_causal":
-        return "var"
-    if not transformer.masked:
-        return "next-scale"
-    pixels = {"256": "official-256", "512": "official-512", "1024": "official-1024"}
-    return pixels.get(next((p for p in pixels if ScaleLadder.preset(p) == config.ladder), ""), "small")
 
 
 def least_seconds(model: Any, plan: Any, batch: float, rates: Any) -> float:

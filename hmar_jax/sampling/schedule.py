@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.sampling import generators
 from hmar_jax.sampling.orders import ORDERS, Order
@@ -322,6 +323,16 @@ class Schedule:
                 whole = name != "top_k" or float(value).is_integer()
                 if not abs(value) < _LARGEST or not low <= value <= high or not whole:
                     raise InputError(f"{name} is {value}; expected {rule}.")
+
+
+def preset_for(ladder: ScaleLadder, transformer: TransformerConfig) -> str:
+    """The preset that suits a model: the published one where there is one for its ladder, else the one like it."""
+    if transformer.pattern == "block_causal":
+        return "var"
+    if not transformer.masked:
+        return "next-scale"
+    published = [name for name, counts in _OFFICIAL_COUNTS.items() if tuple(map(sum, counts)) == ladder.lengths]
+    return published[0] if published else "small"
 
 
 def _official_guidance(depth: int) -> dict[str, Any]:
