@@ -26,12 +26,16 @@ class TokenizerDoor:
         self._config, self._params, self._dtype = config, params, dtype
 
     def encode(self, images: ArrayLike) -> jax.Array:
-        """(B,S,S,3) float in [-1,1] → (B,L) int32."""
-        pictures = jnp.asarray(images, jnp.float32)
-        size = self._config.image_size
-        if pictures.ndim != 4 or pictures.shape[1:] != (size, size, 3):
-            raise InputError(f"Images are {pictures.shape}; this model takes (B, {size}, {size}, 3) in [-1, 1].")
-        return _encode(self._config, self._dtype, self._params, pictures)
+        """(B,S,S,3) float in [-1,1] → (B,L) int32; B is 1 or more in all that follows."""
+        pictures, size = jnp.asarray(images), self._config.image_size
+        # Whole numbers would be bytes that nobody has scaled.
+        whole = not jnp.issubdtype(pictures.dtype, jnp.floating)
+        if whole or pictures.ndim != 4 or pictures.shape[1:] != (size, size, 3) or not len(pictures):
+            raise InputError(
+                f"Images are {pictures.dtype} {pictures.shape}; this model takes floats (B, {size}, {size}, 3) in "
+                "[-1, 1], B being 1 or more."
+            )
+        return _encode(self._config, self._dtype, self._params, pictures.astype(jnp.float32))
 
     def decode(self, tokens: ArrayLike) -> jax.Array:
         """(B,L) int → (B,S,S,3) float32 in [-1,1]."""
@@ -57,12 +61,16 @@ class TokenizerDoor:
 
 
 def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:
-    """Tokens as int32, or InputError where they are not (B,L) in [0,V)."""
+    """Tokens as int32, or InputError where they are not (B,L) in [0,V), B being 1 or more."""
     tokens = np.asarray(tokens)
     length, size = config.ladder.length, config.tokenizer.codebook_size
-    if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"Tokens are {tokens.dtype} {tokens.shape}; this model's ladder has integers (B, {length}).")
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
+    whole = np.issubdtype(tokens.dtype, np.integer)
+    if not whole or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
+        raise InputError(
+            f"Tokens are {tokens.dtype} {tokens.shape}; this model's ladder has integers (B, {length}), B being 1 or "
+            "more."
+        )
+    if not (tokens.min() >= 0 and tokens.max() < size):
         raise InputError(f"Tokens range from {tokens.min()} to {tokens.max()}; the codebook has 0 to {size - 1}.")
     return jnp.asarray(tokens, jnp.int32)
 
