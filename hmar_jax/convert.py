@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from hmar_jax import official, tensors
+from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
@@ -34,8 +33,6 @@ _LICENCES = {
     "var": "The transformer keeps the licence of the file it was converted from.",
     "vae": "The tokenizer keeps the licence of the file it was converted from.",
 }
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_REMAP_BYTES = 2**28
 _NEXT_SCALE, _MASKED = "transformer.next_scale.", "transformer.masked."
 
 
@@ -110,7 +107,7 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
     """
     if output.exists():
         raise InputError(f"{output} exists already; remove it, or choose another output file.")
-    if output.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+    if output.suffix not in (".safetensors", *torch_files.SUFFIXES):
         raise InputError(f"Output {output} is no .safetensors or .pth file; give it one of these endings.")
     opened = open_model(model)
     kind = kind or opened.meta["layout"] or official.kind_of(opened.config)
@@ -123,15 +120,8 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if output.suffix == ".safetensors":
-                tensors.write(partial, state, output.name)
-            else:
-                torch = _torch(output)
-                arrays = {name: torch.from_numpy(next(iter(tensor.parts()))) for name, tensor in state.items()}
-                try:
-                    torch.save(arrays, partial)
-                except RuntimeError as error:  # what PyTorch makes of a full disk
-                    raise OSError(str(error).split("\n")[0]) from None
+            file_format = tensors if output.suffix == ".safetensors" else torch_files
+            file_format.write(partial, state, output.name)
             os.replace(partial, output)
         finally:
             partial.unlink(missing_ok=True)
@@ -283,13 +273,9 @@ class StateDict(NamedTuple):
 
 def open_state_dict(source: Path, kind: Kind, key: str | None = None) -> StateDict:
     """Finds the state dict of a kind in a file, at the top or nested under a key; see `convert`."""
-    file: tensors.File | _TorchFile
-    if source.suffix == ".safetensors":
-        file = tensors.File(source)
-    elif source.suffix in _TORCH_SUFFIXES:
-        file = _TorchFile(source)
-    else:
+    if source.suffix not in (".safetensors", *torch_files.SUFFIXES):
         raise InputError(f"{source} is no .safetensors or .pth file; give one with such an ending.")
+    file = tensors.File(source) if source.suffix == ".safetensors" else torch_files.File(source)
     return _choose(source, file.shapes, file.read, kind, key)
 
 
@@ -324,69 +310,3 @@ def _prefixes(shapes: official.Shapes, mark: str) -> list[str]:
 
 def _under(prefix: str, shapes: official.Shapes) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-def _torch(file: Path) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{file} is a PyTorch file, which takes PyTorch: `pip install torch`, or use a .safetensors file."
-        ) from None
-    return torch
-
-
-class _TorchFile:
-    """The tensors of a PyTorch file, read one by one.
-
-    Attributes:
-      shapes: of all tensors, by their path in the file, with dots.
-    """
-
-    def __init__(self, source: Path):
-        self._source = source
-        self._arrays, self._mapped = _load_torch(source)
-        self._read = 0
-        self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as a float32 array."""
-        if self._mapped and self._read > _REMAP_BYTES:  # what has been read of a map counts as memory in use
-            self._arrays, self._mapped = _load_torch(self._source)
-            self._read = 0
-        array = self._arrays[name].detach().float().numpy()
-        self._read += array.nbytes
-        return array
-
-
-def _load_torch(source: Path) -> tuple[dict[str, Any], bool]:
-    """All tensors of a PyTorch file by their path in it, and whether they are mapped into memory, not read."""
-    torch, mapped = _torch(source), True
-    try:
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:  # files from before PyTorch 1.6 can't be mapped
-            if "mmap" not in str(error):
-                raise
-            content, mapped = torch.load(source, map_location="cpu", weights_only=True), False
-    except FileNotFoundError:
-        raise InputError(f"{source} does not exist; give a .safetensors or .pth file.") from None
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{source} is damaged, or holds Python objects beside tensors, which could run any code when loaded; save "
-            "its state dict alone, with torch.save or as .safetensors."
-        ) from None
-    except Exception as error:  # damage makes the unpickler raise anything
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-        raise InputError(f"{source} is no whole PyTorch file ({reason}); copy or save it again.") from None
-    found: dict[str, Any] = {}
-
-    def collect(value: Any, path: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, Mapping):
-            for name, inner in value.items():
-                collect(inner, f"{path}.{name}" if path else str(name))
-
-    collect(content, "")
-    return found, mapped
