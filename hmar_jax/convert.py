@@ -132,7 +132,7 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
 
 
 class _Part(NamedTuple):
-    """One network of a model directory, to be read when written."""
+    """One network of a model directory, to be read when written, and the licences that bind it."""
 
     where: str
     config: ModelConfig
@@ -155,7 +155,9 @@ def _open_part(model: str | Path, network: str) -> _Part:
         for name, shape in opened.file.shapes.items()
         if name.startswith(f"{network}.")
     }
-    return _Part(str(model), opened.config, opened.meta["licences"], parameters)
+    other = {"tokenizer": "transformer", "transformer": "tokenizer"}[network]
+    licences = [licence for licence in opened.meta["licences"] if not licence.startswith(f"The {other} ")]
+    return _Part(str(model), opened.config, licences, parameters)
 
 
 def _config(

@@ -4,9 +4,11 @@ What is refused: commands/test_convert_command.py. PyTorch's files, memory and s
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -70,6 +72,23 @@ def test_what_is_converted_is_bound_to_its_files_licence_official_or_ones_own(go
         assert about_official == (
             "official HMAR files are for non-commercial use." if "transformer" in bound and "hmar" in kind else ""
         )
+
+
+def configured(directory, output, **changes):
+    """A copy of a model directory with other fields in its config file."""
+    shutil.copytree(directory, output)
+    config = output / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return output
+
+
+def test_the_licences_of_parts_that_are_not_taken_stay_behind(official_states, golden_directory, tmp_path):
+    licences = read_config(golden_directory("hmar"))[1]["licences"]
+    both = configured(golden_directory("hmar"), tmp_path / "hmar", licences=[*licences, "Not for sale."])
+    file = file_of(tmp_path / "var.safetensors", official_states["var"])
+    var = convert("var", file, LADDER, tmp_path / "var", tokenizer=both)
+    expected = [*read_config(golden_directory("var"))[1]["licences"], "Not for sale."]
+    assert read_config(var)[1]["licences"] == expected
 
 
 def test_a_converted_transformer_brings_its_tokenizer(official_states, golden_directory, tmp_path):
