@@ -288,16 +288,16 @@ def _choose(
     mark = official.TOKENIZER_MARK if kind == "vae" else official.TRANSFORMER_MARK
     prefixes = _prefixes(shapes, mark)
     chosen = [prefix for prefix in prefixes if key is None or prefix == (f"{key}." if key else "")]
-    if not chosen:
-        if key is None:
-            for prefix in _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK):
-                official.check_kind(kind, _under(prefix, shapes).keys(), str(source))
-        place = f"under {key!r}" if key else "at the top" if key is not None else "at the top or under a key"
+    if not prefixes:
+        for prefix in _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK):
+            official.check_kind(kind, _under(prefix, shapes).keys(), str(source))
         some = f"its entries begin {', '.join(sorted(shapes)[:3])}" if shapes else "it has no entries at all"
-        raise InputError(f"{source} lacks {mark} {place}, so it holds no whole {kind}; {some}.")
-    if len(chosen) > 1:
-        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(chosen))
-        raise InputError(f"{source} holds {len(chosen)} state dicts of this kind; choose with --key one of {keys}.")
+        raise InputError(f"{source} lacks {mark} at the top or under a key, so it holds no whole {kind}; {some}.")
+    if len(chosen) != 1:
+        place = f"under {key!r}" if key else "at the top"
+        found = f"{len(chosen)} state dicts of this kind" if chosen else f"no {kind} {place}"
+        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(prefixes))
+        raise InputError(f"{source} holds {found}; choose with --key one of {keys}.")
     prefix = chosen[0]
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     own = _under(prefix, {name: shape for name, shape in shapes.items() if not name.startswith(deeper)})

@@ -136,11 +136,13 @@ def test_a_file_of_something_else_is_no_model(refused_shapes, kind, shapes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("key", ["state", ""])
-def test_a_wrong_key_is_named(refused_shapes, kind, key):
-    said = refused_shapes(kind, {f"model.{name}": shape for name, shape in official_shapes(kind).items()}, key=key)
+@pytest.mark.parametrize("key", ["ema", ""])
+def test_a_wrong_key_is_told_the_right_ones(refused_shapes, kind, key):
+    shapes = official_shapes(kind)
+    nested = {f"{key}.{name}": shape for key in ("model", "ema.module") for name, shape in shapes.items()}
     place = f"under {key!r}" if key else "at the top"
-    assert said.startswith(f"f.safetensors lacks {SIGNATURE[kind]} {place}, so it holds no whole {kind}; its entries")
+    expected = f"f.safetensors holds no {kind} {place}; choose with --key one of 'ema.module', 'model'."
+    assert refused_shapes(kind, nested, key=key) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
