@@ -1,5 +1,9 @@
-"""The one exception for input a person can put right; commands turn it into one sentence and exit code 2."""
+"""The exceptions that commands turn into one sentence and an exit code."""
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence: the value, what was expected, what to do."""
+    """Bad input, exit code 2. The message is one sentence: the value, what was expected, what to do."""
+
+
+class TransientError(InputError):
+    """What another try may not meet again, such as a machine that is late: exit code 1."""

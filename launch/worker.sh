@@ -10,7 +10,8 @@
 #   --config         a config of this checkout, or an absolute path; --config.FIELD=VALUE changes a field
 #   --workdir        of the training, which is finished when there is WORKDIR/model
 #
-# A trainer that fails is started again, unless the input is bad (exit code 2) or three in a row save no checkpoint (1).
+# A trainer that fails is started again. Three in a row that save no checkpoint are enough (exit code 1), and two where the
+# last says that the input is bad (2): what passes, such as a disk that does not answer, looks like that once.
 # TERM, which announces the machine's end, is passed on to the trainer; when that has saved, the exit code is 143. In a
 # Slurm job the trainer gets TERM from Slurm itself, and the job is queued again.
 # shellcheck disable=SC2154 # read_arguments sets them
@@ -71,12 +72,12 @@ train() { # Trains until there is a model.
             exit 143
         elif [[ -d "$workdir/model" ]]; then
             break
-        elif ((status == 2)); then
-            exit 2
         elif [[ "$(checkpoints)" != "$before" ]]; then
             fruitless=0
             ((status)) || [[ -z "${SLURM_JOB_ID:-}" ]] || exec scontrol requeue "$SLURM_JOB_ID"
-        elif ((++fruitless == 3)); then
+        elif ((++fruitless >= 2 && status == 2)); then
+            exit 2
+        elif ((fruitless == 3)); then
             give_up "Three trainers in a row saved no checkpoint; the last one exited with $status."
         fi
         sleep 20

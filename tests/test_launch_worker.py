@@ -84,9 +84,16 @@ class TestWorker:
         assert done.returncode == 1 and "Three trainers in a row saved no checkpoint" in done.stderr
         assert worker.names == ["hmar-jax"] * 5
 
-    def test_bad_input_is_not_tried_again(self, worker):
-        assert worker.train(RUN_0="exit 2").returncode == 2
-        assert worker.names == ["hmar-jax"]
+    @pytest.mark.parametrize("saved", [[], ["saves 200; exit 2"], ["saves 200; exit 2", "saves 400; exit 2"]], ids=len)
+    def test_bad_input_ends_it_when_a_second_trainer_meets_it_without_a_checkpoint(self, worker, saved):
+        runs = [*saved, "exit 2", "exit 2"]
+        assert worker.train(**{f"RUN_{n}": run for n, run in enumerate(runs)}).returncode == 2
+        assert worker.names == ["hmar-jax"] * len(runs)
+
+    @pytest.mark.parametrize("once", ["exit 2", "saves 200; exit 2"])
+    def test_what_looked_like_bad_input_once_is_trained_past(self, worker, once):
+        assert worker.train(RUN_0=once).returncode == 0
+        assert worker.finished and worker.names == ["hmar-jax"] * 2
 
     def test_a_machine_that_goes_away_lets_the_trainer_save(self, worker):
         saves = f"trap 'saves 5; exit 0' TERM; echo > '{worker.folder}/started'; while :; do /bin/sleep 0.05; done"

@@ -285,8 +285,9 @@ class TestQueuedResource:
         assert self.launch(machine, '"describe "*) exit 1').returncode == 1
         assert machine.verbs == ["create", *["describe"] * 5, "delete"]
 
-    def test_a_training_that_fails(self, machine):
-        assert self.launch(machine, '"ssh 0") exit 7').returncode == 7
+    @pytest.mark.parametrize("status", [2, 7])
+    def test_a_training_that_fails(self, machine, status):
+        assert self.launch(machine, f'"ssh 0") exit {status}').returncode == status
         assert machine.verbs == ["create", "describe", "ssh", "describe", "delete"]
 
     @pytest.mark.parametrize("status", [255, 143, 1])

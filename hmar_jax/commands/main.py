@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 from hmar_jax.platform import set_flags, use_compilation_cache
 
 COMMANDS = {
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `hmar-jax` with `argv`, by default the process's arguments.
 
     Returns:
-      The exit code: 0, or 2 for bad input. argparse itself exits with 2 on a malformed command line, and
-      `compile-check` with 1 where a program does not fit.
+      The exit code: 0, 2 for bad input, or 1 for what may pass by itself. argparse itself exits with 2 on a malformed
+      command line, and `compile-check` with 1 where a program does not fit.
     """
     args = _arguments(list(sys.argv[1:] if argv is None else argv))
     _prepare(args.command)
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
     except InputError as error:
-        code, said, torn = 2, str(error), error.__cause__ is not None
+        code = 1 if isinstance(error, TransientError) else 2
+        said, torn = str(error), error.__cause__ is not None
     except KeyboardInterrupt:
         code, said, torn = 130, "interrupted", True
     finally:

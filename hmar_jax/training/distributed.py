@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 from hmar_jax.platform import leave_compilation_cache
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def join(
       heartbeat: seconds after which a process that is not heard of, or has failed, is given up; that ends all others.
 
     Raises:
-      InputError: not all three are given, the address is none, or the job does not come together.
+      InputError: not all three are given, or the address is none.
+      TransientError: the job does not come together.
     """
     options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
     who = "This process"
@@ -65,7 +66,7 @@ def join(
     thread.start()
     thread.join(patience)
     if thread.is_alive():
-        raise InputError(
+        raise TransientError(
             f"{who} met not all others at {coordinator or 'the coordinator'} within {patience:g} s; see whether they "
             "have all been started with the same arguments, or set --no-distributed to use this one alone."
         )
@@ -75,7 +76,7 @@ def join(
         alone = isinstance(failed[0], ValueError) or "must be called before" in reason
         if coordinator is None and alone:
             return
-        raise InputError(f"{who} could not join its job ({reason}).") from failed[0]
+        raise TransientError(f"{who} could not join its job ({reason}).") from failed[0]
     if jax.process_count() > 1:
         leave_compilation_cache()
     if jax.distributed.is_initialized() and jax.process_index():
@@ -83,7 +84,7 @@ def join(
 
 
 def _check_address(coordinator: str, patience: float, *, own: bool) -> None:
-    """Raises InputError where process 0 cannot listen there, or another process cannot reach it in time."""
+    """Raises InputError where process 0 cannot listen there, TransientError where another does not reach it in time."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise InputError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as 10.0.0.2:8476.")
@@ -99,7 +100,7 @@ def _check_address(coordinator: str, patience: float, *, own: bool) -> None:
             if own:
                 raise InputError(f"Process 0 cannot listen on port {port} ({error}); choose another one.") from None
             if time.monotonic() > deadline:
-                raise InputError(
+                raise TransientError(
                     f"The coordinator {coordinator} is not reachable ({error}); see whether process 0 has been started "
                     "there, and whether a firewall lets that port through."
                 ) from None

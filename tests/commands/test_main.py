@@ -5,6 +5,8 @@ import os
 import pytest
 
 from hmar_jax.commands import main as script
+from hmar_jax.commands import schedule
+from hmar_jax.errors import InputError, TransientError
 
 NAMES = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
 
@@ -25,3 +27,13 @@ def test_every_command_explains_itself(command, capsys):
         script.main([command, "--help"])
     assert stopped.value.code == 0
     assert f"hmar-jax {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError, 2), (TransientError, 1)])
+def test_launchers_can_tell_what_may_pass_from_bad_input(monkeypatch, capsys, error, code):
+    def run(argv):
+        raise error("Something is amiss.")
+
+    monkeypatch.setattr(schedule, "run", run)
+    assert script.main(["schedule"]) == code
+    assert capsys.readouterr().err == "hmar-jax schedule: Something is amiss.\n"

@@ -18,7 +18,7 @@ from tiny_training import LOSS, next_scale_config, once, shared_folder, tokenize
 
 from hmar_jax.commands.main import main
 from hmar_jax.config import MeshConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 from hmar_jax.training import distributed, loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
@@ -218,6 +218,7 @@ def free_port():
 def test_a_coordinator_that_is_none_is_a_sentence(arguments, expected):
     with pytest.raises(InputError, match=expected) as caught:
         distributed.join(**arguments, patience=0.2)
+    assert isinstance(caught.value, TransientError) == ("reachable" in expected)
     assert "\n" not in str(caught.value)
 
 
@@ -235,7 +236,7 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert "Process 0 of 2 met not all others" in done.stderr
+    assert "TransientError: Process 0 of 2 met not all others" in done.stderr
 
 
 def test_without_a_cluster_a_process_is_alone_and_told_by_a_signal():
