@@ -1,23 +1,29 @@
-"""bytes → files that appear whole or not at all; what a disk refuses → one sentence."""
+"""bytes → files that appear whole or not at all; what a disk refuses to write or to read → one sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
+
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into an InputError that names `path`, the reason and the remedy."""
+    """Turns what the disk refuses in the block into an InputError that names `path`, the reason and the remedy."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"Could not write {path} ({error}); {remedy(error)}") from None
+    except (OSError, RuntimeError) as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        raise InputError(f"Could not write {path} ({refused}); {remedy(refused)}") from None
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -37,3 +43,31 @@ def remedy(error: Exception) -> str:
     """What to do about a failed write, as the end of a sentence."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "make room on that disk and run the command again." if full else "check the path and its permissions."
+
+
+def check_refusal(what: str, error: Exception) -> None:
+    """Raises where the error is that the disk refuses to have `what` read; returns where it is missing or damaged.
+
+    Raises:
+      InputError: it may not be read. TransientError: it cannot be, such as from a mount that is lost for a while.
+    """
+    refused = refusal(error)
+    if refused is None or refused.errno in (None, errno.ENOENT):
+        return
+    if isinstance(refused, PermissionError):
+        raise InputError(f"{what} may not be read ({refused}); check its permissions.") from error
+    raise TransientError(
+        f"{what} could not be read ({refused}); see whether its disk is there, and run the command again."
+    ) from error
+
+
+def refusal(error: Exception) -> OSError | None:
+    """What the system refused, None where it refused nothing; libraries in C++ tell it in a text of their own."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    said = str(error)
+    if code := re.search(r"os_error_code='(\d+)'", said):  # TensorStore
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    if (words := re.search(r"\w\(\) failed: ([^;]+)", said)) and words[1] in _NUMBERS:  # array_record
+        return OSError(_NUMBERS[words[1]], words[1])
+    return error if isinstance(error, OSError) else None

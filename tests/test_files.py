@@ -115,6 +115,7 @@ def test_a_refusal_names_path_reason_and_remedy(number, expected):
     assert str(error.value) == f"Could not write some/file ({reason}); {expected}"
 
 
-def test_what_is_no_refusal_of_the_disk_passes_through():
-    with pytest.raises(ValueError, match="a fault of ours"), writing(Path("file")):
-        raise ValueError("a fault of ours")
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_what_is_no_refusal_of_the_disk_passes_through(kind):
+    with pytest.raises(kind, match=r"a fault of ours\(\) failed"), writing(Path("file")):
+        raise kind("a fault of ours() failed: it is")

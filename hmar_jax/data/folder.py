@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason
+from hmar_jax.files import check_refusal
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -29,12 +30,13 @@ class FolderSource:
       path: a folder of class folders of pictures, or a folder of pictures.
 
     Raises:
-      InputError: no such folder, no pictures, a class folder without any, or pictures both loose and in subfolders.
+      InputError: no such folder, one that may not be read, no pictures, a class folder without any, or pictures both
+        loose and in subfolders.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         root = Path(path)
-        if not path or not root.is_dir():
+        if not path or not os.path.isdir(root):
             raise InputError(f"Folder {str(path)!r} does not exist; set data.path to a folder of pictures.")
         loose = _pictures(root)
         folders = [Path(entry) for entry in _visible(root) if entry.is_dir()]
@@ -80,7 +82,7 @@ def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
       name: what an error calls it, e.g. "Picture 'a.png'".
 
     Raises:
-      InputError: it is missing, corrupt, cut short, or in floating point.
+      InputError: it is missing, corrupt, cut short, or in floating point. TransientError: the disk refuses.
     """
     try:
         with Image.open(file) as opened:
@@ -90,8 +92,8 @@ def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
         raise InputError(f"{name} {error}") from None
     # Pillow's plugins raise nearly anything for broken bytes: OSError, SyntaxError, ValueError, struct.error, …
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name} cannot be read ({reason}); replace it or take it away.") from error
+        check_refusal(name, error)
+        raise InputError(f"{name} cannot be read ({reason(error)}); replace it or take it away.") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -106,8 +108,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:  # knows files from folders without asking the disk about each
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:  # knows files from folders without asking the disk about each
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        check_refusal(f"Folder {str(folder)!r}", error)
+        raise
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -23,7 +23,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from hmar_jax.data.folder import decode
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason
+from hmar_jax.files import check_refusal
 
 
 class TfdsSource:
@@ -62,8 +63,9 @@ class TfdsSource:
                 f"run `tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record`."
             ) from None
         except Exception as error:  # a bad split, a missing shard: TFDS has no exceptions of its own for them
+            check_refusal(f"TFDS dataset {name!r}", error)
             raise InputError(
-                f"Split {split!r} of TFDS dataset {name!r} cannot be read ({_reason(error)}); "
+                f"Split {split!r} of TFDS dataset {name!r} cannot be read ({reason(error)}); "
                 f"it has {', '.join(builder.info.splits)}, each also in part, such as 'train[:95%]'."
             ) from error
         self.class_names: tuple[str, ...] = tuple(label.names or map(str, range(label.num_classes)))
@@ -80,7 +82,8 @@ class TfdsSource:
         try:
             record = self._records[index]
         except Exception as error:
-            raise InputError(f"{where} cannot be read ({_reason(error)}); prepare the dataset again.") from error
+            check_refusal(where, error)
+            raise InputError(f"{where} cannot be read ({reason(error)}); prepare the dataset again.") from error
         if record["label"] < 0:
             raise InputError(
                 f"{where} has label {record['label']}, that is none; use a split with labels, such as 'train'."
@@ -99,8 +102,9 @@ def _builder(name: str, path: str) -> Any:
             f"TFDS has no dataset {name!r}, nor is one in {path or 'its data directory'!r}; check data.name."
         ) from None
     except Exception as error:
+        check_refusal(f"TFDS dataset {name!r}", error)
         raise InputError(
-            f"TFDS cannot open dataset {name!r} ({_reason(error)}); check data.name and data.path."
+            f"TFDS cannot open dataset {name!r} ({reason(error)}); check data.name and data.path."
         ) from error
     if not builder.info.initialized:
         manual = " --manual_dir=FOLDER_OF_THE_DOWNLOADED_FILES" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
@@ -109,7 +113,3 @@ def _builder(name: str, path: str) -> Any:
             f"`tfds build {name} --file_format=array_record{manual}{f' --data_dir={path}' if path else ''}`."
         )
     return builder
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__

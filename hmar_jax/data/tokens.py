@@ -25,7 +25,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax.config import from_plain, to_plain
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason
+from hmar_jax.files import check_refusal, writing
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1
@@ -82,7 +83,7 @@ def write_token_cache(
     shards: list[Path] = []
     count = 0
     try:
-        with _disk(path):
+        with writing(path):
             partial.mkdir(parents=True)
         records = _records(batches, ladder.length, codebook_size, crops, len(class_names))
         for first in records:
@@ -92,7 +93,7 @@ def write_token_cache(
             raise InputError(f"There are no images to write to the token cache {str(path)!r}.")
         names = tuple(class_names)
         header = _Header(ladder.sides, codebook_size, crops, count, names, tokenizer, source, len(shards))
-        with _disk(path):
+        with writing(path):
             for shard, name in zip(shards, _shard_names(len(shards)), strict=True):
                 shard.rename(partial / name)
             (partial / "cache.json").write_text(json.dumps(to_plain(header), indent=1) + "\n", encoding="utf-8")
@@ -114,6 +115,7 @@ class TokenSource:
 
     Raises:
       InputError: there is no cache, or it is corrupt, cut short or of another version.
+      TransientError: the disk refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -144,8 +146,9 @@ class TokenSource:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:  # array_record raises the latter two
+            check_refusal(f"Token cache {self.path!r}", error)
             raise InputError(
-                f"Token cache {self.path!r} is damaged ({_reason(error)}); remove it and write it again."
+                f"Token cache {self.path!r} is damaged ({reason(error)}); remove it and write it again."
             ) from error
 
 
@@ -169,16 +172,16 @@ def _records(
 
 
 def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
-    with _disk(path):
+    with writing(path):
         writer = ArrayRecordWriter(str(shard), "group_size:1")  # each record by itself: they are read in random order
     count = 0
     try:
         for record in records:
-            with _disk(path):
+            with writing(path):
                 writer.write(record)
             count += 1
     finally:
-        with _disk(path):
+        with writing(path):
             writer.close()
     return count
 
@@ -199,20 +202,6 @@ def _read_header(path: Path) -> _Header:
             "`hmar-jax export tokens`."
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{str(file)!r} cannot be read ({_reason(error)}); write the token cache again.") from error
+        check_refusal(f"Token cache {str(path)!r}", error)
+        raise InputError(f"{str(file)!r} cannot be read ({reason(error)}); write the token cache again.") from error
     raise InputError(f"Token cache {str(path)!r} has format {values['format']}, not {FORMAT}; write it again.")
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the disk refuses, as an InputError; array_record says it with a RuntimeError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"Token cache {str(path)!r} cannot be written ({_reason(error)}); make room, or choose another path."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition(";")[0].rstrip(".") or "cut short"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from hmar_jax.config import TrainConfig, from_plain, to_plain
-from hmar_jax.errors import InputError
-from hmar_jax.files import remedy
+from hmar_jax.errors import InputError, reason
+from hmar_jax.files import check_refusal, refusal, remedy
 from hmar_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -83,37 +81,27 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise whatever the damage brings about
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             if "structures do not match" in str(error) or "stored shape" in str(error):
                 raise InputError(
                     f"Checkpoint {self.folder / str(step)} was saved under a config with other parameters or another "
                     "optimizer; go on with that config, or choose another --workdir."
                 ) from error
+            check_refusal(f"Checkpoint {self.folder / str(step)}", error)
             others = [s for s in self._manager.all_steps() if s != step]
             after = f"resume from step {max(others)}" if others else "start anew"
             raise InputError(
-                f"Checkpoint {self.folder / str(step)} cannot be read ({reason}); remove that folder to {after}."
+                f"Checkpoint {self.folder / str(step)} cannot be read ({reason(error)}); remove that folder to {after}."
             ) from error
 
     def _guard(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
-            refusal = _disk_error(error)
+            refused = refusal(error)
             raise InputError(
-                f"Could not save checkpoint {self.folder / str(self._saving)} ({refusal}); {remedy(refusal)} "
-                "Training resumes from the newest whole checkpoint."
+                f"Could not save checkpoint {self.folder / str(self._saving)} ({refused or reason(error)}); "
+                f"{remedy(refused or error)} Training resumes from the newest whole checkpoint."
             ) from error
-
-
-def _disk_error(error: Exception) -> Exception:
-    """What the system said; TensorStore has it only in a text of its own, a page long."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return OSError(int(code[1]), os.strerror(int(code[1])))
-    return (
-        error if isinstance(error, OSError) else RuntimeError((str(error).strip() or repr(error)).splitlines()[0][:200])
-    )
 
 
 def describe(state: TrainState) -> Any:

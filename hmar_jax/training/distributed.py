@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import InputError, TransientError, reason
 from hmar_jax.platform import leave_compilation_cache
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,11 @@ def join(
             "have all been started with the same arguments, or set --no-distributed to use this one alone."
         )
     if failed:
-        reason = str(failed[0]).splitlines()[0]
         # That is: no cluster is recognised, or JAX is in use by this process alone already.
-        alone = isinstance(failed[0], ValueError) or "must be called before" in reason
+        alone = isinstance(failed[0], ValueError) or "must be called before" in str(failed[0])
         if coordinator is None and alone:
             return
-        raise TransientError(f"{who} could not join its job ({reason}).") from failed[0]
+        raise TransientError(f"{who} could not join its job ({reason(failed[0])}).") from failed[0]
     if jax.process_count() > 1:
         leave_compilation_cache()
     if jax.distributed.is_initialized() and jax.process_index():

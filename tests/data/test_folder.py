@@ -1,5 +1,6 @@
 """What a folder of pictures promises: classes by name, every format as upright RGB, and a sentence for every fault."""
 
+import errno
 import os
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hmar_jax.data.folder import FolderSource
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 
 RED = (200, 40, 20)
 
@@ -177,3 +178,24 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, fault):
 def test_a_folder_that_cannot_be_used_is_named(tmp_path, make, message):
     with pytest.raises(InputError, match=message):
         FolderSource(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [(errno.EACCES, InputError, "may not be read .*permissions"), (errno.EIO, TransientError, "could not be read")],
+)
+@pytest.mark.parametrize("what", ["cat", "cat/a.png"])
+def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch, what, number, kind, message):
+    save(tmp_path / "cat/a.png")
+    refused, scandir, opened = str(tmp_path / what), os.scandir, Image.open
+
+    def unless_refused(path, do):
+        if str(path) == refused:
+            raise OSError(number, os.strerror(number), str(path))
+        return do(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: unless_refused(path, scandir))
+    monkeypatch.setattr(Image, "open", lambda path: unless_refused(path, opened))
+    with pytest.raises(InputError, match=f"'{refused}' {message}") as caught:
+        only(tmp_path)
+    assert type(caught.value) is kind

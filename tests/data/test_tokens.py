@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.data.tokens import TokenSource, write_token_cache
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 from hmar_jax.scales import ScaleLadder
 
 LADDER = ScaleLadder((1, 2, 3))
@@ -130,7 +130,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel's nearest thing to a full disk
     try:
-        with pytest.raises(InputError, match=r"cache' cannot be written.*too large"):
+        with pytest.raises(InputError, match=r"write .*cache \(.*too large\); make room"):
             write(tmp_path / "cache", stream([4000] * 4, codebook_size=2**16), codebook_size=2**16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -139,12 +139,25 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
 
 def test_a_parent_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match=r"write .*file/cache .*; check the path"):
         write(tmp_path / "file/cache")
 
 
 def change(**fields):
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def replace_by_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file", ["cache.json", "tokens-00001-of-00003.array_record"])
+def test_what_the_disk_refuses_is_not_called_damage(tmp_path, file):
+    write(tmp_path / "cache", shard_size=3)
+    replace_by_a_folder(tmp_path / "cache" / file)  # a refusal that root gets too
+    with pytest.raises(TransientError, match=r"Token cache .*cache' could not be read \(\[Errno 21\] Is a directory"):
+        list(TokenSource(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

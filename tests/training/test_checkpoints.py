@@ -17,7 +17,7 @@ import pytest
 from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
 
 from hmar_jax.commands.main import main
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, TransientError
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.state import TrainState
@@ -148,6 +148,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_gone_back_to(tw
 
     shutil.rmtree(newest)  # as it says
     assert_bit_equal(Checkpoints(tmp_path).restore(describe(state(0)))[0], state(2))
+
+
+def test_what_the_disk_refuses_is_not_called_damage_nor_to_be_removed(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoints" / "4" / "state" / "manifest.ocdbt"
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # too many levels of them: a refusal that root gets too
+    with pytest.raises(TransientError, match=r"checkpoints/4 could not be read \(.*\); see whether its disk is there"):
+        Checkpoints(tmp_path).restore(describe(state(0)))
 
 
 def test_the_only_checkpoint_being_damaged_means_to_start_anew(tmp_path):
