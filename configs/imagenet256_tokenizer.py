@@ -11,15 +11,15 @@ Settings: ours, none are published; the released tokenizer reconstructs ImageNet
 Or take the released one:
     hmar-jax convert --kind=vae --input=vae_ch160v4096z32.pth --sides=1,2,3,4,5,6,8,10,13,16 \
         --output=runs/imagenet256_tokenizer/model
-The tokens that configs/imagenet256_d*.py train from, 8 crops of each picture in 14 GB:
-    hmar-jax export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --crops=8 \
-        --model=runs/imagenet256_tokenizer/model --output=runs/imagenet256_tokens
+The tokens that configs/imagenet256_d*.py train from, 8 crops of each picture, none mirrored, in 14 GB:
+    hmar-jax export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --config.data.flip=False \
+        --crops=8 --model=runs/imagenet256_tokenizer/model --output=runs/imagenet256_tokens
 The same tokenizer with the scales of 512 pixels, and the tokens that configs/imagenet512_d*.py train from, 46 GB:
     hmar-jax export torch --kind=vae --model=runs/imagenet256_tokenizer/model --output=runs/tokenizer.safetensors
     hmar-jax convert --kind=vae --input=runs/tokenizer.safetensors --sides=1,2,3,4,6,9,13,18,24,32 \
         --output=runs/imagenet512_tokenizer/model
-    hmar-jax export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --crops=8 \
-        --model=runs/imagenet512_tokenizer/model --output=runs/imagenet512_tokens
+    hmar-jax export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --config.data.flip=False \
+        --crops=8 --model=runs/imagenet512_tokenizer/model --output=runs/imagenet512_tokens
 """
 
 import ml_collections

@@ -56,7 +56,15 @@ class TestPublishedRecipe:
             assert (optimizer.b1, optimizer.b2, optimizer.clip, optimizer.ema) == (0.9, 0.95, 2.0, 0.0)
             assert (optimizer.warmup, optimizer.warmup_from, optimizer.flat) == (0.02, 0.005, 0.05)
             assert config.objective.scale_weights == "log_normal"
-            assert config.dtype == "bfloat16" and config.data.flip is False
+            assert config.dtype == "bfloat16"
+
+    def test_pictures(self, resolution, depth):
+        file, tokens = CONFIGS / "imagenet256_tokenizer.py", stages(resolution, depth)[1].data.path
+        export = rf"hmar-jax export tokens --config=configs/{file.name} (.*) --output={tokens}"
+        (command,) = re.findall(export, header(file))
+        data = read_config(str(file), [word for word in command.split() if word.startswith("--config.")]).data
+        assert (data.name, data.split, data.resize, data.crop) == ("imagenet2012", "train", 1.125, "random")
+        assert data.flip is False
 
     def test_model(self, resolution, depth):
         transformer = stages(resolution, depth)[1].transformer
