@@ -3,7 +3,7 @@
 #
 #   bash launch/worker.sh --accelerator=tpu --root=DIR --config=configs/imagenet256_d16.py --workdir=runs/a_run
 #
-#   --accelerator    tpu or cuda
+#   --accelerator    tpu, cuda or cuda,triton
 #   --root           a folder that all machines share; --workdir and paths in the config are relative to it
 #   --bucket         a Cloud Storage bucket to mount there, with a hierarchical namespace: without one, folders cannot
 #                    be renamed as a whole, which is how checkpoints appear

@@ -113,7 +113,7 @@ class TestWorker:
         assert done.returncode == 143
         assert not worker.finished
 
-    @pytest.mark.parametrize("accelerator", ["tpu", "cuda"])
+    @pytest.mark.parametrize("accelerator", ["tpu", "cuda", "cuda,triton"])
     def test_installs_for_its_accelerator(self, tmp_path, accelerator):
         worker = Worker(tmp_path, accelerator)
         (worker.environment / "hmar-installed").unlink()

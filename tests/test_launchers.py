@@ -31,7 +31,13 @@ OPTIONAL = {
     "tpu_vm.sh": {"setup": "install 'a tool'"},
     "queued_resource.sh": {"provisioning": "spot", "setup": "install 'a tool'"},
     "xpk.sh": {"slices": "2", "image": "an-image"},
-    "slurm_gpu.sh": {"cpus-per-task": "12", "partition": "a-partition", "account": "an-account", "time": "1-00:00:00"},
+    "slurm_gpu.sh": {
+        "accelerator": "cuda,triton",
+        "cpus-per-task": "12",
+        "partition": "a-partition",
+        "account": "an-account",
+        "time": "1-00:00:00",
+    },
 }
 LAUNCHERS = pytest.mark.parametrize("launcher", REQUIRED)
 
@@ -214,18 +220,20 @@ class TestWhatTheWorkersGet:
         done = self.on_worker(machine, self.work(machine, "tpu_vm.sh", ("/nowhere", "main")))
         assert done.returncode != 0 and "/nowhere" in done.stdout
 
-    def test_slurm_prepares_here_and_runs_there(self, machine, repository):
+    @pytest.mark.parametrize("accelerator", ["cuda", "cuda,triton"])
+    def test_slurm_prepares_here_and_runs_there(self, machine, repository, accelerator):
         where = [f"--repository={repository[0]}", f"--revision={repository[1]}"]
-        done = machine.launch("slurm_gpu.sh", *OVERRIDES, *where)
+        more = [f"--accelerator={accelerator}"] * ("triton" in accelerator)
+        done = machine.launch("slurm_gpu.sh", *OVERRIDES, *where, *more)
         assert done.returncode == 0, done.stderr
         folder = machine.data / "jobs/a-name"
-        assert (machine.home / "prepared").read_text() == "cuda\n"
+        assert (machine.home / "prepared").read_text() == f"{accelerator}\n"
         (job,) = machine.calls
         assert job[0] == "sbatch" and f"--chdir={folder}" in job
         assert {"--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"} <= set(job)
         assert subprocess.run(["bash", "-c", work_of([job])], cwd=folder, env=machine.variables).returncode == 0
         got = (machine.home / "worker").read_text().splitlines()
-        assert got[:4] == ["first", str(folder), "--accelerator=cuda", f"--root={machine.data}"]
+        assert got[:4] == ["first", str(folder), f"--accelerator={accelerator}", f"--root={machine.data}"]
 
 
 class TestFailures:
