@@ -65,9 +65,12 @@ def make_train_step(
         return grads, metrics | {"loss": loss}, seen
 
     def accumulated(state: TrainState, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
-        """Gradients and metrics as means over equal parts of the batch, worked off one after the other."""
+        """Gradients and metrics as means over equal parts of the batch, worked off one after the other.
+
+        Part i has examples i, i + parts, …: so each device's examples are spread over all parts, and none moves.
+        """
         parts = config.accumulate
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(total: Any, part: Any) -> tuple[Any, Any]:
             batch, index = part
@@ -77,6 +80,7 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         total, (metrics, seen) = jax.lax.scan(one, zeros, (split, jnp.arange(parts)))
         mean = jax.tree.map(lambda x: x / parts, total)
+        seen = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), seen)  # as the batch has it
         return mean, jax.tree.map(lambda x: x.mean(axis=0), metrics), seen
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:

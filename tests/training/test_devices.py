@@ -97,6 +97,7 @@ import jax
 import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
 from test_devices import LABELS, RUNS, SHORT, sent_by, sent_by_sampling
+from test_train_step import done_in_parts
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
@@ -108,6 +109,7 @@ from hmar_jax.training.checkpoint import Checkpoints
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
 assert jax.device_count() == 8
 sent = {"fsdp": sent_by(MeshConfig(data=1, fsdp=8)), "tensor": sent_by(MeshConfig(data=1, tensor=4))}
+parts = [done_in_parts(1), done_in_parts(4)]
 report, seen = {}, {}
 save, put = Checkpoints.save, loop.sharding.put_batch
 def spy(self, step, state, *rest):
@@ -176,7 +178,7 @@ for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh"
         sentences.append(str(error))
 steps = [str(name) for name in compiled if "train_step" in str(name)]
 written = (out / "refused").exists()
-facts = {"sizes": report, "whole": whole[0], "compiled": len(steps), "tokens": tokens, "sent": sent}
+facts = {"sizes": report, "whole": whole[0], "compiled": len(steps), "tokens": tokens, "sent": sent, "parts": parts}
 print(json.dumps(facts | {"sentences": sentences, "written": written}))
 """
 
@@ -261,6 +263,12 @@ def test_tensor_sums_tokens_twice_a_block_and_pass_and_exchanges_little_else(eig
     size, tokens, sent = eight[1]["sent"]["tensor"]
     assert 13 * tokens <= sent["all-reduce"] < 13.5 * tokens  # 3 blocks, and the head's gradient
     assert sum(sent.values()) - sent["all-reduce"] < 1.2 * size  # conditions, embeddings, weights by head
+
+
+def test_a_batch_worked_off_in_parts_stays_where_it_is_and_keeps_every_device_busy(eight):
+    (whole, _), (in_parts, sent) = eight[1]["parts"]
+    assert in_parts == whole
+    assert list(sent) == ["all-reduce"]  # of gradients
 
 
 def test_each_run_compiles_its_step_once(eight):

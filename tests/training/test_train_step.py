@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,17 @@ import pytest
 from tiny_training import CLASSES, LADDER, TOKENIZER, TRANSFORMER, assert_bit_equal, next_scale_config, stage_config
 
 from hmar_jax import params as trees
-from hmar_jax.config import ObjectiveConfig, OptimizerConfig
+from hmar_jax.compile_check import costs
+from hmar_jax.compile_check.hlo import Program
+from hmar_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import Model
 from hmar_jax.pretrained import from_pretrained, save_model
-from hmar_jax.training import objectives
+from hmar_jax.training import objectives, sharding
 from hmar_jax.training.loop import make_objective
-from hmar_jax.training.objectives import scale_weights
+from hmar_jax.training.objectives import Parts, scale_weights
 from hmar_jax.training.optimizer import make_optimizer
-from hmar_jax.training.state import TrainState, make_train_step
+from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 from hmar_jax.transformer.fused import Scores
 
 STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
@@ -241,3 +244,30 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(descend, sta
     exact = descend(2, optimizer=EMA)[1][0]["loss"]
     assert metrics["loss"] != exact
     np.testing.assert_allclose(metrics["loss"], exact, rtol=0.02)
+
+
+# --- on a mesh; called by test_devices.py, which has the devices
+
+
+class Linear:
+    """An objective of one matrix; after a step it sees what that made of the batch."""
+
+    def loss(self, trained, parts, batch, key, step):
+        made = batch["x"] @ trained["w"]
+        return (made**2).mean(), ({}, made)
+
+    def after_update(self, trained, ema, extra, seen, key, step):
+        return trained, ema, {"usage": extra["usage"] + seen.reshape(-1, seen.shape[-1]).mean(axis=0)}, {}
+
+
+def done_in_parts(parts):
+    """FLOPs of each of eight devices in a step of as many parts, and kind → payload of its collectives."""
+    config = stage_config("tokenizer", Path(), batch_size=64, accumulate=parts)
+    mesh, optimizer = sharding.make_mesh(MeshConfig()), optax.sgd(0.1)
+    with jax.set_mesh(mesh):
+        start = Parts({"w": np.ones((32, 128), np.float32)}, {}, {"usage": np.ones(128, np.float32)})
+        state = jax.device_put(TrainState.create(config, start, optimizer), sharding.replicated(mesh))
+        batch = sharding.put_batch({"x": np.ones((64, 32), np.float32)}, mesh)
+        step = jit_train_step(make_train_step(config, Linear(), optimizer), state, mesh)
+        text = Program(step.lower(state, {}, batch).compile().as_text())
+    return costs.products(text), {kind: sums.payload for kind, sums in costs.collectives(text).items()}
