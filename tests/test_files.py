@@ -35,22 +35,28 @@ def test_a_file_is_written_in_a_folder_made_for_it(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    file, replace, seen = tmp_path / "file", os.replace, []
+def test_the_old_file_stands_until_the_new_one_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+    file, replace, sync, seen = tmp_path / "file", os.replace, os.fsync, []
     file.write_bytes(b"old")
 
-    def watched(source, target):
+    def watched_sync(descriptor):
+        sync(descriptor)
+        seen.append(os.fstat(descriptor).st_ino)
+
+    def watched_replace(source, target):
+        assert seen == [os.stat(source).st_ino]
         seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     write_whole(file, b"the new one")
-    assert seen == [(b"the new one", b"old")]
+    assert seen[1:] == [(b"the new one", b"old")]
     assert file.read_bytes() == b"the new one"
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["over a file", "anew"])
-@pytest.mark.parametrize("at", ["write", "rename"])
+@pytest.mark.parametrize("at", ["write", "fsync", "replace"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at, there):
     file = tmp_path / "file"
     if there:
@@ -59,7 +65,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at, the
         if at == "write":
             patch.setattr(Path, "write_bytes", half_written(errno.ENOSPC))
         else:
-            patch.setattr(os, "replace", fail_with(errno.ENOSPC))
+            patch.setattr(os, at, fail_with(errno.ENOSPC))
         with pytest.raises(InputError, match=r"Could not write .*/file \(.*No space left on device\); make room"):
             write_whole(file, b"the new one")
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == ({"file": b"old"} if there else {})

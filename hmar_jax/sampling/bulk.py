@@ -40,7 +40,7 @@ from PIL import Image
 
 from hmar_jax.config import ModelConfig, to_plain
 from hmar_jax.errors import InputError
-from hmar_jax.files import remedy, write_whole, writing
+from hmar_jax.files import put_in_place, remedy, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import program
@@ -300,7 +300,7 @@ def _write_records(path: Path, records: Iterable[bytes]) -> None:
                 writer.write(record)
         finally:
             writer.close()
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except (OSError, RuntimeError) as error:  # array_record raises the latter
         reason = str(error).strip().partition(";")[0].rstrip(".")
         raise InputError(f"Could not write {path} ({reason}); {remedy(error)}") from None
