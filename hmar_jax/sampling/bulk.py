@@ -6,7 +6,7 @@
     pictures/NUMBER.array_record    the pictures of that part, in its order, each a PNG
 
 A part is what one process has of one batch, named after its first number. Its tokens are written last: pictures that no
-part has are of a run that was killed, and are removed by the next.
+part has are of a run that was killed, and are removed by the next, as is a part that is damaged or lacks pictures.
 
 The number of sample `index` of class `label` is index · num_classes + label. What it looks like depends on that, its
 label and the settings alone: not on which others are asked for, the batch or the devices.
@@ -16,13 +16,17 @@ Axis letters: B batch, N samples of a part, S pixels a side, L tokens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import io
 import json
+import logging
+import math
 import os
 import re
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +52,16 @@ from hmar_jax.sampling.schedule import Controls, Schedule
 from hmar_jax.training import distributed, sharding
 from pallas_kernels.scale_attention import BATCH_AXES
 
-FORMAT = 1
+FORMAT = 2  # to be raised whenever a sample of the same settings becomes another one
 MANIFEST = "samples.json"
-# Names of files that are ours, and so may be removed: pictures, and what a killed process was writing.
-_OURS = re.compile(r"pictures/(\d+/\d+\.png|\d+\.array_record)|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial")
+_PART = re.compile(r"tokens/\d{10}\.npz")
+# Names of files that are ours, and so may be removed: parts, pictures, and what a killed process was writing.
+_OURS = re.compile(
+    rf"{_PART.pattern}|pictures/(\d+/\d+\.png|\d+\.array_record)|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial"
+)
+_LOG_SECONDS = 60
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +107,13 @@ def sample_classes(
       How many were written.
 
     Raises:
-      InputError: labels or numbers out of range, a directory with other things or of other settings, a full disk.
+      InputError: labels or numbers out of range, a directory with other things or of other settings, a full disk, or
+        samples that are not there in the end, as process 0 sees the directory.
     """
-    codebook_size = model.config.tokenizer.codebook_size
     for name, value, low, high in (
         ("batch", batch, 1, 2**20),
         ("seed", settings.seed, 0, 2**32 - 1),
-        ("codebook_size", codebook_size, 1, 2**16),
+        ("codebook_size", model.config.tokenizer.codebook_size, 1, 2**16),
     ):
         if not low <= value <= high:
             raise InputError(f"{name} is {value}; expected {low} to {high}.")
@@ -112,9 +122,51 @@ def sample_classes(
     folder.check()
     there = folder.open() if distributed.is_first() else np.zeros(0, np.uint32)
     missing = wanted[multihost_utils.broadcast_one_to_all(~np.isin(wanted, there))]
+    devices = jax.sharding.get_mesh().size
+    size = min(batch, -(-len(wanted) // devices)) * devices
 
+    done = len(wanted) - len(missing)
+    with _progress(len(wanted), done) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, part in _draw(model, settings, missing, size):
+            if part.labels.size:
+                folder.write(part, pool)
+            advance(number)
+    distributed.barrier("all samples are written")
+    _check_all_there(folder, wanted)
+    return len(missing)
+
+
+def _check_all_there(folder: _Folder, wanted: np.ndarray) -> None:
+    """Raises InputError in every process where process 0 does not find all samples (N,) in the directory."""
+    lost = len(np.setdiff1d(wanted, folder.look()[0])) if distributed.is_first() else 0
+    if lost := int(multihost_utils.broadcast_one_to_all(np.int32(lost))):
+        raise InputError(
+            f"{lost} of the {len(wanted)} samples are not in {folder.path}; let all processes share it, end other runs "
+            "into it, and run the command again."
+        )
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many are written, on a terminal as a bar, elsewhere in the log; yields what is told of more of them."""
+    said = -math.inf
+    quiet = None if distributed.is_first() else True  # None: off a terminal
+    with tqdm.tqdm(total=total, initial=done, unit=" pictures", disable=quiet) as bar:
+
+        def advance(number: int) -> None:
+            nonlocal done, said
+            done += number
+            bar.update(number)
+            if bar.disable and time.monotonic() - said >= _LOG_SECONDS:
+                said = time.monotonic()
+                logger.info("%d of %d pictures are written.", done, total)
+
+        yield advance
+
+
+def _draw(model: Model, settings: Settings, numbers: np.ndarray, size: int) -> Iterator[tuple[int, Part]]:
+    """Samples of these numbers, `size` at a time: how many there are of each batch, and this process's part of it."""
     mesh = jax.sharding.get_mesh()
-    size = min(batch, -(-len(wanted) // mesh.size)) * mesh.size
     options = program.Options(model.config, settings.dtype, settings.schedule.plan, settings.greedy)
     controls, seed = settings.schedule.controls, np.uint32(settings.seed)
 
@@ -123,24 +175,13 @@ def sample_classes(
         labels = (padded % model.config.num_classes).astype(np.int32)
         return _sample(options, mesh, model.params, _spread(labels, mesh), _spread(padded, mesh), controls, seed)
 
-    chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
-    bar = tqdm.tqdm(
-        total=len(wanted),
-        initial=len(wanted) - len(missing),
-        unit=" pictures",
-        disable=None if distributed.is_first() else True,
-    )
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for numbers, (images, tokens) in _one_ahead(dispatch, chunks):
-            rows, own_images = _own_rows(images)
-            _, own_tokens = _own_rows(tokens)
-            real = rows < len(numbers)
-            if real.any():
-                indices, own_labels = np.divmod(numbers[rows[real]].astype(np.int32), model.config.num_classes)
-                folder.write(Part(own_labels, indices, own_tokens[real], own_images[real]), pool)
-            bar.update(len(numbers))
-    distributed.barrier("all samples are written")
-    return len(missing)
+    chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    for chunk, (images, tokens) in _one_ahead(dispatch, chunks):
+        rows, own_images = _own_rows(images)
+        _, own_tokens = _own_rows(tokens)
+        real = rows < len(chunk)
+        indices, labels = np.divmod(chunk[rows[real]].astype(np.int32), model.config.num_classes)
+        yield len(chunk), Part(labels, indices, own_tokens[real], own_images[real])
 
 
 def _numbers(num_classes: int, labels: Sequence[int], per_class: int) -> np.ndarray:
@@ -207,7 +248,7 @@ def _own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Folder:
-    """The files. `check` is for every process, `open` for the first, before any `write`."""
+    """The files. `check` is for every process, `open`, before any `write`, and `look` for the first."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path = path
@@ -234,23 +275,26 @@ class _Folder:
             )
 
     def open(self) -> np.ndarray:
-        """Writes the manifest, removes what killed runs left half done; the numbers (N,) uint32 that are there."""
-        write_whole(self.path / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
-        found = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
-        numbers, kept = [np.zeros(0, np.int64)], set()
-        for file in sorted(self.path.glob("tokens/*.npz")):
-            labels, indices = self._read(file)
-            pictures = self._pictures(labels, indices)
-            if found.issuperset(pictures):
-                numbers.append(indices * self._classes + labels)
-                kept.update(pictures)
-            else:
-                file.unlink()
+        """Writes the manifest if there is none, removes what is not whole; the numbers (N,) uint32 that are there."""
+        if not (self.path / MANIFEST).exists():
+            write_whole(self.path / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
+        numbers, rest = self.look()
         with writing(self.path):
-            for name in found - kept:
-                if _OURS.fullmatch(name):
-                    (self.path / name).unlink()
-        return np.concatenate(numbers).astype(np.uint32)
+            for name in rest:
+                (self.path / name).unlink(missing_ok=True)
+        return numbers
+
+    def look(self) -> tuple[np.ndarray, list[str]]:
+        """The numbers (N,) uint32 of samples that are there whole, and the names of other files that are ours."""
+        found = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
+        numbers, whole = [np.zeros(0, np.int64)], set()
+        for name in sorted(filter(_PART.fullmatch, found)):
+            labels, indices = self._read(self.path / name)
+            if labels.size and found.issuperset(pictures := self._pictures(labels, indices)):
+                numbers.append(indices * self._classes + labels)
+                whole.update([name, *pictures])
+        rest = [name for name in found - whole if _OURS.fullmatch(name)]
+        return np.concatenate(numbers).astype(np.uint32), rest
 
     def write(self, part: Part, pool: ThreadPoolExecutor) -> None:
         """Writes a part: its pictures, as the threads of the pool compress them, then its tokens."""
@@ -265,12 +309,14 @@ class _Folder:
         write_whole(self.path / "tokens" / f"{self._name(part.labels, part.indices)}.npz", content.getvalue())
 
     def _read(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and indices of a part."""
+        """Labels and indices of a part; none where it is damaged, or gone since it was seen."""
         try:
             with file.open("rb") as stream, np.load(stream) as part:
                 return part["labels"], part["indices"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} is damaged ({error}); remove it, and run the command again.") from None
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error}); {remedy(error)}") from None
 
     def _pictures(self, labels: np.ndarray, indices: np.ndarray) -> list[str]:
         """Names of the files of a part's pictures."""

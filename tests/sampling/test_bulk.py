@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import hashlib
 import io
 import itertools
+import logging
 import os
 import shutil
 import signal
@@ -235,15 +237,54 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_stands(model, whole, tmp
         assert read(tmp_path / kind) == whole[kind]
 
 
-def test_samples_whose_files_are_gone_are_drawn_again(model, whole, tmp_path):
+def test_samples_whose_files_are_gone_or_damaged_are_drawn_again(model, whole, tmp_path):
     for kind in KINDS:
         folder = tmp_path / kind
         draw(model, folder, pictures=kind)
+        manifest = (folder / "samples.json").stat().st_ino
         tokens, pictures = (sorted(files for files in (folder / name).rglob("*.*")) for name in ("tokens", "pictures"))
         tokens[1].unlink()
+        tokens[2].write_bytes(tokens[2].read_bytes()[:100])
+        tokens[3].write_bytes(b"")
         pictures[-1].unlink()
-        assert 0 < draw(model, folder, pictures=kind) <= 8
+        assert draw(model, folder, pictures=kind) == 3 * 4 + 1
         assert read(folder) == whole[kind]
+        assert (folder / "samples.json").stat().st_ino == manifest  # that is not written again
+
+
+def test_samples_that_are_gone_in_the_end_are_missed(model, whole, tmp_path, monkeypatch):
+    write = bulk._Folder.write
+
+    def write_elsewhere(self, part, pool):
+        """As a process that does not share the directory, or beside a run that takes this one's pictures for lost."""
+        self.path = tmp_path / "elsewhere" if 3 in part.labels else tmp_path / "out"
+        write(self, part, pool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk._Folder, "write", write_elsewhere)
+        expected = (
+            r"\d+ of the 65 samples are not in .*/out; let all processes share it, end other runs into it, and run"
+        )
+        with pytest.raises(InputError, match=expected):
+            draw(model, tmp_path / "out")
+    assert draw(model, tmp_path / "out") > 0
+    assert read(tmp_path / "out") == whole["png"]
+
+
+def test_off_a_terminal_the_log_has_a_line_a_minute(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        draw(model, tmp_path, per_class=2)
+        assert caplog.messages == ["4 of 10 pictures are written."]
+        monkeypatch.setattr(bulk, "_LOG_SECONDS", 0)
+        draw(model, tmp_path, per_class=3)
+    assert caplog.messages[1:] == ["14 of 15 pictures are written.", "15 of 15 pictures are written."]
+
+
+def test_samples_of_a_format_are_the_same_for_good(whole):
+    tokens = b"".join(tokens for _, tokens in sorted(tokens_of(whole["png"]).items()))
+    # Where samples have to change, raise the format with them: a directory of other ones is not gone on with.
+    assert (bulk.FORMAT, hashlib.sha256(tokens).hexdigest()[:12]) == (2, "09b1f0064e6f")
 
 
 # --- what is refused, and leaves everything as it was
@@ -262,6 +303,7 @@ def contents(folder):
         ({"schedule": SCHEDULE.replace(top_k=3)}, "schedule"),
         ({"seed": 8, "greedy": True}, "seed and greedy"),
         ({"pictures": "array_record"}, "pictures"),
+        ({"format": 1}, "format"),
     ],
 )
 def test_a_directory_of_other_settings_is_refused(model, tmp_path, settings, named):
@@ -300,15 +342,14 @@ def test_a_directory_with_other_things_is_refused(model, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_damaged_part_and_manifest_are_named_and_notes_are_left_alone(model, tmp_path):
+def test_what_cannot_be_read_is_named_and_notes_are_left_alone(model, tmp_path):
     draw(model, tmp_path, per_class=1)
-    for note in ("notes.txt", "pictures/grid.png", "tokens/README", "pictures/0/best.png"):
+    for note in ("notes.txt", "pictures/grid.png", "tokens/README", "tokens/best.npz", "pictures/0/best.png"):
         (tmp_path / note).write_text("mine")
     draw(model, tmp_path, per_class=1)
     assert (tmp_path / "pictures" / "0" / "best.png").read_text() == (tmp_path / "notes.txt").read_text() == "mine"
-    part = min((tmp_path / "tokens").glob("*.npz"))
-    part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(InputError, match=rf"{part.name} is damaged .*; remove it, and run the command again"):
+    (tmp_path / "tokens" / "1234567890.npz").mkdir()
+    with pytest.raises(InputError, match=r"1234567890.npz cannot be read .*; check the path and its permissions"):
         draw(model, tmp_path, per_class=1)
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(InputError, match=r"samples\.json cannot be read"):
