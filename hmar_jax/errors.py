@@ -1,6 +1,10 @@
 """The exceptions that commands turn into one sentence and an exit code."""
 
+from __future__ import annotations
+
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -15,3 +19,16 @@ def reason(error: Exception) -> str:
     """What an error says, as part of a sentence: its first line or clause; its type's name where it says nothing."""
     said = re.split(r"[\n;]", str(error).strip(), maxsplit=1)[0]
     return said[:200].rstrip(".: ") or type(error).__name__
+
+
+@contextlib.contextmanager
+def device_memory(remedy: str) -> Iterator[None]:
+    """Turns a device's lack of memory in the block into an InputError that ends with the remedy."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"The device has too little memory ({reason(error)}); {remedy}.") from None

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from hmar_jax.commands import schedule
 from hmar_jax.commands.sample import parse_labels
 from hmar_jax.data.folder import decode
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, device_memory
 from hmar_jax.sampling import editing
 
 _GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and pictures a row
@@ -60,14 +60,15 @@ def run(argv: Sequence[str]) -> None:
     labels = None if args.label is None else parse_labels(args.label, model.config.class_names)
     if labels is not None and len(labels) > 1:
         raise InputError(f"--label is {args.label}; expected one class.")
-    out = model.edit(
-        image,
-        mask,
-        labels,
-        args.schedule,
-        **{name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")},
-        **schedule.changes(args),
-    )
+    with device_memory("choose fewer --variants"):
+        out = model.edit(
+            image,
+            mask,
+            labels,
+            args.schedule,
+            **{name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")},
+            **schedule.changes(args),
+        )
     names = [args.output.stem] if args.variants == 1 else [f"{args.output.stem}-{i}" for i in range(args.variants)]
     for name, result in zip(names, pictures.to_uint8(out.images), strict=True):
         pictures.save_png(pictures.Image.fromarray(result), args.output.with_name(f"{name}.png"))

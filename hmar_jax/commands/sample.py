@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from hmar_jax.commands import processes, schedule
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import write_whole
 
 
@@ -36,12 +37,13 @@ def run(argv: Sequence[str]) -> None:
     processes.add_options(parser)
     args = parser.parse_args(argv)
     if args.labels is not None:
-        if args.per_class or args.batch or args.format or args.coordinator:
-            parser.error("--per-class, --batch, --format and --coordinator go with --classes, not with --labels")
+        of_many = ("per_class", "batch", "format", "coordinator", "processes", "process")
+        if given := [f"--{name.replace('_', '-')}" for name in of_many if getattr(args, name) is not None]:
+            parser.error(f"not with --labels, only with --classes: {', '.join(given)}")
         _sample_labels(args)
     else:
         if args.trace:
-            parser.error("--trace goes with --labels, not with --classes")
+            parser.error("not with --classes, only with --labels: --trace")
         _sample_classes(args)
 
 
@@ -54,7 +56,8 @@ def _sample_labels(args: argparse.Namespace) -> None:
     model = from_pretrained(args.model, args.dtype, args.revision)
     labels = parse_labels(args.labels, model.config.class_names)
     settings = {"seed": args.seed, "greedy": args.greedy, "record": args.trace}
-    out = model.sample(labels, args.schedule, **settings, **schedule.changes(args))
+    with device_memory("choose fewer labels"):
+        out = model.sample(labels, args.schedule, **settings, **schedule.changes(args))
     for i, (label, image) in enumerate(zip(labels, pictures.to_uint8(out.images), strict=True)):
         name = f"{i:05d}-class{label}-seed{args.seed}"
         pictures.save_png(pictures.Image.fromarray(image), args.output / f"{name}.png")
@@ -69,6 +72,8 @@ def _sample_labels(args: argparse.Namespace) -> None:
 def _sample_classes(args: argparse.Namespace) -> None:
     """Many pictures of each class, by all processes together."""
     processes.join(args)
+    # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     import jax
 
@@ -95,7 +100,8 @@ def _sample_classes(args: argparse.Namespace) -> None:
         labels = parse_labels(f"0-{classes - 1}" if every else args.classes, names)
         per_class = 50 if args.per_class is None else args.per_class
         batch = 16 if args.batch is None else args.batch
-        drawn = bulk.sample_classes(model, settings, labels, per_class, args.output, batch=batch)
+        with device_memory("choose a smaller --batch"):
+            drawn = bulk.sample_classes(model, settings, labels, per_class, args.output, batch=batch)
     if distributed.is_first():
         before = f", {total - drawn} of them from before" if (total := per_class * len(set(labels))) > drawn else ""
         print(f"{total} pictures, {per_class} of each of {len(set(labels))} classes, are in {args.output}{before}")

@@ -3,6 +3,7 @@
 import argparse
 import logging
 
+import jax
 import numpy as np
 import pytest
 import tiny_training as tiny
@@ -11,6 +12,7 @@ from PIL import Image
 from hmar_jax import from_pretrained
 from hmar_jax.commands import edit
 from hmar_jax.commands.main import main
+from hmar_jax.sampling import program
 
 SIZE = tiny.SIZE
 PICTURE = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -163,6 +165,19 @@ def test_one_region_is_to_be_given(run, capsys, regions):
         run("p.png", *regions)
     assert stopped.value.code == 2
     assert "usage: hmar-jax edit" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_a_sentence(run, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+    monkeypatch.setattr(program, "sample", fail)
+    code, _, err = run("p.png", "--box=2,3,12,9")
+    assert code == 2
+    assert err.endswith(
+        "too little memory (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes); "
+        "choose fewer --variants.\n"
+    )
 
 
 def test_results_that_cannot_be_written_are_named(run, tmp_path):

@@ -1,7 +1,9 @@
 """`hmar-jax sample --classes`: many pictures of each class in one directory, gone on with by the same command."""
 
 import logging
+import signal
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import TINY, lively_model
@@ -77,8 +79,11 @@ def test_bad_input_is_a_sentence(command, tmp_path, capsys, case):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--labels=0", "--per-class=2"], "go with --classes, not with --labels"),
-        (["--classes=0", "--trace"], "--trace goes with --labels"),
+        (["--labels=0", "--per-class=0"], "not with --labels, only with --classes: --per-class"),
+        (["--labels=0", "--batch=0", "--format=png"], "only with --classes: --batch, --format"),
+        (["--labels=0", "--coordinator="], "only with --classes: --coordinator"),
+        (["--labels=0", "--processes=2", "--process=0"], "only with --classes: --processes, --process"),
+        (["--classes=0", "--trace"], "not with --classes, only with --labels: --trace"),
         (["--classes=0", "--labels=0"], "not allowed with argument"),
         ([], "one of the arguments --labels --classes is required"),
         (["--classes=0", "--format=jpeg"], "invalid choice: 'jpeg'"),
@@ -97,6 +102,33 @@ def test_the_command_joins_its_job_unless_told_not_to(command, tmp_path, monkeyp
     for options in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
         assert command("--classes=9", *options, "--output", tmp_path) == 2
     assert joined == [(None, None, None), ("h:1", 3, 2)]
+
+
+def test_a_terminated_run_ends_at_once_though_jax_takes_the_signal_in_a_job(command, tmp_path, monkeypatch):
+    def join(*_):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    monkeypatch.setattr(distributed, "join", join)
+    assert command("--classes=9", "--output", tmp_path) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("which", "function", "remedy"),
+    [("--labels=0", "program.sample", "fewer labels"), ("--classes=0", "bulk._sample", "a smaller --batch")],
+)
+def test_too_little_memory_is_a_sentence_with_the_remedy(
+    command, tmp_path, capsys, monkeypatch, which, function, remedy
+):
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 91268055040 bytes."
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(f"{said}\nBufferAssignment: …")
+
+    monkeypatch.setattr(f"hmar_jax.sampling.{function}", fail)
+    assert command(which, "--output", tmp_path) == 2
+    expected = f"hmar-jax sample: The device has too little memory ({said[:-1]}); choose {remedy}.\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_labels_are_read_by_name_first_then_by_number_and_range():
