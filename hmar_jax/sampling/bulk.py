@@ -9,7 +9,8 @@ A part is what one process has of one batch, named after its first number. Its t
 part has are of a run that was killed, and are removed by the next, as is a part that is damaged or lacks pictures.
 
 The number of sample `index` of class `label` is index · num_classes + label. What it looks like depends on that, its
-label and the settings alone: not on which others are asked for, the batch or the devices.
+label and the settings alone: not on which others are asked for, the batch or the devices. (In bfloat16 these change the
+rounding, so that a near-tie may fall otherwise.)
 
 Axis letters: B batch, N samples of a part, S pixels a side, L tokens.
 """
