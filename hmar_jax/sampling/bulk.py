@@ -45,7 +45,7 @@ from PIL import Image
 
 from hmar_jax.config import ModelConfig, to_plain
 from hmar_jax.errors import InputError
-from hmar_jax.files import put_in_place, remedy, write_whole, writing
+from hmar_jax.files import check_refusal, put_in_place, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import program
@@ -314,10 +314,9 @@ class _Folder:
         try:
             with file.open("rb") as stream, np.load(stream) as part:
                 return part["labels"], part["indices"]
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            check_refusal(str(file), error)
             return np.zeros(0, np.int32), np.zeros(0, np.int32)
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error}); {remedy(error)}") from None
 
     def _pictures(self, labels: np.ndarray, indices: np.ndarray) -> list[str]:
         """Names of the files of a part's pictures."""
@@ -339,17 +338,15 @@ def _png(image: np.ndarray) -> bytes:
 def _write_records(path: Path, records: Iterable[bytes]) -> None:
     """Writes an array_record file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
         try:
-            for record in records:
-                writer.write(record)
+            writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
+            try:
+                for record in records:
+                    writer.write(record)
+            finally:
+                writer.close()
+            put_in_place(partial, path)
         finally:
-            writer.close()
-        put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:  # array_record raises the latter
-        reason = str(error).strip().partition(";")[0].rstrip(".")
-        raise InputError(f"Could not write {path} ({reason}); {remedy(error)}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)

@@ -349,7 +349,7 @@ def test_what_cannot_be_read_is_named_and_notes_are_left_alone(model, tmp_path):
     draw(model, tmp_path, per_class=1)
     assert (tmp_path / "pictures" / "0" / "best.png").read_text() == (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "tokens" / "1234567890.npz").mkdir()
-    with pytest.raises(InputError, match=r"1234567890.npz cannot be read .*; check the path and its permissions"):
+    with pytest.raises(InputError, match=r"1234567890.npz could not be read .*; see whether its disk is there"):
         draw(model, tmp_path, per_class=1)
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(InputError, match=r"samples\.json cannot be read"):
