@@ -192,6 +192,8 @@ def _from_official(state: StateDict, config: ModelConfig, kind: Kind) -> dict[st
     places = official.places(config, kind)
     remedy = f"expected all entries of one {kind} and no others."
     check_shapes(state.shapes, {place.name: place.shape for place in places}, state.where, remedy)
+    if whole := sorted(state.integers & state.shapes.keys()):
+        raise InputError(f"{state.where} has {whole[0]} in whole numbers; give a state dict that is not quantised.")
     by_path: dict[str, list[official.Place]] = {}
     for place in places:
         by_path.setdefault(place.path, []).append(place)
@@ -266,10 +268,15 @@ def _check_exportable(config: ModelConfig, kind: Kind, where: str) -> None:
 
 
 class StateDict(NamedTuple):
-    """The parameters in an official file: shapes by name, and a function that reads one. `where` is for errors."""
+    """The parameters in an official file, by name.
+
+    Attributes:
+      where: what errors call it. get: reads one. integers: those that hold no floats, and perhaps other entries.
+    """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
+    integers: set[str]
     get: Callable[[str], np.ndarray]
 
 
@@ -278,13 +285,12 @@ def open_state_dict(source: Path, kind: Kind, key: str | None = None) -> StateDi
     if source.suffix not in (".safetensors", *torch_files.SUFFIXES):
         raise InputError(f"{source} is no .safetensors or .pth file; give one with such an ending.")
     file = tensors.File(source) if source.suffix == ".safetensors" else torch_files.File(source)
-    return _choose(source, file.shapes, file.read, kind, key)
+    return _choose(source, file, kind, key)
 
 
-def _choose(
-    source: Path, shapes: official.Shapes, get: Callable[[str], np.ndarray], kind: Kind, key: str | None
-) -> StateDict:
+def _choose(source: Path, file: tensors.File | torch_files.File, kind: Kind, key: str | None) -> StateDict:
     """The one state dict of a kind among all entries of a file, its buffers left out."""
+    shapes = file.shapes
     mark = official.TOKENIZER_MARK if kind == "vae" else official.TRANSFORMER_MARK
     prefixes = _prefixes(shapes, mark)
     chosen = [prefix for prefix in prefixes if key is None or prefix == (f"{key}." if key else "")]
@@ -302,7 +308,8 @@ def _choose(
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     own = _under(prefix, {name: shape for name, shape in shapes.items() if not name.startswith(deeper)})
     where = f"{source} under {prefix.rstrip('.')!r}" if prefix else str(source)
-    return StateDict(where, official.without_buffers(own), lambda name: get(prefix + name))
+    integers = {name.removeprefix(prefix) for name in file.integers if name.startswith(prefix)}
+    return StateDict(where, official.without_buffers(own), integers, lambda name: file.read(prefix + name))
 
 
 def _prefixes(shapes: official.Shapes, mark: str) -> list[str]:

@@ -214,10 +214,14 @@ class _Dimensions:
             )
         return shape
 
-    def count(self, pattern: str) -> int:
-        """One more than the highest number that stands for `#` at the start of any name; 0 where none does."""
+    def count(self, pattern: str, least: int = 1) -> int:
+        """One more than the highest number for `#` at the start of any name; InputError if that is below `least`."""
         start = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
-        return 1 + max((int(match[1]) for name in self.shapes if (match := start.match(name))), default=-1)
+        number = 1 + max((int(match[1]) for name in self.shapes if (match := start.match(name))), default=-1)
+        if number < least:
+            entry = pattern.replace("#", "0")
+            raise InputError(f"{self.where} lacks {entry}*; it is not a whole state dict of this kind.")
+        return number
 
 
 @contextlib.contextmanager
@@ -236,17 +240,19 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     channels = dims("encoder.conv_in.weight", 4)[0]
     levels = dims.count("encoder.down.#.")
     widths = [dims(f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
+    blocks = [dims.count(f"{side}.0.block.#.") for side in ("encoder.down", "decoder.up")]
+    phis = dims.count("quantize.quant_resi.qresi_ls.#.")
     with _naming(where):
         return TokenizerConfig(
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
-            encoder_blocks=dims.count("encoder.down.0.block.#."),
-            decoder_blocks=dims.count("decoder.up.0.block.#."),
+            encoder_blocks=blocks[0],
+            decoder_blocks=blocks[1],
             norm_groups=NORM_GROUPS,
             latent_channels=latent_channels,
             codebook_size=codebook_size,
-            downsampling=2 ** dims.count("encoder.down.#.downsample."),
-            phis=dims.count("quantize.quant_resi.qresi_ls.#."),
+            downsampling=2 ** dims.count("encoder.down.#.downsample.", least=0),
+            phis=phis,
         )
 
 
@@ -265,7 +271,6 @@ def infer_transformer(shapes: Shapes, kind: Kind, ladder: ScaleLadder, where: st
       InputError: `ladder` has other scales or tokens than the file, or an entry that tells a size is missing.
     """
     dims = _Dimensions(shapes, where)
-    blocks, head = ("ns_blocks", "ns_head") if kind == "hmar" else ("blocks", "head")
     first, width = dims("pos_start", 3)[1:]
     length, scales = dims("pos_1LC", 3)[1], dims("lvl_embed.weight", 2)[0]
     if (ladder.num_scales, ladder.length, ladder.lengths[0]) != (scales, length, first):
@@ -274,10 +279,12 @@ def infer_transformer(shapes: Shapes, kind: Kind, ladder: ScaleLadder, where: st
             f"{ladder.lengths[0]} of them in the first; {where} was built for {scales} scales and {length} tokens, "
             f"{first} in the first."
         )
-    branch_depth = {"hmar": dims.count("ns_blocks.#."), "var": 0}.get(kind, BRANCH_DEPTH)
-    depth = dims.count("base_blocks.#.") + branch_depth if kind == "hmar" else dims.count("blocks.#.")
-    if not depth:
-        raise InputError(f"{where} lacks {blocks}.0; it is not a whole state dict of this kind.")
+    if kind == "hmar":
+        blocks, head, branch_depth = "ns_blocks", "ns_head", dims.count("ns_blocks.#.")
+        depth = dims.count("base_blocks.#.", least=0) + branch_depth
+    else:
+        blocks, head, depth = "blocks", "head", dims.count("blocks.#.")
+        branch_depth = 0 if kind == "var" else min(BRANCH_DEPTH, depth)
     heads, classes = dims(f"{blocks}.0.attn.scale_mul_1H11", 4)[1], dims("class_emb.weight", 2)[0] - 1
     hidden = dims(f"{blocks}.0.ffn.fc1.weight", 2)[0]
     with _naming(where):
@@ -287,7 +294,7 @@ def infer_transformer(shapes: Shapes, kind: Kind, ladder: ScaleLadder, where: st
             heads=heads,
             num_classes=classes,
             mlp_ratio=hidden // width,
-            branch_depth=min(branch_depth, depth),
+            branch_depth=branch_depth,
             masked=kind in ("hmar", "hmar-stage2"),
             pattern="block_causal" if kind == "var" else "block_diagonal",
             shared_adaln="shared_ada_lin.1.weight" in shapes,

@@ -99,7 +99,7 @@ class File:
     """The arrays of a .safetensors file, read one by one.
 
     Attributes:
-      shapes: of all arrays, by name.
+      shapes: of all arrays, by name. integers: names of those that hold no floats.
 
     Raises:
       InputError: there is no such file, or it is damaged.
@@ -109,8 +109,9 @@ class File:
         self._path = path
         try:
             with self._open() as file:
-                names = file.keys()
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(array.get_shape()) for name, array in found.items()}
+                self.integers = {name for name, array in found.items() if "F" not in array.get_dtype()}
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; give a .safetensors file.") from None
         except (safetensors.SafetensorError, OSError) as error:

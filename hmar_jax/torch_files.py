@@ -37,7 +37,7 @@ class File:
     """The tensors of a PyTorch file, read one by one.
 
     Attributes:
-      shapes: of all tensors, by their path in the file, with dots.
+      shapes: of all tensors, by their path in the file, with dots. integers: paths of those that hold no floats.
 
     Raises:
       InputError: PyTorch is not installed, or the file is not there, damaged or more than tensors.
@@ -48,6 +48,7 @@ class File:
         self._arrays, self._mapped = _load(source)
         self._read = 0
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        self.integers = {name for name, array in self._arrays.items() if not array.is_floating_point()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as a float32 array."""

@@ -109,6 +109,9 @@ class Tensor:
     def detach(self):
         return Tensor(self._array, True)
 
+    def is_floating_point(self):
+        return self._array.dtype.kind == "f"
+
     def float(self):
         return Tensor(self._array.astype(np.float32), self._detached)
 
@@ -156,6 +159,12 @@ def test_a_torch_file_is_read_safely_and_mapped(torch, tmp_path, small_tokenizer
     file.write_bytes(start + pickle.dumps(content))
     assert_bit_equal(stored(convert("vae", file, LADDER, tmp_path / "vae")), stored(small_tokenizer))
     assert torch.calls == asked
+
+
+def test_a_quantised_torch_file_is_refused(torch, refused_file, tmp_path):
+    zeros = {name: np.zeros(shape) for name, shape in official_shapes("vae").items()}
+    (tmp_path / "vae.pth").write_bytes(pickle.dumps(as_tensors(zeros, np.int8)))
+    assert refused_file(tmp_path / "vae.pth").startswith("vae.pth has decoder.conv_in.bias in whole numbers; ")
 
 
 def test_a_torch_file_comes_back_bit_for_bit(torch, tmp_path, small_tokenizer):

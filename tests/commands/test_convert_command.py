@@ -4,6 +4,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from official_files import (
@@ -87,12 +88,35 @@ def test_a_missing_entry_is_named(refused_shapes, kind, entry):
     assert refused_shapes(kind, shapes).startswith(f"f.safetensors lacks {entry}; ")
 
 
+COUNTED = {  # what there is at least one of
+    "vae": ["encoder.down.0.", "decoder.up.0.block.0.", "quantize.quant_resi.qresi_ls.0."],
+    "var": ["blocks.0."],
+    "hmar": ["ns_blocks.0."],
+    "hmar-stage2": ["blocks.0."],
+}
+
+
+@pytest.mark.parametrize(("kind", "first"), [(kind, first) for kind, firsts in COUNTED.items() for first in firsts])
+def test_a_part_that_is_missing_whole_is_named(refused_shapes, kind, first):
+    all_of_them = first.removesuffix("0.")
+    shapes = {name: shape for name, shape in official_shapes(kind).items() if not name.startswith(all_of_them)}
+    assert refused_shapes(kind, shapes) == f"f.safetensors lacks {first}*; it is not a whole state dict of this kind."
+
+
 @pytest.mark.parametrize(("kind", "entry"), CASES)
 def test_a_misshapen_entry_is_named_with_both_shapes(refused_shapes, kind, entry):
     shapes = official_shapes(kind)
     for wrong in ((*shapes[entry][:-1], shapes[entry][-1] + 1), (*shapes[entry], 1)):
         said = refused_shapes(kind, shapes | {entry: wrong})
         assert said.startswith(f"f.safetensors has {entry} of shape {wrong}, not {shapes[entry]}; expected all entries")
+
+
+def test_a_quantised_entry_is_named(refused_file, tmp_path):
+    state = random_state("vae") | {"quant_conv.bias": np.ones(4, np.int8)}
+    file = file_of(tmp_path / "f.safetensors", {f"model.{name}": array for name, array in state.items()})
+    where = "f.safetensors under 'model'"
+    expected = f"{where} has quant_conv.bias in whole numbers; give a state dict that is not quantised."
+    assert refused_file("vae", file) == expected
 
 
 TELLING = {  # entries that the sizes are read from
