@@ -22,6 +22,15 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Begins the sentence of an InputError in the block with `what` and a colon."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+@contextlib.contextmanager
 def device_memory(remedy: str) -> Iterator[None]:
     """Turns a device's lack of memory in the block into an InputError that ends with the remedy."""
     import jax

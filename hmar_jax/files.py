@@ -26,6 +26,15 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"Could not write {path} ({refused}); {remedy(refused)}") from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into an InputError that names `path`, the reason and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Could not read {path} ({error}); check the path and its permissions.") from None
+
+
 def write_whole(path: Path, content: bytes) -> Path:
     """Writes a file under a temporary name and renames it, making its folder. Raises InputError as `writing`.
 

@@ -6,15 +6,14 @@ official array (a layer of a stack: one each), whose name follows from ours.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, saying
 from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
 
@@ -224,15 +223,6 @@ class _Dimensions:
         return number
 
 
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Says which file has sizes that a config refuses."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"The sizes in {where} do not go together: {error}") from None
-
-
 def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     """The config of a `vae` from its shapes; `where` names the file in errors."""
     dims = _Dimensions(shapes, where)
@@ -242,7 +232,7 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     widths = [dims(f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
     blocks = [dims.count(f"{side}.0.block.#.") for side in ("encoder.down", "decoder.up")]
     phis = dims.count("quantize.quant_resi.qresi_ls.#.")
-    with _naming(where):
+    with saying(f"The sizes in {where} do not go together"):
         return TokenizerConfig(
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
@@ -287,7 +277,7 @@ def infer_transformer(shapes: Shapes, kind: Kind, ladder: ScaleLadder, where: st
         branch_depth = 0 if kind == "var" else min(BRANCH_DEPTH, depth)
     heads, classes = dims(f"{blocks}.0.attn.scale_mul_1H11", 4)[1], dims("class_emb.weight", 2)[0] - 1
     hidden = dims(f"{blocks}.0.ffn.fc1.weight", 2)[0]
-    with _naming(where):
+    with saying(f"The sizes in {where} do not go together"):
         config = TransformerConfig(
             depth=depth,
             width=width,

@@ -25,8 +25,8 @@ import numpy as np
 from hmar_jax import hub, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
-from hmar_jax.errors import InputError
-from hmar_jax.files import remedy
+from hmar_jax.errors import InputError, saying
+from hmar_jax.files import reading, remedy
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
@@ -70,11 +70,12 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
     weights = local / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again.")
-    with weights.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != meta["sha256"]:
-            cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
-            again = "copy or export it again" if local == Path(path) else cached
-            raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
+    with reading(weights), weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != meta["sha256"]:
+        cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
+        again = "copy or export it again" if local == Path(path) else cached
+        raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))
     return Opened(config, meta, file)
@@ -105,19 +106,23 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The `ModelConfig` of a model directory, and all of its `config.json`."""
+    file = path / CONFIG
+    with reading(file):
+        if not file.exists():
+            raise InputError(
+                f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` and `convert` write one."
+            )
+        content = file.read_bytes()
     try:
-        meta = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        meta = json.loads(content)
         if meta["format"] != FORMAT:
-            raise InputError(f"{path / CONFIG} has format {meta['format']}; this version reads {FORMAT}.")
+            raise InputError(f"{file} has format {meta['format']}; this version reads {FORMAT}.")
         if absent := {"source", "sha256", "tokenizer_sha256", "licences", "layout"} - meta.keys():
             raise KeyError(*sorted(absent))
-        return from_plain(ModelConfig, meta["model"]), meta
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` and `convert` write one."
-        ) from None
+        with saying(f"{file} describes no model"):
+            return from_plain(ModelConfig, meta["model"]), meta
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path / CONFIG} is damaged ({error}); copy or export the model again.") from None
+        raise InputError(f"{file} is damaged ({error}); copy or export the model again.") from None
 
 
 def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:
