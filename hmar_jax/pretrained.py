@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,11 +170,10 @@ def write_model(
     if path.exists() and not replace:
         raise InputError(f"{path} exists already; remove it, or choose another output directory.")
     check_entries(config, {name: tensor.shape for name, tensor in parameters.items()}, "The model")
-    partial = None
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        partial.chmod(0o755)
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+        partial.mkdir(parents=True)
         digests = tensors.write(partial / WEIGHTS, parameters, label=path.name)
         card = model_card.write(path.name, config, parameters, source=source, licences=licences)
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -193,8 +191,7 @@ def write_model(
     except OSError as error:
         raise InputError(f"Could not write the model to {path} ({error}); {remedy(error)}") from None
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -212,17 +209,17 @@ def _fingerprint(digests: Mapping[str, str]) -> str:
 
 def _swap_in(new: Path, path: Path) -> None:
     """Renames `new` to `path`; what was there steps aside first, so that no moment has half a directory."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    aside = path.with_name(f".{path.name}.old")
     old = aside / path.name
     try:
-        os.rename(path, old)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+            aside.mkdir()
+            os.rename(path, old)
         os.rename(new, path)
     except BaseException:
-        if old.exists():
+        if old.exists() and not path.exists():
             os.rename(old, path)
-        aside.rmdir()
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)

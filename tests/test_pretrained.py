@@ -309,6 +309,16 @@ def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
     assert listing(saved.parent) == before
 
 
+def test_a_save_clears_away_what_a_killed_one_left(saved, model):
+    partial, old = saved.with_name(".model.partial"), saved.with_name(".model.old")
+    for left in (partial, old):
+        (left / "model").mkdir(parents=True)
+        (left / "model.safetensors").touch()
+    save_model(saved, model, "second", replace=True)
+    assert read_config(saved)[1]["source"] == "second"
+    assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
+
+
 def test_a_folder_that_cannot_be_made_gets_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"Could not write the model to .*check the path"):
