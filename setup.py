@@ -13,6 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*", "configs*"]),
+    package_data={"hmar_jax": ["data/imagenet_classes.txt"]},  # WordNet's first lemmas, in the order of ILSVRC's labels
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",

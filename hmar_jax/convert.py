@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ def convert(
       ladder: the sides that the model is for, which no file tells.
       tokenizer: model directory (or hub id) whose tokenizer joins the transformer; for all kinds but `vae`.
       next_scale: for `hmar-stage2`, the model converted from its stage 1, which gives the next-scale branch; without
-        it both branches get the file's blocks.
+        it both branches get the file's blocks. The classes have the names that this or `tokenizer` has for them, or
+        else, being 1000, ImageNet's.
       key: where in a checkpoint the state dict is, with dots, if there are several.
       dtype: `float32`, or `bfloat16` for a file of half the size; the quantizer, biases, norms and scales, next to
         nothing of the whole, are float32 all the same.
@@ -184,7 +186,16 @@ def _config(
                 f"{stage1.where} is not the stage 1 of {state.where}: sizes or sides differ; give the one it started "
                 "from."
             )
-    return ModelConfig(ladder, sizes, transformer)
+    return ModelConfig(ladder, sizes, transformer, _class_names(transformer.num_classes, [stage1, tokenizer]))
+
+
+def _class_names(classes: int, parts: Sequence[_Part | None]) -> tuple[str, ...]:
+    """Those of the first part that names as many classes, else ImageNet's where there are 1000: no file tells them."""
+    for part in parts:
+        if part is not None and len(part.config.class_names) == classes:
+            return part.config.class_names
+    imagenet = resources.files("hmar_jax.data").joinpath("imagenet_classes.txt")
+    return tuple(imagenet.read_text(encoding="utf-8").splitlines()) if classes == 1000 else ()
 
 
 def _from_official(state: StateDict, config: ModelConfig, kind: Kind) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from official_files import (
 )
 
 from hmar_jax import InputError, from_pretrained, official
+from hmar_jax.commands.sample import parse_labels
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.convert import convert, export_torch
 from hmar_jax.pretrained import read_config, save_model
@@ -129,7 +130,8 @@ def geometries(draw, kind):
         "mlp_ratio": draw(st.integers(1, 4)),
         "shared_adaln": draw(st.booleans()),
     }
-    return small(kind, ladder, tokenizer, **changes)
+    names = tuple(f"class {label}" for label in range(changes["num_classes"]))
+    return dataclasses.replace(small(kind, ladder, tokenizer, **changes), class_names=names)
 
 
 def through_official(folder, directory, kind, **parts):
@@ -154,6 +156,16 @@ def test_a_model_of_any_geometry_comes_back_bit_for_bit(kind, data):
         back = through_official(folder, ours, kind, **parts)
         assert read_config(back)[0] == model.config
         assert_bit_equal(stored(back), stored(ours))
+
+
+def test_a_thousand_classes_have_the_names_of_imagenet(tmp_path, small_tokenizer):
+    of_two = read_config(small_tokenizer)[1]["model"] | {"class_names": ["cat", "dog"]}
+    tokenizer = configured(small_tokenizer, tmp_path / "vae", model=of_two)
+    file = file_of_zeros(tmp_path / "var.safetensors", official_shapes("var", num_classes=1000))
+    names = read_config(convert("var", file, LADDER, tmp_path / "var", tokenizer=tokenizer))[0].class_names
+    assert len(set(names)) == 1000
+    assert not [name for name in names if "," in name or name != name.strip()]
+    assert parse_labels("tench,golden retriever,88,macaw,7-9,toilet tissue", names) == [0, 207, 88, 88, 7, 8, 9, 999]
 
 
 # --- stage 2
