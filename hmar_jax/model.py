@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,8 @@ from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.networks import hold, networks, unrolls
 from hmar_jax.sampling import editing, program, progress
-from hmar_jax.sampling.orders import Order
 from hmar_jax.sampling.sampler import Kept
-from hmar_jax.sampling.schedule import Schedule
+from hmar_jax.sampling.schedule import Changes, Schedule
 from hmar_jax.tokenizer.door import TokenizerDoor, check_tokens
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
@@ -86,44 +85,37 @@ class Model:
         masked = jnp.asarray(masked)
         if masked.dtype != bool or masked.shape != tokens.shape:
             raise InputError(f"masked is {masked.dtype} {masked.shape}; expected bool {tokens.shape}, as the tokens.")
-        self._check_mask_branch("masked_logits")
+        if not self._check_transformer().masked:
+            raise InputError("This model has no mask branch; train stage `masked`, or use next_scale_logits.")
         return _masked_logits(self.config, self.dtype, self.params, labels, tokens, masked)
 
     def sample(
         self,
         labels: ArrayLike,
-        schedule: str | Schedule = "next-scale",
+        schedule: str | Schedule | None = None,
         *,
-        cfg: Any = None,
-        temperature: Any = None,
-        top_k: Any = None,
-        top_p: Any = None,
-        noise: Any = None,
-        refine_cfg: float | None = None,
-        order: Order | None = None,
         seed: int = 0,
         numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
         on_scale: progress.OnScale | None = None,
+        **changes: Unpack[Changes],
     ) -> Sample:
         """Samples pictures; each depends on (seed, its number, its label) alone, whatever the batch and the devices.
 
         Args:
           labels: (B,) int in [0, num_classes).
           schedule: a `Schedule`, or text as `Schedule.parse` takes it: a preset's name, a .json file, or a curve and
-            steps such as `cosine:4@5-9`; names and curves bring the published guidance of the model's depth.
-          cfg, temperature, top_k, top_p, noise, refine_cfg, order: override the schedule's, as in `Schedule.replace`.
-            Changing them compiles nothing, but for the order, or where guidance appears or vanishes in a pass.
-          seed: of the random numbers. numbers: (B,) int in [0, 2³²), which of the seed's samples each is; 0 to B-1 by
-            default. greedy: argmax of the guided logits, no filters.
-          record: give every pass's draw.
+            steps such as `cosine:4@5-9`; names and curves bring the published guidance of the model's depth. By default
+            `next-scale`, for VAR `var`.
+          seed: of the random numbers, in [0, 2³²). numbers: (B,) int, likewise, which of the seed's samples each is; 0
+            to B-1 by default. greedy: argmax of the guided logits, no filters. record: give every pass's draw.
           on_scale: called with each scale, from 0, and its tokens (B,N) int32 once they are final, in order and in the
             caller's thread, while the sampling goes on. Another function compiles nothing.
+          changes: cfg, temperature, top_k, top_p, noise, refine_cfg, order: override the schedule's, as in
+            `Schedule.replace`. They compile nothing, but for the order, or where guidance appears or vanishes.
         """
         labels, _ = self._check(labels, classes=self.config.num_classes - 1)
-        changes = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
-        changes |= {"refine_cfg": refine_cfg, "order": order}
         schedule = self.schedule(schedule, **changes)
         return self._sample(labels, schedule, seed, numbers, greedy=greedy, record=record, on_scale=on_scale)
 
@@ -137,23 +129,17 @@ class Model:
         variants: int = 1,
         composite: bool = False,
         feather: int | None = None,
-        cfg: Any = None,
-        temperature: Any = None,
-        top_k: Any = None,
-        top_p: Any = None,
-        noise: Any = None,
-        refine_cfg: float | None = None,
-        order: Order | None = None,
         seed: int = 0,
         numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
+        **changes: Unpack[Changes],
     ) -> Sample:
         """Draws a part of pictures anew (zero-shot editing): their other tokens are kept, whatever is drawn.
 
         A token that the mask only touches is drawn whole. The scale of one token, which is the mean colour, is kept
         whatever the mask. Pixels outside the mask change as well, for coarse tokens and the decoder reach over its rim,
-        unless `composite`. Each result depends on its picture, mask, label and (seed, its number) alone.
+        unless `composite`. Each result depends on its picture, mask, label and (seed, its number), as in `sample`.
 
         Args:
           images: (B,S,S,3) uint8 or float in [0,1], or one of them.
@@ -161,50 +147,32 @@ class Model:
           labels: (B,) int in [0, num_classes], the last being the null class, or one for all. None is the null class,
             pure in- or out-painting; guidance is left out where it would guide by nothing.
           schedule: as in `sample`, each scale's counts shared out in proportion to its tokens to draw. By default
-            `small` for a model with a mask branch, whose passes see the kept tokens, `var` for VAR, else `next-scale`.
-          variants: results for each picture, one after the other.
+            `small` for a model with a mask branch, whose passes see the kept tokens.
+          variants: results for each picture, one after the other: B·variants pictures, each with its number.
           composite: outside the mask give the input's pixels, bit for bit, and inside it blend them in, over `feather`
             pixels from its rim; half a token by default.
-          cfg to order, seed, greedy, record: as in `sample`. numbers: (B·variants,) likewise.
-
-        Returns:
-          B·variants pictures, those of a picture together.
+          seed, greedy, record, changes: as in `sample`.
         """
-        config = self.config
-        pictures = editing.check_pictures(images, config.image_size)
-        masks = editing.check_mask(mask, len(pictures), config.image_size)
-        feather = config.tokenizer.downsampling // 2 if feather is None else feather
-        if variants < 1 or feather < 0:
-            raise InputError(f"variants is {variants}, feather {feather}; expected 1 or more, and 0 or more.")
-        if labels is None or np.ndim(labels) == 0:
-            labels = np.full(len(pictures), config.num_classes if labels is None else labels)
-        checked, _ = self._check(labels)
-        if len(checked) != len(pictures):
-            raise InputError(f"There are {len(checked)} labels for {len(pictures)} pictures; give one each, or one.")
-        changes = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
-        changes |= {"refine_cfg": refine_cfg, "order": order}
-        if (checked == config.num_classes).all():
-            changes |= {"cfg": 0, "refine_cfg": 0}
-        schedule = self.schedule(editing.default_schedule(config) if schedule is None else schedule, **changes)
-        several = functools.partial(np.repeat, repeats=variants, axis=0)
-        tokens = on_host(self.tokenizer.encode(2 * pictures - 1))
-        kept = Kept(*(jnp.asarray(several(x)) for x in (tokens, editing.keep_tokens(masks, config.ladder))))
-        out = self._sample(several(checked), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)
+        transformer, size = self._check_transformer(), self.config.image_size
+        feather = self.config.tokenizer.downsampling // 2 if feather is None else _whole("feather", feather, 0)
+        several = functools.partial(np.repeat, repeats=_whole("variants", variants, 1), axis=0)
+        pictures = editing.check_pictures(images, size)
+        masks = editing.check_mask(mask, len(pictures), size)
+        labels = self._label_each(labels, len(pictures))
+        if (labels == self.config.num_classes).all():
+            changes["cfg"] = changes["refine_cfg"] = 0
+        schedule = self.schedule("small" if schedule is None and transformer.masked else schedule, **changes)
+        tokens, keep = on_host(self.tokenizer.encode(2 * pictures - 1)), editing.keep_tokens(masks, self.config.ladder)
+        kept = Kept(*(jnp.asarray(several(array)) for array in (tokens, keep)))
+        out = self._sample(several(labels), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)
         if not composite:
             return out
-        images = editing.composite(out.images, several(pictures), several(masks), feather)
-        return dataclasses.replace(out, images=images)
+        blended = editing.composite(out.images, several(pictures), several(masks), feather)
+        return dataclasses.replace(out, images=blended)
 
-    def schedule(self, schedule: str | Schedule, **changes: Any) -> Schedule:
+    def schedule(self, schedule: str | Schedule | None = None, **changes: Unpack[Changes]) -> Schedule:
         """The schedule that `sample` follows, given this one and these changes (`Schedule.replace`), checked."""
-        transformer = self._check_transformer()
-        if isinstance(schedule, str):
-            schedule = Schedule.parse(schedule, self.config.ladder, transformer.depth)
-        schedule = schedule.replace(**changes)
-        schedule.check_ladder(self.config.ladder)
-        if schedule.has_masked_steps:
-            self._check_mask_branch("A schedule with masked steps")
-        return schedule
+        return Schedule.resolve(schedule, self.config.ladder, self._check_transformer(), **changes)
 
     def placed(self, mesh: Mesh) -> Any:
         """The parameters, whole on each device of a mesh, if nobody has said where they are to be.
@@ -236,14 +204,12 @@ class Model:
         on_scale: progress.OnScale | None = None,
     ) -> Sample:
         """`sample` with checked labels and schedule, perhaps with tokens that are kept."""
-        labels = np.asarray(labels)
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}.")
+        labels, seed = np.asarray(labels), _whole("seed", seed, 0, 2**32 - 1)
         number = labels.shape[0]
         numbers = np.arange(number, dtype=np.uint32) if numbers is None else _check_numbers(numbers, number)
         options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
-        mesh = _mesh()
-        labels, numbers, kept = jax.tree.map(lambda array: _over_devices(array, mesh), (labels, numbers, kept))
+        mesh = mesh_in_use()
+        labels, numbers, kept = jax.tree.map(lambda array: over_devices(array, mesh), (labels, numbers, kept))
         params = self.placed(mesh)
 
         def run(ticket: Any = None) -> tuple[Any, Any, Any]:
@@ -287,16 +253,19 @@ class Model:
             raise InputError(f"There are {labels.shape[0]} labels but tokens of {checked.shape[0]} pictures.")
         return labels.astype(np.int32), checked
 
+    def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
+        """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
+        if labels is None or np.ndim(labels) == 0:
+            labels = np.full(pictures, self.config.num_classes if labels is None else labels)
+        checked, _ = self._check(labels)
+        if len(checked) != pictures:
+            raise InputError(f"There are {len(checked)} labels for {pictures} pictures; give one each, or one.")
+        return checked
+
     def _check_transformer(self) -> TransformerConfig:
         if self.config.transformer is None:
             raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
         return self.config.transformer
-
-    def _check_mask_branch(self, what: str) -> None:
-        if not (self.config.transformer and self.config.transformer.masked):
-            raise InputError(
-                f"{what} needs a mask branch, which this model has not; train stage `masked`, or use 'next-scale'."
-            )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -321,13 +290,25 @@ def on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
-def _mesh() -> Mesh:
+def mesh_in_use() -> Mesh:
     """The mesh in use, or else one of all local devices."""
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         return mesh
     devices = jax.local_devices()
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        ends = f"{least} or more" if most is None else f"{least} to {most}"
+        raise InputError(f"{name} is {value!r}; expected a whole number, {ends}.")
+    return number
 
 
 def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:
@@ -338,7 +319,7 @@ def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:
     return array.astype(np.uint32)
 
 
-def _over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
+def over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
     """An array (B,…) split as batches are; padded with repeats so that it divides, which no sample notices."""
     array = np.asarray(array)
     axes = tuple(name for name in mesh.axis_names if name != "tensor")

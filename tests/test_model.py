@@ -13,6 +13,7 @@ from tiny_models import TINY, random_tokens
 import hmar_jax
 from hmar_jax import InputError, Schedule
 from hmar_jax.model import Model
+from hmar_jax.sampling import program
 
 LABELS = [0, 4]
 TOKENS = random_tokens(TINY, 2)
@@ -99,8 +100,10 @@ def test_the_null_class_has_logits_but_no_samples(model):
         (lambda m: m.sample([0], Schedule.from_counts([[1], [4]])), r"is for the sides 1,2, .*built for 1,2,3;"),
         (lambda m: m.sample([0], "fast"), r"Schedule 'fast' is unknown"),
         (lambda m: m.sample([0], top_p=2), r"top_p is 2\.0; expected above 0 and at most 1"),
-        (lambda m: m.sample([0], seed=-1), r"seed is -1; expected 0 to 4294967295\."),
-        (lambda m: m.sample([0], seed=2**32), r"seed is 4294967296; expected 0 to 4294967295\."),
+        (lambda m: m.sample([0], seed=-1), r"seed is -1; expected a whole number, 0 to 4294967295\."),
+        (lambda m: m.sample([0], seed=2**32), r"seed is 4294967296; expected a whole number, 0 to 4294967295\."),
+        (lambda m: m.sample([0], seed=0.7), r"seed is 0\.7; expected a whole number"),
+        (lambda m: m.sample([0], seed=None), r"seed is None; expected a whole number"),
         (lambda m: m.tokenizer.encode(IMAGES[:, :5]), r"Images are float32 \(2, 5, 6, 3\); .*floats \(B, 6, 6, 3\)"),
         (lambda m: m.tokenizer.encode(IMAGES[0]), r"Images are float32 \(6, 6, 3\)"),
         (lambda m: m.tokenizer.encode(IMAGES[:0]), r"Images are float32 \(0, 6, 6, 3\); .* B being 1 or more\."),
@@ -132,10 +135,24 @@ def test_a_seed_may_have_all_of_32_bits(model):
 
 
 def test_masked_doors_need_a_mask_branch(stage1_model):
-    with pytest.raises(InputError, match="masked_logits needs a mask branch"):
+    with pytest.raises(InputError, match=r"has no mask branch; .* use next_scale_logits\.$"):
         stage1_model.masked_logits(LABELS, TOKENS, MASKED)
     with pytest.raises(InputError, match=r"masked steps needs a mask branch.*'next-scale'"):
         stage1_model.sample(LABELS, Schedule.from_counts([[1], [1, 3], [9]]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("model", "next-scale"), ("stage1_model", "next-scale"), ("var_model", "var")]
+)
+def test_by_default_a_scale_has_one_step_with_the_guidance_published_for_the_model(request, monkeypatch, kind, name):
+    def draw_grey(options, params, labels, numbers, controls, *_):
+        assert options.plan == expected.plan
+        np.testing.assert_array_equal(np.stack(controls), np.stack(expected.controls))
+        return jnp.full((len(labels), 6, 6, 3), 0.5), jnp.zeros((len(labels), 14), jnp.int32), []
+
+    expected = Schedule.preset(name, TINY.ladder)
+    monkeypatch.setattr(program, "sample", draw_grey)
+    assert (request.getfixturevalue(kind).sample(LABELS).images == 0.5).all()
 
 
 @pytest.mark.parametrize("name", hmar_jax.__all__)

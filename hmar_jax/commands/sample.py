@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--labels", help="one picture each, by number or name: 3,7 or A,b or 0-9")
     which.add_argument("--classes", help="many pictures each, over all devices: all, or some as for --labels")
-    parser.add_argument("--schedule", default="next-scale", help=f"{schedule.HELP} (default: %(default)s)")
+    parser.add_argument("--schedule", help=f"{schedule.HELP} (default: next-scale, for a VAR var)")
     parser.add_argument("--seed", type=int, default=0)
     schedule.add_options(parser)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token everywhere")

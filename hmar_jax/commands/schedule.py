@@ -19,7 +19,7 @@ from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole
 from hmar_jax.sampling import orders
-from hmar_jax.sampling.schedule import SCALARS, Plan, Schedule
+from hmar_jax.sampling.schedule import SCALARS, Changes, Plan, Schedule
 from hmar_jax.scales import ScaleLadder
 
 HELP = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
@@ -51,9 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", choices=orders.ORDERS, help="of commitment; the schedule's by default")
 
 
-def changes(args: argparse.Namespace) -> dict[str, Any]:
+def changes(args: argparse.Namespace) -> Changes:
     """What the options of `add_options` ask for, None where they are not given."""
-    return {name: getattr(args, name) for name in (*SCALARS, "refine_cfg", "order")}
+    asked: Any = {name: getattr(args, name) for name in Changes.__annotations__}
+    return asked
 
 
 def run(argv: Sequence[str]) -> None:
@@ -88,9 +89,7 @@ def _show(args: argparse.Namespace) -> None:
             raise InputError(f"{option} is {file}; expected a file that ends in {suffix}.")
     model = _model(args)
     assert model.transformer is not None
-    schedule = Schedule.parse(args.schedule, model.ladder, model.transformer.depth).replace(**changes(args))
-    if schedule.has_masked_steps and not model.transformer.masked:
-        raise InputError(f"{args.schedule} has masked steps, but this model no mask branch; choose 'next-scale'.")
+    schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **changes(args))
     print(report(schedule, model))
     if args.json is not None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())

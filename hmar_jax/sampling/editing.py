@@ -11,16 +11,8 @@ import functools
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
-from hmar_jax.sampling.schedule import preset_for
 from hmar_jax.scales import ScaleLadder
-
-
-def default_schedule(config: ModelConfig) -> str:
-    """The preset for edits: one with masked passes, which alone see a scale's kept tokens, where the model has them."""
-    assert config.transformer is not None
-    return "small" if config.transformer.masked else preset_for(config.ladder, config.transformer)
 
 
 def check_pictures(images: ArrayLike, size: int) -> np.ndarray:

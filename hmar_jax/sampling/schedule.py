@@ -16,7 +16,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,18 @@ PRESETS = (*_OFFICIAL_COUNTS, "small", "next-scale", "var")
 _LARGEST = 2.0**127  # what float32 holds with room to spare
 # VAR's published sampling settings, the same for all depths.
 _VAR = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+
+
+class Changes(TypedDict, total=False):
+    """What `Schedule.replace` takes, as `Schedule.from_counts` does; None leaves a thing as it is."""
+
+    cfg: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    noise: Any
+    refine_cfg: float | None
+    order: Order | None
 
 
 class Pass(NamedTuple):
@@ -220,25 +232,52 @@ class Schedule:
         have, like the presets, the published guidance of the given transformer depth.
         """
         if text.endswith(".json"):
+            file = f"Schedule file {text}"
             try:
                 schedule = cls.from_json(Path(text).read_text(encoding="utf-8"))
+            except InputError as error:
+                raise InputError(f"{file}: {error}") from None
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(
-                    f"Schedule file {text} cannot be read ({error}); write one with Schedule.to_json."
-                ) from None
-            schedule.check_ladder(ladder)
+                raise InputError(f"{file} cannot be read ({error}); write one with Schedule.to_json.") from None
+            schedule.check_ladder(ladder, file)
             return schedule
         generated = generators.parse(text)
         if generated is None:
             return cls.preset(text, ladder, depth)
         return cls.generate(ladder, **generated, **_official_guidance(depth))
 
-    def replace(self, **changes: Any) -> Schedule:
+    @classmethod
+    def resolve(
+        cls, schedule: str | Schedule | None, ladder: ScaleLadder, model: TransformerConfig, **changes: Unpack[Changes]
+    ) -> Schedule:
+        """The schedule that a transformer samples by, given this one and these changes (`replace`), checked.
+
+        Args:
+          schedule: itself, or text as `parse` takes it. None is the preset of one step a scale: `var` for VAR, which
+            has guidance of its own, else `next-scale`.
+
+        Raises:
+          InputError: it is for another ladder, or has masked steps where the transformer has no mask branch.
+        """
+        if schedule is None:
+            schedule = "var" if model.pattern == "block_causal" else "next-scale"
+        if isinstance(schedule, str):
+            schedule = cls.parse(schedule, ladder, model.depth)
+        schedule = schedule.replace(**changes)
+        schedule.check_ladder(ladder)
+        if schedule.has_masked_steps and not model.masked:
+            raise InputError(
+                "A schedule with masked steps needs a mask branch, which this model has not; train stage `masked`, or "
+                "use 'next-scale'."
+            )
+        return schedule
+
+    def replace(self, **changes: Unpack[Changes]) -> Schedule:
         """The schedule with other scalars or another order, given as in `from_counts`; None leaves one as it is.
 
         A number for `cfg` changes next-scale passes alone, as `refine_cfg` does masked ones, so each keeps the other.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if isinstance(given.get("cfg"), Real):
             given["cfg"] = _ramped(given["cfg"], self.cfg, refine=False)
         own = {name: getattr(self, name) for name in (*SCALARS, "order")}

@@ -6,12 +6,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tiny_models import TINY, lively_model
+from tiny_models import TINY, lively_model, tiny
 
 from hmar_jax.commands import sample
 from hmar_jax.commands.main import main
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import save_model
+from hmar_jax.sampling import bulk
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.training import distributed
 
 
@@ -46,6 +48,21 @@ def test_classes_are_drawn_and_the_same_command_goes_on(command, tmp_path, capsy
 def test_array_records_can_be_asked_for(command, tmp_path, capsys):
     assert command("--classes=0", "--per-class=4", "--batch=4", "--format=array_record", "--output", tmp_path) == 0
     assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["0000000000.array_record"]
+
+
+def test_a_var_is_drawn_by_its_own_schedule_unless_told_otherwise(tmp_path, monkeypatch):
+    asked = []
+
+    def sample_classes(model, settings, *_, **__):
+        asked.append(settings.schedule)
+        return 0
+
+    monkeypatch.setattr(bulk, "sample_classes", sample_classes)
+    var = tiny(masked=False, pattern="block_causal")
+    save_model(tmp_path / "var", lively_model(var), "a test")
+    options = ["sample", f"--model={tmp_path / 'var'}", "--classes=0", f"--output={tmp_path / 'out'}"]
+    assert main(options) == main([*options, "--schedule=next-scale"]) == 0
+    assert asked == [Schedule.preset(name, var.ladder) for name in ("var", "next-scale")]
 
 
 REFUSED = {

@@ -112,9 +112,8 @@ def test_a_models_own_ladder_and_depth_are_taken(said, tmp_path_factory, tmp_pat
     assert Schedule.from_json((tmp_path / "s.json").read_text()).sides == (1, 2, 8)
     assert "passes: 3, 0 of them masked, 2 guided" in shown
     assert "order: confidence, without effect: no masked steps" in shown
-    assert "has masked steps, but this model no mask branch" in said(
-        "show", "small", f"--model={starts / 'next_scale'}", refused=True
-    )
+    refusal = said("show", "small", f"--model={starts / 'next_scale'}", refused=True)
+    assert "A schedule with masked steps needs a mask branch" in refusal
     assert "is a tokenizer alone" in said("show", "small", f"--model={starts / 'tokenizer'}", refused=True)
 
 
@@ -166,7 +165,7 @@ REFUSED = {
     "no such ladder": (["small", "--pixels=300"], "No ladder is named '300'"),
     "sides that are none": (["small", "--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
     "no such depth": (["small", "--depth=17"], "No transformer is named 'd17'"),
-    "masked steps for a VAR": (["small", "--depth=var-d16"], "small has masked steps, but this model no mask branch"),
+    "masked steps for a VAR": (["small", "--depth=var-d16"], "A schedule with masked steps needs a mask branch"),
     "a scalar out of range": (["small", "--top-p=2"], "top_p is 2.0; expected above 0"),
     "no such model": (["small", "--model=/nowhere/at/all"], "/nowhere/at/all is not a model directory"),
     "a file that is no JSON": (["small", "--json=s.txt"], "--json is s.txt; expected a file that ends in .json"),

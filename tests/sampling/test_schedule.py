@@ -265,9 +265,12 @@ def test_a_file_in_one_line_is_the_schedule_in_it(tmp_path):
     schedule = Schedule.from_counts(COUNTS, **CUSTOM, order="random")
     (tmp_path / "s.json").write_text(schedule.to_json())
     assert Schedule.parse(str(tmp_path / "s.json"), ScaleLadder((1, 2, 3))) == schedule
-    with pytest.raises(InputError, match="is for the sides 1,2,3, but the model was built for 1,2,4"):
+    with pytest.raises(InputError, match=r"^Schedule file .*s\.json is for the sides 1,2,3, but the model .* 1,2,4;"):
         Schedule.parse(str(tmp_path / "s.json"), ScaleLadder((1, 2, 4)))
-    with pytest.raises(InputError, match=r"Schedule file .*t\.json cannot be read .*Schedule\.to_json"):
+    (tmp_path / "u.json").write_text('{"counts": [[1], [2]]}')
+    with pytest.raises(InputError, match=r"^Schedule file .*u\.json: Counts \[2\] of scale 2 sum to 2"):
+        Schedule.parse(str(tmp_path / "u.json"), ScaleLadder((1, 2, 3)))
+    with pytest.raises(InputError, match=r"^Schedule file .*t\.json cannot be read .*Schedule\.to_json"):
         Schedule.parse(str(tmp_path / "t.json"), ScaleLadder((1, 2, 3)))
 
 
