@@ -63,12 +63,10 @@ def loss_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]], sides: Seque
     Raises:
       InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("Loss curves need matplotlib; install it with `pip install 'hmar-jax[demo]'`.") from None
-    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+    figure = _figure("Loss curves", 5 * len(curves), 4)
+
+    from matplotlib import colormaps
+
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, lines) in zip(panels, curves, strict=True):
         steps = [line["step"] for line in lines]
@@ -86,9 +84,7 @@ def loss_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]], sides: Seque
             axes.set_ylabel("loss terms")
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7, ncols=2)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return Image.open(stream).convert("RGB")
+    return _rendered(figure)
 
 
 def bars(
@@ -101,13 +97,9 @@ def bars(
     Raises:
       InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("Bar plots need matplotlib; install it with `pip install 'hmar-jax[demo]'`.") from None
     rows = -(-len(panels) // columns)
     tallest = max(len(lengths) for _, lengths, _ in panels)
-    figure = Figure(figsize=(5.5 * columns, rows * (1.2 + 0.3 * tallest)), layout="constrained")
+    figure = _figure("Bar plots", 5.5 * columns, rows * (1.2 + 0.3 * tallest))
     for axes, (title, lengths, bound) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
         names, true, coloured = zip(*lengths, strict=True)
         longest = min(max(true), 8 * min(true))
@@ -120,9 +112,7 @@ def bars(
         axes.set_title(title, fontsize=9)
         axes.set(xlabel=f"{unit}; dashed: bound, {bound:.3g}", xlim=(0, 1.15 * max(longest, bound)))
         axes.invert_yaxis()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return Image.open(stream).convert("RGB")
+    return _rendered(figure)
 
 
 def trace(frames: Sequence[Frame]) -> Image.Image:
@@ -139,7 +129,9 @@ def trace(frames: Sequence[Frame]) -> Image.Image:
     for i, frame in enumerate(frames[1:], 1):
         apart = between + 12 * (frame.step == 0)
         lefts.append(lefts[-1] + side + apart if i % columns else left)
-    canvas = Image.new("RGB", (max(lefts) + side + 12, bands * band_height + 36), "white")
+    legend = _legend()
+    width = max(max(lefts) + side + 12, left + legend.width)
+    canvas = Image.new("RGB", (width, bands * band_height + 36), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (frame, x) in enumerate(zip(frames, lefts, strict=True)):
         y = i // columns * band_height
@@ -158,7 +150,7 @@ def trace(frames: Sequence[Frame]) -> Image.Image:
             canvas.paste(panel, (x, top))
             if first:
                 pen.text((x - 10, top + side // 2), name, "black", _font(13), anchor="rm")
-    _legend(canvas, left, canvas.height - 32)
+    canvas.paste(legend, (left, canvas.height - legend.height))
     return canvas
 
 
@@ -233,20 +225,23 @@ def _words(frame: Frame) -> tuple[str, str]:
     return f"{side}x{side}, step {frame.step + 1} of {frame.steps}", f"commits {now}, {left} open"
 
 
-def _legend(canvas: Image.Image, x: int, y: int) -> None:
-    pen = ImageDraw.Draw(canvas)
+def _legend() -> Image.Image:
+    """What the colours of `trace` mean, in a line."""
+    canvas = Image.new("RGB", (2000, 32), "white")
+    pen, x = ImageDraw.Draw(canvas), 0
     states = ((_NOW, "committed by this pass"), (_EARLIER, "committed before"), (_OPEN, "open"))
     for colour, words in states:
-        pen.rectangle((x, y, x + 14, y + 14), tuple(colour.tolist()))
-        pen.text((x + 20, y + 7), words, "black", _font(13), anchor="lm")
+        pen.rectangle((x, 0, x + 14, 14), tuple(colour.tolist()))
+        pen.text((x + 20, 7), words, "black", _font(13), anchor="lm")
         x += 44 + int(pen.textlength(words, _font(13)))
-    pen.text((x, y + 7), "probability of the token drawn", "black", _font(13), anchor="lm")
+    pen.text((x, 7), "probability of the token drawn", "black", _font(13), anchor="lm")
     x += 12 + int(pen.textlength("probability of the token drawn", _font(13)))
     width = 240
     ramp = _heat(np.linspace(0, 1, width)[None] ** 2).astype(np.uint8)
-    canvas.paste(Image.fromarray(ramp).resize((width, 14)), (x, y))
+    canvas.paste(Image.fromarray(ramp).resize((width, 14)), (x, 0))
     for value in (0, 0.1, 0.25, 0.5, 1):
-        pen.text((x + value**0.5 * width, y + 16), f"{value:g}", "black", _font(11), anchor="ma")
+        pen.text((x + value**0.5 * width, 16), f"{value:g}", "black", _font(11), anchor="ma")
+    return canvas.crop((0, 0, x + width + 12, canvas.height))
 
 
 def _font(size: int) -> Any:
@@ -259,16 +254,14 @@ def commitment(maps: Sequence[tuple[str, np.ndarray]], title: str) -> Image.Imag
     Raises:
       InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise InputError("Pictures of schedules need matplotlib; `pip install 'hmar-jax[demo]'` has it.") from None
     steps = 1 + max(int(places.max()) for _, places in maps)
     columns = min(len(maps), 7)
     rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(1.9 * columns + 1.2, 2.3 * rows + 0.5), layout="constrained")
+    figure = _figure("Pictures of schedules", 1.9 * columns + 1.2, 2.3 * rows + 0.5)
+
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -281,6 +274,19 @@ def commitment(maps: Sequence[tuple[str, np.ndarray]], title: str) -> Image.Imag
     whole = MaxNLocator(integer=True)
     figure.colorbar(shown, ax=panels, label="step that commits a token", shrink=0.8, ticks=whole)
     figure.suptitle(title, fontsize=10)
+    return _rendered(figure)
+
+
+def _figure(what: str, width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches, for `what`."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise InputError(f"{what} need matplotlib; install it with `pip install 'hmar-jax[demo]'`.") from None
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def _rendered(figure: Any) -> Image.Image:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return Image.open(stream).convert("RGB")

@@ -128,6 +128,7 @@ def test_a_wrong_argument_gets_one_sentence(model, sample, call, message):
 
 
 ORANGE, BLUE, GREY = (240, 120, 20), (60, 110, 180), (222, 222, 222)
+YELLOW = (253, 231, 37)  # of probability 1, in the legend too
 
 
 def made_up(passes=1, side=8, seed=0):
@@ -159,8 +160,14 @@ def test_the_figure_shows_the_picture_and_how_sure_the_model_was():
     figure = pictures.trace([frame])
     assert count(figure, pictures.to_uint8(frame.image)[0, 0]) == 160 * 160
     surer = frame._replace(confidence=np.full((2, 2), 1.0, np.float32))
-    yellow = (253, 231, 37)  # of probability 1, in the legend too
-    assert count(pictures.trace([surer]), yellow) - count(figure, yellow) == pytest.approx(3 * 80 * 80, rel=0.05)
+    assert count(pictures.trace([surer]), YELLOW) - count(figure, YELLOW) == pytest.approx(3 * 80 * 80, rel=0.05)
+
+
+def test_the_legend_is_whole_however_few_the_passes():
+    one, many = (np.asarray(pictures.trace(made_up(passes)))[-32:] for passes in (1, 14))
+    np.testing.assert_array_equal(one, many[:, : one.shape[1]])
+    assert (one == YELLOW).all(-1).any()  # the end of the ramp
+    assert (many[:, one.shape[1] :] == 255).all()
 
 
 @pytest.mark.parametrize(("passes", "bands"), [(14, 1), (15, 2), (28, 2), (29, 3)])
