@@ -6,12 +6,11 @@ Axis letters: H, W height and width of the picture file, S pixels a side of the 
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from hmar_jax.commands import schedule
 from hmar_jax.commands.sample import parse_labels
@@ -24,6 +23,33 @@ _GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and
 
 def run(argv: Sequence[str]) -> None:
     """Writes the edited picture, or several, and a grid: input, mask, results."""
+    args = _parser().parse_args(argv)
+    if args.output.suffix.lower() != ".png":
+        raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
+    image, mask = picture_and_mask(args)
+
+    from hmar_jax import pictures
+    from hmar_jax.pretrained import from_pretrained
+
+    model = from_pretrained(args.model, args.dtype, args.revision)
+    image, mask = to_square(image, mask, model.config.image_size)
+    labels = None if args.label is None else parse_labels(args.label, model.config.class_names)
+    if labels is not None and len(labels) > 1:
+        raise InputError(f"--label is {args.label}; expected one class.")
+    settings = {name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")}
+    with device_memory("choose fewer --variants"):
+        out = model.edit(image, mask, labels, args.schedule, **settings, **schedule.changes(args))
+    names = [args.output.stem] if args.variants == 1 else [f"{args.output.stem}-{i}" for i in range(args.variants)]
+    for name, result in zip(names, pictures.to_uint8(out.images), strict=True):
+        pictures.save_png(pictures.Image.fromarray(result), args.output.with_name(f"{name}.png"))
+    given = image.astype(np.float32) / 255
+    shown = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
+    file = args.output.with_name(f"{args.output.stem}-grid.png")
+    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), file)
+    print(f"{' '.join(f'{name}.png' for name in names)} and {file.name} (input, mask, results) are in {file.parent}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hmar-jax edit",
         description="Draw a part of a picture anew. Of a picture that is not square the middle is taken; it is resized "
@@ -47,36 +73,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token everywhere")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", required=True, type=Path, help="the .png file to write")
-    args = parser.parse_args(argv)
-    if args.output.suffix.lower() != ".png":
-        raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
-    image, mask = picture_and_mask(args)
-
-    from hmar_jax import pictures
-    from hmar_jax.pretrained import from_pretrained
-
-    model = from_pretrained(args.model, args.dtype, args.revision)
-    image, mask = to_square(image, mask, model.config.image_size)
-    labels = None if args.label is None else parse_labels(args.label, model.config.class_names)
-    if labels is not None and len(labels) > 1:
-        raise InputError(f"--label is {args.label}; expected one class.")
-    with device_memory("choose fewer --variants"):
-        out = model.edit(
-            image,
-            mask,
-            labels,
-            args.schedule,
-            **{name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")},
-            **schedule.changes(args),
-        )
-    names = [args.output.stem] if args.variants == 1 else [f"{args.output.stem}-{i}" for i in range(args.variants)]
-    for name, result in zip(names, pictures.to_uint8(out.images), strict=True):
-        pictures.save_png(pictures.Image.fromarray(result), args.output.with_name(f"{name}.png"))
-    given = image.astype(np.float32) / 255
-    shown = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
-    file = args.output.with_name(f"{args.output.stem}-grid.png")
-    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), file)
-    print(f"{' '.join(f'{name}.png' for name in names)} and {file.name} (input, mask, results) are in {file.parent}")
+    return parser
 
 
 def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +85,8 @@ def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     image = decode(args.image, f"Picture '{args.image}'")
     height, width = image.shape[:2]
     if args.mask is not None:
-        white = Image.fromarray(decode(args.mask, f"Mask '{args.mask}'")).convert("L")
+        # Paint programs save white strokes on nothing.
+        white = Image.fromarray(decode(args.mask, f"Mask '{args.mask}'", background="black")).convert("L")
         if white.size != (width, height):
             sizes = f"{white.width}x{white.height} pixels, the picture {width}x{height}"
             raise InputError(f"Mask '{args.mask}' has {sizes}; make it as large as the picture.")
@@ -116,13 +114,18 @@ def read_box(text: str) -> list[int]:
 def to_square(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The middle square of a picture and its mask, at S = `size`: (S,S,3) uint8, (S,S) bool.
 
+    A pixel of the mask is True if any of the pixels that it is made of is: small regions do not vanish.
+
     Raises:
       InputError: nothing in it is to be drawn anew.
     """
-    square = functools.partial(ImageOps.fit, size=(size, size))
-    image = np.asarray(square(Image.fromarray(image), method=Image.Resampling.LANCZOS))
-    share = square(Image.fromarray(mask).convert("L"), method=Image.Resampling.BOX)
-    mask = np.asarray(share) >= 128
+    side = min(mask.shape)
+    top, left = ((length - side) // 2 for length in mask.shape)
+    image, mask = (array[top : top + side, left : left + side] for array in (image, mask))
+    image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+    firsts = np.arange(size) * side // size
+    for axis in (0, 1):
+        mask = np.logical_or.reduceat(mask, firsts, axis)
     if not mask.any():
         raise InputError("Nothing is to be drawn anew in the middle square of the picture; choose a region inside it.")
     return image, mask

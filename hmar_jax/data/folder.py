@@ -74,12 +74,12 @@ class FolderSource:
         return {"image": decode(file, f"Picture {file!r}"), "label": np.int32(self._labels[index])}
 
 
-def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
-    """A picture file as (H,W,3) uint8, turned upright as its EXIF data asks, transparent parts white.
+def decode(file: str | os.PathLike[str] | io.BytesIO, name: str, background: str = "white") -> np.ndarray:
+    """A picture file as (H,W,3) uint8, turned upright as its EXIF data asks.
 
     Args:
       file: path or open file, of any format that Pillow reads; of an animation, the first frame.
-      name: what an error calls it, e.g. "Picture 'a.png'".
+      name: what an error calls it, e.g. "Picture 'a.png'". background: colour that transparent parts are laid on.
 
     Raises:
       InputError: it is missing, corrupt, cut short, or in floating point. TransientError: the disk refuses.
@@ -87,7 +87,7 @@ def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             opened.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+            return np.asarray(_rgb(ImageOps.exif_transpose(opened), background))
     except InputError as error:
         raise InputError(f"{name} {error}") from None
     # Pillow's plugins raise nearly anything for broken bytes: OSError, SyntaxError, ValueError, struct.error, …
@@ -96,14 +96,14 @@ def decode(file: str | os.PathLike[str] | io.BytesIO, name: str) -> np.ndarray:
         raise InputError(f"{name} cannot be read ({reason(error)}); replace it or take it away.") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"has pixels of mode {image.mode!r}, of no known range; save it with 8 or 16 bits a channel.")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -105,7 +105,7 @@ def test_of_a_wide_picture_the_middle_is_taken_and_its_region_goes_along(tmp_pat
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(image[..., 0] > 127, expected)
     middle, _ = region(tmp_path, WIDE, box="25,10,64,30")
-    resized = Image.fromarray(WIDE).resize((SIZE, SIZE), Image.Resampling.LANCZOS, (12, 0, 52, 40))
+    resized = Image.fromarray(WIDE[:, 12:52]).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(middle, resized)
 
 
@@ -118,6 +118,28 @@ def test_padding_shrinks_the_picture_and_draws_around_it(tmp_path):
     # The halves go on to the border: edges are repeated. Lanczos rings where they meet, in the middle.
     np.testing.assert_array_equal(image[:, :5], 40)
     np.testing.assert_array_equal(image[:, 11:], 200)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (512, 700), (600, 511), (11, 9)], ids=str)
+def test_a_region_of_one_pixel_is_drawn_whatever_the_size_of_the_picture(tmp_path, shape):
+    side = min(shape)
+    for place in (0, side // 3, side // 2, side - 1):
+        row, column = (place + (length - side) // 2 for length in shape)
+        _, mask = region(tmp_path, np.zeros((*shape, 3), np.uint8), box=f"{column},{row},{column + 1},{row + 1}")
+        assert mask.any()
+        found = np.argwhere(mask)
+        assert (np.abs((found + 0.5) / SIZE - (place + 0.5) / side) < 0.5 / SIZE + 0.5 / side).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_of_a_mask_with_transparency_only_what_is_painted_white_is_drawn(tmp_path, mode):
+    stroke = Image.new(mode, (SIZE, SIZE))  # all transparent
+    white = (255,) * len(mode)
+    stroke.paste(white, (2, 3, 12, 9))
+    stroke.paste((0,) * (len(mode) - 1) + (255,), (13, 0, 16, 4))
+    stroke.save(tmp_path / "stroke.png")
+    _, mask = region(tmp_path, PICTURE, mask=tmp_path / "stroke.png")
+    np.testing.assert_array_equal(mask, BOX)
 
 
 BAD = {
@@ -139,8 +161,12 @@ BAD = {
     "a label of no class": ("p.png", ["--box=0,0,4,4", "--label=Q"], "Label 'Q' is not a class of this model"),
     "a label too high": ("p.png", ["--box=0,0,4,4", "--label=7"], "Label 7 is out of range"),
     "two labels": ("p.png", ["--box=0,0,4,4", "--label=A,B"], "--label is A,B; expected one class"),
-    "no variants": ("p.png", ["--box=0,0,4,4", "--variants=0"], "variants is 0, feather 1; expected 1 or more"),
-    "a feather below 0": ("p.png", ["--box=0,0,4,4", "--feather=-1"], "feather -1; expected 1 or more, and 0 or more"),
+    "no variants": ("p.png", ["--box=0,0,4,4", "--variants=0"], "variants is 0; expected a whole number, 1 or more"),
+    "a feather below 0": (
+        "p.png",
+        ["--box=0,0,4,4", "--feather=-1"],
+        "feather is -1; expected a whole number, 0 or more",
+    ),
     "an unknown schedule": ("p.png", ["--box=0,0,4,4", "--schedule=quick"], "quick"),
     "masked steps": ("p.png", ["--box=0,0,4,4", "--schedule=small"], "needs a mask branch"),
     "another format": ("p.png", ["--box=0,0,4,4", "--output=e.jpg"], "--output is e.jpg; pictures are written as PNG"),
