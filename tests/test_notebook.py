@@ -3,7 +3,7 @@
 import base64
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 import io
 import json
 import re
@@ -138,8 +138,6 @@ class Setup:
         self.commands, self.pins = [], ""
         folder.mkdir(parents=True, exist_ok=True)
         patch.chdir(folder)
-        find_spec = importlib.util.find_spec
-        patch.setattr(importlib.util, "find_spec", lambda name: None if name == "hmar_jax" else find_spec(name))
         distributions = [SimpleNamespace(name=name, version=version) for name, version in packages.items()]
         patch.setattr(importlib.metadata, "distributions", lambda: distributions)
         patch.setattr(subprocess, "run", self.run)
@@ -162,6 +160,12 @@ def test_setup_installs_around_the_jax_that_is_there(monkeypatch, tmp_path):
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
     assert command[-1] == f"{tmp_path / 'checkout'}[notebook]"
     assert done.pins.splitlines() == [f"{name}=={COLAB[name]}" for name in COLAB if name != "flax"]
+
+
+def test_setup_leaves_an_installed_one_alone_but_does_not_take_a_checkout_for_it(monkeypatch, tmp_path):
+    (tmp_path / "hmar_jax").mkdir()  # which can be imported, here as in this very process
+    assert Setup(monkeypatch, tmp_path, COLAB).commands
+    assert not Setup(monkeypatch, tmp_path, COLAB | {"HMAR-JAX": "0.1.0"}).commands
 
 
 def test_setup_clones_where_there_is_no_checkout(monkeypatch, tmp_path):
