@@ -58,14 +58,12 @@ class Measured:
     """One row.
 
     Attributes:
-      batch: pictures of a run: the setting's, rounded up to a multiple of the devices.
       seconds: of each run of the program. whole: of each `Model.sample`. compile_seconds: of tracing and compiling.
       bound: seconds. memory: bytes.
       parts: device seconds of a run by part, in the order of `PARTS`; empty where the profiler has no device.
     """
 
     setting: Setting
-    batch: int
     seconds: tuple[float, ...]
     whole: tuple[float, ...]
     compile_seconds: float
@@ -227,8 +225,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         wholes = tuple(whole() for _ in range(repeats))
         parts = by_part(bench_rows.profile(once), compiled.as_text() or "")
     bound = least_seconds(model, schedule.plan, batch / len(devices), rates)
-    memory = bench_rows.program_bytes(compiled)
-    return Measured(setting, batch, seconds, wholes, compile_seconds, bound, memory, parts)
+    return Measured(setting, seconds, wholes, compile_seconds, bound, bench_rows.program_bytes(compiled), parts)
 
 
 def least_seconds(model: Any, plan: Any, batch: float, rates: Any) -> float:
@@ -290,8 +287,7 @@ def as_json(row: Measured) -> dict[str, Any]:
         "name": row.setting.name,
         "program": ends(row.seconds),
         "whole": ends(row.whole),
-        "batch": row.batch,
-        "images_per_second": row.batch / statistics.median(row.whole),
+        "images_per_second": row.setting.batch / statistics.median(row.whole),
         "bound": row.bound,
         "memory": row.memory,
         "compile": row.compile_seconds,

@@ -60,13 +60,6 @@ def test_the_page_has_a_line_a_setting(run):
     assert table[2].startswith("| 64 px, two small blocks, B=2 |")
 
 
-def test_a_batch_that_was_rounded_up_counts_in_full():
-    setting = bench_sample.Setting("three, on two devices", lambda: None, 3)
-    row = bench_sample.Measured(setting, 4, (1.0,), (2.0,), 1.0, 1.0, 1, {})
-    found = bench_sample.as_json(row)
-    assert (found["batch"], found["images_per_second"]) == (4, 2.0)
-
-
 def picked(*options):
     parser = bench_sample.argparse.ArgumentParser()
     bench_sample.add_sample(parser.add_subparsers())
