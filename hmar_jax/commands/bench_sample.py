@@ -185,8 +185,8 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     """Compiles a model's sampler for the devices here, runs and profiles it."""
     import jax
     import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+    from hmar_jax.model import mesh_in_use, over_devices
     from hmar_jax.sampling import program
     from hmar_jax.sampling.schedule import preset_for
 
@@ -194,14 +194,10 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     if model.config.transformer is None:
         raise InputError("The model is a tokenizer alone; bench sample needs one that has a transformer.")
     schedule = model.schedule(preset_for(model.config.ladder, model.config.transformer))
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    batch = -(-setting.batch // len(devices)) * len(devices)
-    numbers = np.arange(batch)
-    labels = numbers % model.config.num_classes
-    with jax.set_mesh(mesh):
-        split = NamedSharding(mesh, PartitionSpec("data"))
-        placed = [jax.device_put(x, split) for x in (labels.astype(np.int32), numbers.astype(np.uint32))]
+    numbers = np.arange(setting.batch, dtype=np.uint32)
+    labels = (numbers % model.config.num_classes).astype(np.int32)
+    with jax.set_mesh(mesh := mesh_in_use()):
+        placed = [over_devices(array, mesh) for array in (labels, numbers)]
         options = program.Options(model.config, model.dtype, schedule.plan)
         start = time.perf_counter()
         given = (model.placed(mesh), *placed, schedule.controls, np.uint32(0), None, None)
@@ -224,7 +220,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         whole()
         wholes = tuple(whole() for _ in range(repeats))
         parts = by_part(bench_rows.profile(once), compiled.as_text() or "")
-    bound = least_seconds(model, schedule.plan, batch / len(devices), rates)
+    bound = least_seconds(model, schedule.plan, len(placed[0]) / mesh.size, rates)
     return Measured(setting, seconds, wholes, compile_seconds, bound, bench_rows.program_bytes(compiled), parts)
 
 
@@ -270,10 +266,15 @@ def by_part(kernels: Sequence[Kernel], program: str) -> dict[str, float]:
     for operation, name, seconds in kernels:
         where = origin.get(bench_rows.plain(operation), origin.get(bench_rows.plain(name)))
         if where is not None:
-            scopes = re.split(r"\W+", where)
-            part = next((part for part in PARTS if part in scopes), "rest")
+            part = part_of(where)
         total[part] += seconds
     return total if kernels else {}
+
+
+def part_of(where: str) -> str:
+    """The part whose named scope an operation was traced in."""
+    scopes = re.split(r"\W+", where)
+    return next((part for part in PARTS if part in scopes), "rest")
 
 
 def as_json(row: Measured) -> dict[str, Any]:

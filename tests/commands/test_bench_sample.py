@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hmar_jax import params
 from hmar_jax.commands import bench_sample
 from hmar_jax.commands.bench_rows import Kernel
-from hmar_jax.commands.bench_sample import by_part, settings
+from hmar_jax.commands.bench_sample import by_part, part_of, settings
 from hmar_jax.commands.main import main
 from hmar_jax.networks import held_dtypes
 from hmar_jax.sampling import program
@@ -106,15 +107,16 @@ def test_random_weights_are_held_as_a_models_are(var):
     assert {name: leaf.dtype for name, leaf in leaves.items() if name in held} == held
 
 
-def test_every_operation_of_a_sampler_is_of_a_part():
+def test_every_product_of_a_sampler_is_of_a_part_and_so_are_its_filters():
     model = bench_sample._tiny(2, False).build()
     schedule = model.schedule("small")
     options = program.Options(model.config, model.dtype, schedule.plan)
     ids = np.zeros(2, np.int32), np.zeros(2, np.uint32)
     lowered = program.sample.lower(options, model.params, *ids, schedule.controls, np.uint32(0))
-    text = lowered.as_text(debug_info=True)
-    for part in bench_sample.PARTS[:-1]:
-        assert f"jit(sample)/{part}/" in text
+    traced = re.findall(r'loc\("([^"]+)"', lowered.as_text(debug_info=True))
+    products = [where for where in traced if where.endswith(("dot_general", "conv_general_dilated"))]
+    assert {part_of(where) for where in products} == {"transformer", "quantizer", "decoder"}
+    assert "filters" in map(part_of, traced)
 
 
 def test_the_bound_reads_weights_where_batches_are_small_and_multiplies_where_they_are_large():
