@@ -103,6 +103,9 @@ class Model:
     ) -> Sample:
         """Samples pictures; each depends on (seed, its number, its label) alone, whatever the batch and the devices.
 
+        So it is in float32; in bfloat16 products round otherwise in another batch or on another device, so that now and
+        then a near-tie between tokens falls otherwise.
+
         Args:
           labels: (B,) int in [0, num_classes).
           schedule: a `Schedule`, or text as `Schedule.parse` takes it: a preset's name, a .json file, or a curve and
