@@ -116,7 +116,7 @@ def _attention_forward(
 def _attention_backward(static: _Static, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, Any]:
     qkv, q_scale, out, lse = residuals
     ranges, blocks = static.key_ranges, static.blocks
-    dq, delta, *dots = grad_queries(qkv, out, dout, lse, q_scale, ranges, blocks.grad_queries)
+    dq, delta, dots = grad_queries(qkv, out, dout, lse, q_scale, ranges, blocks.grad_queries)
     given = qkv, dout, lse, delta, q_scale, ranges, blocks.grad_keys
     if len(qkv) == 3:
         gradients = (dq, *grad_keys(*given))

@@ -1,11 +1,14 @@
 """The Hopper kernels for attention over token pyramids, backward: one for dq, and one for dk and dv.
 
 Both compute the weights again, from the logits and what `forward` kept of them, so that neither has to add to what
-another thread block wrote. In the second one rows are keys and columns queries.
+another thread block wrote. In the second one rows are keys and columns queries. Of each, `flow` is what is loaded,
+`attend` what becomes of a band, and `add_tile` what a tile adds to that.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +21,8 @@ from jax import lax
 
 from pallas_kernels.scale_attention import hopper_common as common
 from pallas_kernels.scale_attention.hopper_blocks import Blocks
-from pallas_kernels.scale_attention.hopper_common import along_columns, along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper_common import TILED, along_columns, along_rows, filled, tile_memory
+from pallas_kernels.scale_attention.hopper_pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
 from pallas_kernels.scale_attention.ranges import transpose_ranges
 
 
@@ -31,7 +34,7 @@ def grad_queries(
     q_scale: jax.Array | None,
     ranges: np.ndarray,
     blocks: Blocks,
-) -> Sequence[jax.Array]:
+) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
     """Gradient by q, and what else of queries is found on the way.
 
     Args:
@@ -43,80 +46,18 @@ def grad_queries(
     Returns:
       dq, (B,L,H,D), or, if qkv is packed, (B,L,3,H,D) of which only the first third is written;
       delta, (B,H,≥L) float32, the inner products of out and dout;
-      with norm also (B,H,≥L) float32, what each query adds to the gradient by |q_scale|.
+      with norm one (B,H,≥L) float32, what each query adds to the gradient by |q_scale|.
     """
     norm = q_scale is not None
     dtype, (batch, _, heads, size) = dout.dtype, dout.shape
     pipeline = Pipeline.create(ranges, blocks, batch, heads)
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages
-    factors, packed = common.sign_and_size(q_scale), len(qkv) == 1
-
-    def body(
-        *refs: Ref, q: Ref, do: Ref, o: Ref, k: Ref, v: Ref, dq: Ref, bars: Sequence[Any], landed: Ref, baton: Ref
-    ) -> None:
-        qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
-        (signs_ref, sizes_ref), refs = refs[: len(factors)] or (None, None), refs[len(factors) :]
-        out_ref, dout_ref, lse_ref, limits_ref, table_ref, dq_ref, delta_ref, *dots_ref = refs
-        (row_ready, row_free), (o_ready, o_free), (k_ready, k_free), (v_ready, v_free) = bars
-        me = lax.axis_index("wg")
-
-        def attend(band: Band) -> None:
-            vector_at = (band.batch, band.head, pl.ds(band.row, rows))
-            limits = [common.load_rows(limits_ref.at[i, pl.ds(band.row, rows)]) for i in range(2)]
-            lse = common.load_rows(lse_ref.at[vector_at])
-            slot = lax.rem(band.item, 2)
-            mine, my_q, my_do = slot * width + me, q[1].at[slot, me], do[1].at[slot, me]
-            plgpu.barrier_wait(row_ready.at[mine])
-            plgpu.barrier_wait(o_ready.at[me])
-            delta = jnp.sum(common.load(o[1].at[0, me]) * common.load(my_do), axis=1)
-            plgpu.barrier_arrive(o_free.at[me])
-            delta_ref[vector_at] = delta
-            gain = common.gain_of(my_q, sizes_ref[band.head] if norm else None)
-
-            def step(tile: Scalar, total: jax.Array) -> jax.Array:
-                stage = lax.rem(band.turn + tile, stages)
-                plgpu.barrier_wait(k_ready.at[stage])
-                plgpu.barrier_wait(v_ready.at[stage])
-                pipeline.await_baton(baton)
-
-                def products(accumulators: tuple[Ref, ...]) -> None:
-                    s_ref, dp_ref, total_ref = accumulators
-                    plgpu.wgmma(s_ref, my_q, k[1].at[stage].transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, my_do, v[1].at[stage].transpose((1, 0)))
-                    pipeline.pass_baton(baton)
-                    s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), band, tile, limits)
-                    p = jnp.exp2(common.times(s, gain) - along_rows(lse, s.shape))
-                    ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - along_rows(delta, s.shape))
-                    plgpu.wgmma(total_ref, ds.astype(dtype), k[1].at[stage])
-
-                start = filled(0, rows, columns), filled(0, rows, columns), total
-                *_, total = pl.run_state(products)(tuple(map(plgpu.ACC.init, start)))
-                plgpu.barrier_arrive(k_free.at[stage])
-                plgpu.barrier_arrive(v_free.at[stage])
-                return total
-
-            total = lax.fori_loop(band.first, band.last, step, filled(0, rows, size))
-            if norm:
-                total, dots_ref[0][vector_at] = common.through_norm(total, my_q, gain)
-            else:
-                total *= size**-0.5
-            plgpu.barrier_arrive(row_free.at[mine])
-            common.store_rows(band, [(total, dq, common.views([dq_ref], packed=packed)[0])])
-
-        q_at, k_at, v_at = common.views(qkv_refs, packed=packed)
-        out_at, dout_at = common.views([out_ref, dout_ref])
-        queries = Rows([common.copy_rows(q_at, q[0]), common.copy_rows(dout_at, do[0])], row_ready, row_free)
-        outs = Rows([common.copy_rows(out_at, o[0])], o_ready, o_free, slots=1)
-        normalize = common.normalize(k[1], signs_ref) if norm else None
-        keys = Ring([common.copy_columns(k_at, k[0])], k_ready, k_free, normalize, landed)
-        values = Ring([common.copy_columns(v_at, v[0])], v_ready, v_free)
-        pipeline.run(table_ref, [queries, outs], [keys, values], baton, attend)
-
+    factors = common.sign_and_size(q_scale)
     vectors = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
-    return pipeline.call(
+    dq, delta, dots = pipeline.call(
         "scale_attention_grad_queries",
-        body,
-        [jax.ShapeDtypeStruct(qkv[0].shape, dtype), vectors, *([vectors] if norm else [])],
+        _GradQueries,
+        [jax.ShapeDtypeStruct(qkv[0].shape, dtype), vectors, [vectors] if norm else []],
         {
             "q": tile_memory(dtype, 2, width, rows, size),
             "do": tile_memory(dtype, 2, width, rows, size),
@@ -133,8 +74,120 @@ def grad_queries(
             "landed": plgpu.Barrier(num_barriers=stages) if norm else None,
             "baton": pipeline.baton_barriers(),
         },
-        [*qkv, *factors, out, dout, lse, common.limits_of(ranges, rows)],
+        [qkv, factors, out, dout, lse, common.limits_of(ranges, rows)],
     )
+    return dq, delta, dots
+
+
+@dataclasses.dataclass(frozen=True)
+class _GradQueries:
+    """The kernel for dq in a thread block: one warpgroup loads what `flow` says, the others `attend` to bands.
+
+    Names in `_ref` or `_refs` lie in global memory, others in shared memory.
+    """
+
+    pipeline: Pipeline
+    me: Scalar  # this warpgroup
+    qkv_refs: Sequence[Ref]
+    factor_refs: Sequence[Ref]  # signs and sizes of q_scale, with QK-norm
+    out_ref: Ref
+    dout_ref: Ref
+    lse_ref: Ref
+    limits_ref: Ref
+    table_ref: Ref
+    dq_ref: Ref
+    delta_ref: Ref
+    dots_refs: Sequence[Ref]
+    q: Ref
+    do: Ref
+    o: Ref
+    k: Ref
+    v: Ref
+    dq: Ref
+    bars: Sequence[tuple[Ref, Ref]]  # ready and free: of q and do, of o, of k, of v
+    landed: Ref
+    baton: Ref
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """Queries, dout and out, a band to each warpgroup; keys, and values, tile by tile, to all."""
+        row_bars, o_bars, k_bars, v_bars = self.bars
+        q_at, k_at, v_at = common.views(self.qkv_refs, packed=len(self.qkv_refs) == 1)
+        out_at, dout_at = common.views([self.out_ref, self.dout_ref])
+        queries = Rows([common.copy_rows(q_at, self.q), common.copy_rows(dout_at, self.do)], *row_bars)
+        outs = Rows([common.copy_rows(out_at, self.o)], *o_bars, slots=1)
+        normalize = common.normalize(self.k, self.factor_refs[0]) if self.factor_refs else None
+        keys = Ring([common.copy_columns(k_at, self.k)], *k_bars, normalize, self.landed)
+        values = Ring([common.copy_columns(v_at, self.v)], *v_bars)
+        return Flow(self.pipeline, self.table_ref, [queries, outs], [keys, values], self.baton)
+
+    def attend(self, band: Band) -> None:
+        """Queries → delta, then the gradient by them, a sum over all tiles."""
+        (queries, outs), blocks = self.flow.rows, self.pipeline.blocks
+        vector_at = (band.batch, band.head, pl.ds(band.row, blocks.rows))
+        limits = common.load_limits(self.limits_ref, band, blocks.rows)
+        lse = common.load_rows(self.lse_ref.at[vector_at])
+        slot, mine = queries.place(band.item, self.me, blocks.warpgroups)
+        q, do = self.q[TILED].at[slot, self.me], self.do[TILED].at[slot, self.me]
+        plgpu.barrier_wait(queries.ready.at[mine])
+        plgpu.barrier_wait(outs.ready.at[self.me])
+        delta = jnp.sum(common.load(self.o[TILED].at[0, self.me]) * common.load(do), axis=1)
+        plgpu.barrier_arrive(outs.free.at[self.me])
+        self.delta_ref[vector_at] = delta
+        gain = common.gain_of(q, self.factor_refs[1][band.head] if self.factor_refs else None)
+        step = _QueryVisits(self, band, limits, q, do, lse, delta, gain).add_tile
+        total = lax.fori_loop(band.first, band.last, step, filled(0, *q.shape))
+        if self.factor_refs:
+            total, self.dots_refs[0][vector_at] = common.through_norm(total, q, gain)
+        else:
+            total *= q.shape[1] ** -0.5
+        plgpu.barrier_arrive(queries.free.at[mine])
+        dq_at, *_ = common.views([self.dq_ref], packed=len(self.qkv_refs) == 1)
+        common.store_rows(band, [(total, self.dq, dq_at)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # JAX looks up bodies of loops by their hash
+class _QueryVisits:
+    """What a band of queries does with its tiles of keys and values.
+
+    Attributes:
+      kernel: that attends to them.
+      band: of the queries.
+      limits: the keys [start, end) that each query sees, (R,) both.
+      q, do: (R,D), in shared memory.
+      lse, delta: (R,) float32.
+      gain: of logits, `common.gain_of`.
+    """
+
+    kernel: _GradQueries
+    band: Band
+    limits: Sequence[jax.Array]
+    q: Ref
+    do: Ref
+    lse: jax.Array
+    delta: jax.Array
+    gain: Any
+
+    def add_tile(self, tile: Scalar, total: jax.Array) -> jax.Array:
+        """The sum, (R,D), with what a tile of keys adds: logits → weights → their gradients, times k."""
+        flow, k, v = self.kernel.flow, self.kernel.k[TILED], self.kernel.v[TILED]
+        stage, shape = flow.stage_of(self.band, tile), (self.q.shape[0], k.shape[1])
+        flow.await_tile(stage)
+
+        def products(accumulators: tuple[Ref, ...]) -> None:
+            s_ref, dp_ref, total_ref = accumulators
+            plgpu.wgmma(s_ref, self.q, k.at[stage].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, self.do, v.at[stage].transpose((1, 0)))
+            flow.pass_baton()
+            s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), self.band, tile, self.limits)
+            p = jnp.exp2(common.times(s, self.gain) - along_rows(self.lse, shape))
+            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - along_rows(self.delta, shape))
+            plgpu.wgmma(total_ref, ds.astype(k.dtype), k.at[stage])
+
+        start = filled(0, *shape), filled(0, *shape), total
+        *_, total = pl.run_state(products)(tuple(map(plgpu.ACC.init, start)))
+        flow.release(stage)
+        return total
 
 
 def grad_keys(
@@ -160,81 +213,11 @@ def grad_keys(
     pipeline = Pipeline.create(ranges, blocks, batch, heads)
     width, rows, columns, stages = blocks.warpgroups, blocks.rows, blocks.columns, blocks.stages
     packed, factors = len(qkv) == 1, [] if q_scale is None else [q_scale.astype(jnp.float32)]
-
-    def body(
-        *refs: Ref,
-        k: Ref,
-        v: Ref,
-        q: Ref,
-        do: Ref,
-        vectors: Ref,
-        dk: Ref,
-        dv: Ref,
-        bars: Sequence[Any],
-        landed: Ref,
-        baton: Ref,
-    ) -> None:
-        qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
-        factor_refs, refs = refs[: len(factors)], refs[len(factors) :]
-        (dout_ref, vectors_ref, limits_ref), refs = refs[:3], refs[3:]
-        table_ref, gradients = refs[packed], [*refs[:packed], *refs[packed + 1 :]]
-        (row_ready, row_free), (q_ready, q_free), (do_ready, do_free) = bars
-        me = lax.axis_index("wg")
-
-        def attend(band: Band) -> None:
-            limits = [common.load_rows(limits_ref.at[i, pl.ds(band.row, rows)]) for i in range(2)]
-            slot = lax.rem(band.item, 2)
-            mine, my_k, my_v = slot * width + me, k[1].at[slot, me], v[1].at[slot, me]
-            plgpu.barrier_wait(row_ready.at[mine])
-            gain = common.gain_of(my_k, 1.0 if norm else None)
-
-            def step(tile: Scalar, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                stage = lax.rem(band.turn + tile, stages)
-                plgpu.barrier_wait(q_ready.at[stage])
-                plgpu.barrier_wait(do_ready.at[stage])
-                pipeline.await_baton(baton)
-
-                def vector(i: int) -> jax.Array:
-                    return along_columns(common.load_columns(vectors.at[stage, i]), (rows, columns))
-
-                def products(accumulators: tuple[Ref, ...]) -> None:
-                    s_ref, dp_ref, dk_ref, dv_ref = accumulators
-                    plgpu.wgmma(s_ref, my_k, q[1].at[stage].transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, my_v, do[1].at[stage].transpose((1, 0)))
-                    pipeline.pass_baton(baton)
-                    s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), band, tile, limits)
-                    p = jnp.exp2(common.times(s, gain) - vector(0))
-                    # Before the product for dv, not beside it: p and ds at once are all that registers hold.
-                    ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - vector(1))
-                    plgpu.wgmma(dv_ref, p.astype(dtype), do[1].at[stage])
-                    plgpu.wgmma(dk_ref, ds.astype(dtype), q[1].at[stage])
-
-                start = filled(0, rows, columns), filled(0, rows, columns), *carry
-                *_, dk_total, dv_total = pl.run_state(products)(tuple(map(plgpu.ACC.init, start)))
-                plgpu.barrier_arrive(q_free.at[stage])
-                plgpu.barrier_arrive(do_free.at[stage])
-                return dk_total, dv_total
-
-            start = filled(0, rows, size), filled(0, rows, size)
-            dk_total, dv_total = lax.fori_loop(band.first, band.last, step, start)
-            dk_total = common.through_norm(dk_total, my_k, gain)[0] if norm else dk_total * size**-0.5
-            plgpu.barrier_arrive(row_free.at[mine])
-            *_, dk_at, dv_at = common.views(gradients, packed=packed)
-            common.store_rows(band, [(dk_total, dk, dk_at), (dv_total, dv, dv_at)])
-
-        q_at, k_at, v_at = common.views(qkv_refs, packed=packed)
-        (dout_at,) = common.views([dout_ref])
-        keys = Rows([common.copy_rows(k_at, k[0]), common.copy_rows(v_at, v[0])], row_ready, row_free)
-        normalize = common.normalize(q[1], factor_refs[0]) if norm else None
-        queries = Ring([common.copy_columns(q_at, q[0])], q_ready, q_free, normalize, landed)
-        copies = [common.copy_columns(dout_at, do[0]), common.copy_vectors(vectors_ref, vectors)]
-        pipeline.run(table_ref, [keys], [queries, Ring(copies, do_ready, do_free)], baton, attend)
-
     vectors = common.by_tile([lse, delta], pipeline.plan)
-    return pipeline.call(
+    (gradients,) = pipeline.call(
         "scale_attention_grad_keys",
-        body,
-        [] if packed else [jax.ShapeDtypeStruct(dout.shape, dtype)] * 2,
+        _GradKeys,
+        [[] if packed else [jax.ShapeDtypeStruct(dout.shape, dtype)] * 2],
         {
             "k": tile_memory(dtype, 2, width, rows, size),
             "v": tile_memory(dtype, 2, width, rows, size),
@@ -247,5 +230,105 @@ def grad_keys(
             "landed": plgpu.Barrier(num_barriers=stages) if norm else None,
             "baton": pipeline.baton_barriers(),
         },
-        [*qkv, *factors, dout, vectors, common.limits_of(ranges, rows), *([into] if packed else [])],
+        [qkv, factors, dout, vectors, common.limits_of(ranges, rows), [into] if packed else []],
     )
+    return gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _GradKeys:
+    """The kernel for dk and dv in a thread block, as `_GradQueries`, with bands of keys."""
+
+    pipeline: Pipeline
+    me: Scalar
+    qkv_refs: Sequence[Ref]
+    factor_refs: Sequence[Ref]  # q_scale, with QK-norm
+    dout_ref: Ref
+    vectors_ref: Ref
+    limits_ref: Ref
+    into_refs: Sequence[Ref]  # for the gradients if qkv is packed
+    table_ref: Ref
+    gradient_refs: Sequence[Ref]  # else
+    k: Ref
+    v: Ref
+    q: Ref
+    do: Ref
+    vectors: Ref
+    dk: Ref
+    dv: Ref
+    bars: Sequence[tuple[Ref, Ref]]  # ready and free: of k and v, of q, of do and vectors
+    landed: Ref
+    baton: Ref
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """Keys and values, a band to each warpgroup; queries, and dout, lse and delta, tile by tile, to all."""
+        row_bars, q_bars, do_bars = self.bars
+        q_at, k_at, v_at = common.views(self.qkv_refs, packed=len(self.qkv_refs) == 1)
+        (dout_at,) = common.views([self.dout_ref])
+        keys = Rows([common.copy_rows(k_at, self.k), common.copy_rows(v_at, self.v)], *row_bars)
+        normalize = common.normalize(self.q, self.factor_refs[0]) if self.factor_refs else None
+        queries = Ring([common.copy_columns(q_at, self.q)], *q_bars, normalize, self.landed)
+        copies = [common.copy_columns(dout_at, self.do), common.copy_vectors(self.vectors_ref, self.vectors)]
+        return Flow(self.pipeline, self.table_ref, [keys], [queries, Ring(copies, *do_bars)], self.baton)
+
+    def attend(self, band: Band) -> None:
+        """Keys and values → gradients by them, sums over all tiles."""
+        (keys,), blocks = self.flow.rows, self.pipeline.blocks
+        limits = common.load_limits(self.limits_ref, band, blocks.rows)
+        slot, mine = keys.place(band.item, self.me, blocks.warpgroups)
+        k, v = self.k[TILED].at[slot, self.me], self.v[TILED].at[slot, self.me]
+        plgpu.barrier_wait(keys.ready.at[mine])
+        gain = common.gain_of(k, 1.0 if self.factor_refs else None)
+        step = _KeyVisits(self, band, limits, k, v, gain).add_tile
+        dk, dv = lax.fori_loop(band.first, band.last, step, (filled(0, *k.shape), filled(0, *v.shape)))
+        dk = common.through_norm(dk, k, gain)[0] if self.factor_refs else dk * k.shape[1] ** -0.5
+        plgpu.barrier_arrive(keys.free.at[mine])
+        *_, dk_at, dv_at = common.views(self.into_refs or self.gradient_refs, packed=bool(self.into_refs))
+        common.store_rows(band, [(dk, self.dk, dk_at), (dv, self.dv, dv_at)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # JAX looks up bodies of loops by their hash
+class _KeyVisits:
+    """What a band of keys and values does with its tiles of queries.
+
+    Attributes:
+      kernel: that attends to them.
+      band: of the keys.
+      limits: the queries [start, end) that see each key, (R,) both.
+      k, v: (R,D), in shared memory.
+      gain: of logits, `common.gain_of`.
+    """
+
+    kernel: _GradKeys
+    band: Band
+    limits: Sequence[jax.Array]
+    k: Ref
+    v: Ref
+    gain: Any
+
+    def add_tile(self, tile: Scalar, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The sums, (R,D), with what a tile of queries adds: logits → weights, times dout; their gradients, times q."""
+        flow, q, do = self.kernel.flow, self.kernel.q[TILED], self.kernel.do[TILED]
+        stage, shape = flow.stage_of(self.band, tile), (self.k.shape[0], q.shape[1])
+        flow.await_tile(stage)
+
+        def vector(i: int) -> jax.Array:
+            return along_columns(common.load_columns(self.kernel.vectors.at[stage, i]), shape)
+
+        def products(accumulators: tuple[Ref, ...]) -> None:
+            s_ref, dp_ref, dk_ref, dv_ref = accumulators
+            plgpu.wgmma(s_ref, self.k, q.at[stage].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, self.v, do.at[stage].transpose((1, 0)))
+            flow.pass_baton()
+            s = common.mask(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), self.band, tile, self.limits)
+            p = jnp.exp2(common.times(s, self.gain) - vector(0))
+            # Before the product for dv, not beside it: p and ds at once are all that registers hold.
+            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - vector(1))
+            plgpu.wgmma(dv_ref, p.astype(do.dtype), do.at[stage])
+            plgpu.wgmma(dk_ref, ds.astype(q.dtype), q.at[stage])
+
+        start = filled(0, *shape), filled(0, *shape), *gradients
+        *_, dk, dv = pl.run_state(products)(tuple(map(plgpu.ACC.init, start)))
+        flow.release(stage)
+        return dk, dv

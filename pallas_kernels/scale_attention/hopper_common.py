@@ -27,6 +27,7 @@ LOG2E = math.log2(math.e)
 SMALLEST_SQUARE = 1e-24  # of a vector's norm, as in the reference
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+FLAT, TILED = 0, 1  # the views that `tile_memory` gives of the same bytes
 View = Callable[[Scalar, Any, Scalar], Ref]  # batch, slice of tokens, head → (tokens, D)
 
 
@@ -48,28 +49,30 @@ def views(refs: Sequence[Ref], *, packed: bool = False) -> list[View]:
 
 
 def tile_memory(dtype: Any, *shape: int) -> plgpu.RefUnion:
-    """Shared memory (…, R, D) twice: flat, for TMA, and tiled, for the tensor cores."""
+    """Shared memory (…, R, D) twice: `FLAT`, for TMA, and `TILED`, for the tensor cores."""
     flat = (plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize),)  # type: ignore[abstract]
     tiled = (plgpu.TilingTransform((8, shape[-1])), *flat)  # type: ignore[abstract]
     return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=flat), plgpu.SMEM(shape, dtype, transforms=tiled))
 
 
 def copy_rows(source: View, memory: Ref) -> Callable[..., None]:
-    """Fills the slot of a warpgroup."""
+    """Fills the slot of a warpgroup in `tile_memory`."""
+    flat = memory[FLAT]
 
     def copy(batch: Scalar, head: Scalar, row: Scalar, slot: Scalar, reader: int, barrier: Ref) -> None:
-        at = pl.ds(row, memory.shape[2])
-        plgpu.copy_gmem_to_smem(source(batch, at, head), memory.at[slot, reader], barrier)
+        at = pl.ds(row, flat.shape[2])
+        plgpu.copy_gmem_to_smem(source(batch, at, head), flat.at[slot, reader], barrier)
 
     return copy
 
 
 def copy_columns(source: View, memory: Ref) -> Callable[..., None]:
-    """Fills a stage of a ring."""
+    """Fills a stage of a ring in `tile_memory`."""
+    flat = memory[FLAT]
 
     def copy(batch: Scalar, head: Scalar, column: Scalar, tile: Scalar, stage: Scalar, barrier: Ref) -> None:
-        at = pl.ds(column, memory.shape[1])
-        plgpu.copy_gmem_to_smem(source(batch, at, head), memory.at[stage], barrier)
+        at = pl.ds(column, flat.shape[1])
+        plgpu.copy_gmem_to_smem(source(batch, at, head), flat.at[stage], barrier)
 
     return copy
 
@@ -88,15 +91,15 @@ def by_tile(vectors: Sequence[jax.Array], plan: tiles.Plan) -> jax.Array:
     return jnp.stack([vector[:, :, plan.columns] for vector in vectors], axis=3)
 
 
-def store_rows(band: Band, outputs: Sequence[tuple[jax.Array, tuple[Ref, Ref], View]]) -> None:
-    """Each (R,D) → its staging buffer, both views of it → global memory."""
+def store_rows(band: Band, outputs: Sequence[tuple[jax.Array, Ref, View]]) -> None:
+    """Each (R,D) → its staging buffer in `tile_memory` → global memory."""
     me = lax.axis_index("wg")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
-    for value, (_, tiled), _ in outputs:
-        tiled[me] = value.astype(tiled.dtype)
+    for value, memory, _ in outputs:
+        memory[TILED][me] = value.astype(memory[TILED].dtype)
     plgpu.commit_smem()
-    for value, (flat, _), view in outputs:
-        plgpu.copy_smem_to_gmem(flat.at[me], view(band.batch, pl.ds(band.row, value.shape[0]), band.head))
+    for value, memory, view in outputs:
+        plgpu.copy_smem_to_gmem(memory[FLAT].at[me], view(band.batch, pl.ds(band.row, value.shape[0]), band.head))
 
 
 # --- Registers.
@@ -141,6 +144,11 @@ def limits_of(ranges: np.ndarray, rows: int) -> np.ndarray:
     padded = np.full((2, max(len(ranges), rows)), ((0,), (1,)), np.int32)
     padded[:, : len(ranges)] = ranges.T
     return padded
+
+
+def load_limits(ref: Ref, band: Band, rows: int) -> list[jax.Array]:
+    """The start and the end of what each row of a band sees, from global memory."""
+    return [load_rows(ref.at[i, pl.ds(band.row, rows)]) for i in range(2)]
 
 
 def mask(logits: jax.Array, band: Band, tile: Scalar, limits: Sequence[jax.Array]) -> jax.Array:
@@ -199,12 +207,13 @@ def inverse_norm(x: jax.Array) -> jax.Array:
 def normalize(memory: Ref, factor: Ref) -> Callable[[Scalar, Scalar], None]:
     """What divides the vectors of a column tile by their norms and multiplies by the head's factor, in place."""
     part = 64  # vectors at a time: the loading warpgroup has few registers
+    tiled = memory[TILED]
 
     def prepare(head: Scalar, stage: Scalar) -> None:
-        for first in range(0, memory.shape[1], part):
-            where = memory.at[stage, pl.ds(first, part)]
+        for first in range(0, tiled.shape[1], part):
+            where = tiled.at[stage, pl.ds(first, part)]
             x = load(where)
-            where[...] = (x * along_rows(inverse_norm(x) * factor[head], x.shape)).astype(memory.dtype)
+            where[...] = (x * along_rows(inverse_norm(x) * factor[head], x.shape)).astype(tiled.dtype)
 
     return prepare
 

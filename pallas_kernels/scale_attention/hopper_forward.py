@@ -1,7 +1,7 @@
 """The Hopper kernel for attention over token pyramids, forward.
 
 A band of queries visits its tiles of keys, with a running maximum and sum as in FlashAttention (Dao 2023). Logits are
-in units of log 2.
+in units of log 2. `_Forward.flow` is what is loaded, `attend` what becomes of a band, `_Visits` what of its tiles.
 
 With QK-norm no logit exceeds |q_scale|. Where that is at most `SAFE_SCALE`, exp2 of logits can neither overflow nor
 vanish, and there is no maximum: a third fewer instructions, none of which waits for other lanes.
@@ -16,7 +16,10 @@ ms with both.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,8 +30,8 @@ from jax import lax
 
 from pallas_kernels.scale_attention import hopper_common as common
 from pallas_kernels.scale_attention.hopper_blocks import Blocks
-from pallas_kernels.scale_attention.hopper_common import along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper_common import TILED, along_rows, filled, tile_memory
+from pallas_kernels.scale_attention.hopper_pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
 
 # A running maximum before the first visible key; finite, so that exp2(-inf - NOTHING_SEEN) is 0 and not NaN.
 NOTHING_SEEN = -1e30
@@ -58,126 +61,9 @@ def forward(
     factors = common.sign_and_size(q_scale)
     unit_keys = [common.unit_keys(qkv, factors[0])] if norm and blocks.paired else []
     prepare = norm and not unit_keys
-    logits_memory = plgpu.ACC((rows, columns), jnp.float32)
-
-    def body(*refs: Ref, q: Ref, k: Ref, v: Ref, out: Ref, q_bar: Ref, kv_bar: Ref, landed: Ref, baton: Ref) -> None:
-        qkv_refs, refs = refs[: len(qkv)], refs[len(qkv) :]
-        (signs_ref, sizes_ref), refs = refs[: len(factors)] or (None, None), refs[len(factors) :]
-        unit_key_refs, refs = refs[: len(unit_keys)], refs[len(unit_keys) :]
-        limits_ref, table_ref, out_ref, lse_ref = refs
-        (q_ready, q_free), (kv_ready, kv_free) = q_bar, kv_bar
-        me = lax.axis_index("wg")
-
-        def attend(band: Band) -> None:
-            limits = [common.load_rows(limits_ref.at[i, pl.ds(band.row, rows)]) for i in range(2)]
-            slot = lax.rem(band.item, 2)
-            mine, my_q = slot * width + me, q[1].at[slot, me]
-            plgpu.barrier_wait(q_ready.at[mine])
-            gain = common.gain_of(my_q, sizes_ref[band.head] if norm else None)
-            safe = sizes_ref[band.head] <= SAFE_SCALE if norm and dtype == jnp.bfloat16 else None
-
-            def stage_of(tile: Scalar) -> Scalar:
-                return lax.rem(band.turn + tile, stages)
-
-            def await_turn(stage: Scalar) -> None:
-                plgpu.barrier_wait(kv_ready.at[stage])
-                pipeline.await_baton(baton)
-
-            def multiply_keys(logits: Ref, stage: Scalar) -> None:
-                plgpu.wgmma(logits, my_q, k[1].at[stage].transpose((1, 0)))
-
-            def logits_of(tile: Scalar, stage: Scalar) -> jax.Array:
-                def product(logits: Ref) -> jax.Array:
-                    multiply_keys(logits, stage)
-                    pipeline.pass_baton(baton)
-                    return logits[...]
-
-                await_turn(stage)
-                return common.mask(pl.run_scoped(product, logits_memory), band, tile, limits)
-
-            def follow(s: jax.Array, *carry: jax.Array) -> tuple[jax.Array, ...]:
-                """The carry, relative to a maximum that has seen one more tile, where one is needed."""
-
-                def rescale(s: jax.Array, total: jax.Array, peak: jax.Array, mass: jax.Array) -> tuple[jax.Array, ...]:
-                    new_peak = jnp.maximum(peak, s.max(axis=1) * gain)
-                    shrink = jnp.exp2(peak - new_peak)
-                    return total * along_rows(shrink, total.shape), new_peak, mass * shrink
-
-                if safe is None:
-                    return rescale(s, *carry)
-                return lax.cond(safe, lambda _, *carry: carry, rescale, s, *carry)
-
-            def weigh(s: jax.Array, peak: jax.Array) -> jax.Array:
-                return jnp.exp2(common.times(s, gain) - along_rows(peak, s.shape))
-
-            def one_by_one(*start: jax.Array) -> tuple[jax.Array, ...]:
-                def step(tile: Scalar, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                    stage = stage_of(tile)
-                    s = logits_of(tile, stage)
-                    total, peak, mass = follow(s, *carry)
-
-                    def accumulate(refs: tuple[Ref, Ref]) -> None:
-                        total_ref, mass_ref = refs
-                        p = weigh(s, peak)
-                        plgpu.wgmma(total_ref, p.astype(dtype), v[1].at[stage])
-                        mass_ref[...] += p.sum(axis=1)  # while the product is under way
-
-                    total, mass = pl.run_state(accumulate)((plgpu.ACC.init(total), mass))
-                    plgpu.barrier_arrive(kv_free.at[stage])
-                    return total, peak, mass
-
-                return lax.fori_loop(band.first, band.last, step, start)
-
-            def in_pairs(*start: jax.Array) -> tuple[jax.Array, ...]:
-                """As `one_by_one`, with the values of a tile multiplied together with the keys of the next."""
-
-                def take(s: jax.Array, *carry: jax.Array) -> tuple[jax.Array, ...]:
-                    total, peak, mass = follow(s, *carry)
-                    p = weigh(s, peak)
-                    return p.astype(dtype), total, peak, mass + p.sum(axis=1)
-
-                def step(tile: Scalar, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                    (p, total, peak, mass), stage, before = carry, stage_of(tile), stage_of(tile - 1)
-
-                    def products(refs: tuple[Ref, Ref]) -> None:
-                        logits, total_ref = refs
-                        multiply_keys(logits, stage)
-                        plgpu.wgmma(total_ref, p, v[1].at[before])
-                        pipeline.pass_baton(baton)
-
-                    await_turn(stage)
-                    memory = plgpu.ACC.init(filled(0, rows, columns)), plgpu.ACC.init(total)
-                    s, total = pl.run_state(products)(memory)
-                    plgpu.barrier_arrive(kv_free.at[before])
-                    return take(common.mask(s, band, tile, limits), total, peak, mass)
-
-                carry = take(logits_of(band.first, stage_of(band.first)), *start)
-                p, total, peak, mass = lax.fori_loop(band.first + 1, band.last, step, carry)
-                last = stage_of(band.last - 1)
-                total = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v[1].at[last]))(plgpu.ACC.init(total))
-                plgpu.barrier_arrive(kv_free.at[last])
-                return total, peak, mass
-
-            lowest = NOTHING_SEEN if safe is None else jnp.where(safe, 0.0, NOTHING_SEEN)
-            start = filled(0, rows, size), filled(lowest, rows), filled(0, rows)
-            total, peak, mass = in_pairs(*start) if blocks.paired else one_by_one(*start)
-            plgpu.barrier_arrive(q_free.at[mine])
-            lse_ref[band.batch, band.head, pl.ds(band.row, rows)] = peak + jnp.log2(mass)
-            total *= along_rows(1 / mass, total.shape)
-            common.store_rows(band, [(total, out, *common.views([out_ref]))])
-
-        q_at, k_at, v_at = common.views(qkv_refs, packed=len(qkv) == 1)
-        (k_at,) = common.views(unit_key_refs) or (k_at,)
-        queries = Rows([common.copy_rows(q_at, q[0])], q_ready, q_free)
-        normalize = common.normalize(k[1], signs_ref) if prepare else None
-        # One ring for both: a second barrier a tile costs more than keys gain by being there before their values.
-        copies = [common.copy_columns(k_at, k[0]), common.copy_columns(v_at, v[0])]
-        pairs = Ring(copies, kv_ready, kv_free, normalize, landed)
-        pipeline.run(table_ref, [queries], [pairs], baton, attend)
-
     out, lse = pipeline.call(
         "scale_attention_forward",
-        body,
+        _Forward,
         [
             jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
             jax.ShapeDtypeStruct((batch, heads, max(length, rows)), jnp.float32),
@@ -192,6 +78,201 @@ def forward(
             "landed": plgpu.Barrier(num_barriers=stages, num_arrivals=2) if prepare else None,
             "baton": pipeline.baton_barriers(),
         },
-        [*qkv, *factors, *unit_keys, common.limits_of(ranges, rows)],
+        [qkv, factors, unit_keys, common.limits_of(ranges, rows)],
     )
     return out, lse
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The kernel in a thread block: one warpgroup loads what `flow` says, the others `attend` to bands of queries.
+
+    Names in `_ref` or `_refs` lie in global memory, others in shared memory.
+    """
+
+    pipeline: Pipeline
+    me: Scalar  # this warpgroup
+    qkv_refs: Sequence[Ref]
+    factor_refs: Sequence[Ref]  # signs and sizes of q_scale, with QK-norm
+    unit_key_refs: Sequence[Ref]  # if they were normalised beforehand
+    limits_ref: Ref
+    table_ref: Ref
+    out_ref: Ref
+    lse_ref: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    out: Ref
+    q_bar: tuple[Ref, Ref]  # ready and free
+    kv_bar: tuple[Ref, Ref]
+    landed: Ref
+    baton: Ref
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """Queries, a band to each warpgroup; keys and values, tile by tile, to all."""
+        q_at, k_at, v_at = common.views(self.qkv_refs, packed=len(self.qkv_refs) == 1)
+        (k_at,) = common.views(self.unit_key_refs) or (k_at,)
+        queries = Rows([common.copy_rows(q_at, self.q)], *self.q_bar)
+        prepare = self.factor_refs and not self.unit_key_refs
+        normalize = common.normalize(self.k, self.factor_refs[0]) if prepare else None
+        # One ring for both: a second barrier a tile costs more than keys gain by being there before their values.
+        copies = [common.copy_columns(k_at, self.k), common.copy_columns(v_at, self.v)]
+        pairs = Ring(copies, *self.kv_bar, normalize, self.landed)
+        return Flow(self.pipeline, self.table_ref, [queries], [pairs], self.baton)
+
+    def attend(self, band: Band) -> None:
+        """Queries → sums over all tiles → attended values."""
+        (queries,), blocks = self.flow.rows, self.pipeline.blocks
+        limits = common.load_limits(self.limits_ref, band, blocks.rows)
+        slot, mine = queries.place(band.item, self.me, blocks.warpgroups)
+        q = self.q[TILED].at[slot, self.me]
+        plgpu.barrier_wait(queries.ready.at[mine])
+        _, sizes = self.factor_refs or (None, None)
+        gain = common.gain_of(q, sizes[band.head] if sizes is not None else None)
+        safe = sizes[band.head] <= SAFE_SCALE if sizes is not None and q.dtype == jnp.bfloat16 else None
+        visits = _Visits(self, band, limits, q, gain, safe)
+        total, peak, mass = (visits.in_pairs if blocks.paired else visits.one_by_one)(visits.start())
+        plgpu.barrier_arrive(queries.free.at[mine])
+        self.lse_ref[band.batch, band.head, pl.ds(band.row, blocks.rows)] = peak + jnp.log2(mass)
+        total *= along_rows(1 / mass, total.shape)
+        common.store_rows(band, [(total, self.out, *common.views([self.out_ref]))])
+
+
+class _Sums(NamedTuple):
+    """What a band of queries has of the tiles that it has visited, float32.
+
+    Attributes:
+      total: (R,D), values by their weights.
+      peak: (R,), what weights are relative to: weight = exp2(logit - peak).
+      mass: (R,), weights.
+    """
+
+    total: jax.Array
+    peak: jax.Array
+    mass: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visits:
+    """What a band of queries does with its tiles of keys and values.
+
+    Attributes:
+      kernel: that attends to them.
+      band: of the queries.
+      limits: the keys [start, end) that each query sees, (R,) both.
+      q: (R,D), in shared memory.
+      gain: of logits, `common.gain_of`.
+      safe: whether they need no maximum; None if they do in any case.
+    """
+
+    kernel: _Forward
+    band: Band
+    limits: Sequence[jax.Array]
+    q: Ref
+    gain: Any
+    safe: Scalar | None
+
+    def start(self) -> _Sums:
+        """Before the first tile."""
+        lowest = NOTHING_SEEN if self.safe is None else jnp.where(self.safe, 0.0, NOTHING_SEEN)
+        rows, size = self.q.shape
+        return _Sums(filled(0, rows, size), filled(lowest, rows), filled(0, rows))
+
+    def one_by_one(self, start: _Sums) -> _Sums:
+        """Of all tiles: at each its logits, their weights, and these times its values."""
+
+        def step(tile: Scalar, sums: _Sums) -> _Sums:
+            stage = self.stage_of(tile)
+            s = self.logits_of(tile, stage)
+            total, peak, mass = self.follow(s, sums)
+
+            def accumulate(refs: tuple[Ref, Ref]) -> None:
+                total_ref, mass_ref = refs
+                p = self.weigh(s, peak)
+                self.multiply_values(total_ref, p.astype(self.q.dtype), stage)
+                mass_ref[...] += p.sum(axis=1)  # while the product is under way
+
+            total, mass = pl.run_state(accumulate)((plgpu.ACC.init(total), mass))
+            self.kernel.flow.release(stage)
+            return _Sums(total, peak, mass)
+
+        return lax.fori_loop(self.band.first, self.band.last, step, start)
+
+    def in_pairs(self, start: _Sums) -> _Sums:
+        """As `one_by_one`, with the values of a tile multiplied together with the keys of the next."""
+
+        def take(s: jax.Array, sums: _Sums) -> tuple[jax.Array, _Sums]:
+            total, peak, mass = self.follow(s, sums)
+            p = self.weigh(s, peak)
+            return p.astype(self.q.dtype), _Sums(total, peak, mass + p.sum(axis=1))
+
+        def step(tile: Scalar, carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+            (p, sums), stage, before = carry, self.stage_of(tile), self.stage_of(tile - 1)
+
+            def products(refs: tuple[Ref, Ref]) -> None:
+                logits, total_ref = refs
+                self.multiply_keys(logits, stage)
+                self.multiply_values(total_ref, p, before)
+                self.kernel.flow.pass_baton()
+
+            self.kernel.flow.await_tile(stage)
+            memory = plgpu.ACC.init(filled(0, *self.tile_shape)), plgpu.ACC.init(sums.total)
+            s, total = pl.run_state(products)(memory)
+            self.kernel.flow.release(before)
+            return take(common.mask(s, self.band, tile, self.limits), sums._replace(total=total))
+
+        first = self.band.first
+        carry = take(self.logits_of(first, self.stage_of(first)), start)
+        p, sums = lax.fori_loop(first + 1, self.band.last, step, carry)
+        last = self.stage_of(self.band.last - 1)
+        total = pl.run_state(lambda ref: self.multiply_values(ref, p, last))(plgpu.ACC.init(sums.total))
+        self.kernel.flow.release(last)
+        return sums._replace(total=total)
+
+    # --- The parts of a visit, in the order of the data.
+
+    def stage_of(self, tile: Scalar) -> Scalar:
+        """Where in the ring a tile is."""
+        return self.kernel.flow.stage_of(self.band, tile)
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.q.shape[0], self.kernel.pipeline.blocks.columns
+
+    def multiply_keys(self, logits: Ref, stage: Scalar) -> None:
+        """Asks for the product of queries and a tile of keys."""
+        plgpu.wgmma(logits, self.q, self.kernel.k[TILED].at[stage].transpose((1, 0)))
+
+    def logits_of(self, tile: Scalar, stage: Scalar) -> jax.Array:
+        """(R,C), -inf where hidden, once the tile is there."""
+
+        def product(logits: Ref) -> jax.Array:
+            self.multiply_keys(logits, stage)
+            self.kernel.flow.pass_baton()
+            return logits[...]
+
+        self.kernel.flow.await_tile(stage)
+        s = pl.run_scoped(product, plgpu.ACC(self.tile_shape, jnp.float32))
+        return common.mask(s, self.band, tile, self.limits)
+
+    def follow(self, s: jax.Array, sums: _Sums) -> _Sums:
+        """The sums, relative to a maximum that has seen one more tile, where one is needed."""
+
+        def rescale(s: jax.Array, sums: _Sums) -> _Sums:
+            peak = jnp.maximum(sums.peak, s.max(axis=1) * self.gain)
+            shrink = jnp.exp2(sums.peak - peak)
+            return _Sums(sums.total * along_rows(shrink, sums.total.shape), peak, sums.mass * shrink)
+
+        if self.safe is None:
+            return rescale(s, sums)
+        return lax.cond(self.safe, lambda _, sums: sums, rescale, s, sums)
+
+    def weigh(self, s: jax.Array, peak: jax.Array) -> jax.Array:
+        """Logits → weights."""
+        return jnp.exp2(common.times(s, self.gain) - along_rows(peak, s.shape))
+
+    def multiply_values(self, total: Ref, weights: jax.Array, stage: Scalar) -> None:
+        """Asks for the product of weights and a tile of values, to be added."""
+        plgpu.wgmma(total, weights, self.kernel.v[TILED].at[stage])

@@ -9,6 +9,8 @@ in FlashAttention-3, Shah et al. 2024): then tensor cores work for one warpgroup
 where without all may wait for tensor cores at once, and then all for exponentials. Every warpgroup meets every tile
 that its item loads, to work on it or to skip it, and passes the baton once at each: it always arrives.
 
+A `Pipeline` is the schedule, known when tracing. A `Kernel` says what is loaded, its `Flow`, and what is done with it.
+
 Kernels use lane semantics: warpgroup semantics infer how shared memory is laid out, and would refuse the two views of
 `hopper_common.tile_memory`.
 """
@@ -16,8 +18,9 @@ Kernels use lane semantics: warpgroup semantics infer how shared memory is laid 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas as pl
@@ -68,6 +71,11 @@ class Rows:
     ready: Ref
     free: Ref
     slots: int = 2
+
+    def place(self, item: Scalar, warpgroup: Scalar, width: int) -> tuple[Scalar, Scalar]:
+        """The slot of an item, and the number of the barriers there of a warpgroup, one of `width`."""
+        slot = lax.rem(item, self.slots)
+        return slot, slot * width + warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,26 +131,44 @@ class Pipeline:
         """One for each warpgroup, if there is a baton: that it has it."""
         return plgpu.Barrier(num_barriers=self.blocks.warpgroups) if self.blocks.relay else None
 
-    def await_baton(self, baton: Ref | None) -> None:
-        """Before a warpgroup issues the products of a tile."""
-        if baton is not None:
-            plgpu.barrier_wait(baton.at[lax.axis_index("wg")])
+    def rounds(self) -> Scalar:
+        """How many items fall to this thread block."""
+        items = len(self.plan.table) * self.batch * self.heads
+        return lax.div(items - lax.axis_index("cta") + (self.thread_blocks - 1), self.thread_blocks)
 
-    def pass_baton(self, baton: Ref | None) -> None:
-        """Once they are issued."""
-        if baton is not None:
-            plgpu.barrier_arrive(baton.at[lax.rem(lax.axis_index("wg") + 1, self.blocks.warpgroups)])
+    def look_up(self, turn: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """Item, image and head of a turn: heavy regions first, and in a region the items of a head side by side."""
+        regions = self.plan.regions
+        number = lax.axis_index("cta") + turn * self.thread_blocks
+        start, end = jnp.int32(0), 0
+        first, count = (jnp.int32(x) for x in regions[0])
+        for (_, before), (next_first, next_count) in itertools.pairwise(regions):
+            end += before * self.batch * self.heads
+            later = number >= end
+            start = jnp.where(later, end, start)
+            first, count = jnp.where(later, next_first, first), jnp.where(later, next_count, count)
+        which = lax.div(number - start, count)
+        batch = lax.div(which, self.heads)
+        return first + number - start - which * count, batch, which - batch * self.heads
 
     def call(
         self,
         name: str,
-        body: Callable[..., None],
+        kernel: Callable[..., Kernel],
         out_type: Sequence[Any],
         scratch: Mapping[str, Any],
         operands: Sequence[Any],
-    ) -> Sequence[jax.Array]:
-        """Runs `body(*operands, table, *outputs, **scratch)`."""
-        kernel = plgpu.kernel(
+    ) -> Sequence[Any]:
+        """Runs `kernel(pipeline, warpgroup, *operands, table, *outputs, **scratch)`.
+
+        An operand or an output may be a sequence of them.
+        """
+
+        def body(*refs: Any, **memory: Any) -> None:
+            running = kernel(self, lax.axis_index("wg"), *refs, **memory)
+            running.flow.run(running.attend)
+
+        call = plgpu.kernel(
             body,
             out_type=list(out_type),
             scratch_types=scratch,
@@ -153,78 +179,107 @@ class Pipeline:
             kernel_name=name,
             compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         )
-        return kernel(*operands, jnp.asarray(self.plan.table))
+        return call(*operands, jnp.asarray(self.plan.table))
 
-    def run(
-        self,
-        table: Ref,
-        rows: Sequence[Rows],
-        rings: Sequence[Ring],
-        baton: Ref | None,
-        attend: Callable[[Band], None],
-    ) -> None:
-        """The body of a kernel: every item of this thread block.
 
-        Args:
-          table: the plan's, in global memory.
-          rows, rings: what is loaded.
-          baton: of `baton_barriers`.
-          attend: does a band: waits for rows, and at each tile from first to last for every ring, to be ready, awaits
-            and passes the baton, and says what is free again.
+class Kernel(Protocol):
+    """A kernel at work in a thread block: its producer loads what `flow` says, its consumers `attend` to bands.
+
+    It is made of what `Pipeline.call` lists: references to global memory, in that order, and to shared memory, by name.
+    """
+
+    @property
+    def flow(self) -> Flow:
+        """What is loaded."""
+
+    def attend(self, band: Band) -> None:
+        """Does a band.
+
+        It waits for rows, calls `await_tile`, `pass_baton` and `release` of the flow for each tile from first to last,
+        and says that rows are free again.
         """
-        me, width = lax.axis_index("wg"), self.blocks.warpgroups
-        rounds = lax.div(
-            len(self.plan.table) * self.batch * self.heads - lax.axis_index("cta") + (self.thread_blocks - 1),
-            self.thread_blocks,
-        )
 
-        @pl.when(me < width)
-        def _() -> None:
-            plgpu.set_max_registers(self.blocks.compute_registers, action="increase")
-            for operands in rows:
-                for slot in range(operands.slots):
-                    plgpu.barrier_arrive(operands.free.at[slot * width + me])
-            for ring in rings:
-                for stage in range(self.blocks.stages):
-                    plgpu.barrier_arrive(ring.free.at[stage])
-            pl.when(me == width - 1)(lambda: self.pass_baton(baton))  # the first to have it is warpgroup 0
-            lax.fori_loop(0, rounds, lambda turn, done: self._compute(table, rings, baton, attend, turn, done), 0)
-            plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(me == width)
-        def _() -> None:
-            plgpu.set_max_registers(self.blocks.loader_registers, action="decrease")
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """How tiles go through a thread block, and how its warpgroups wait for each other.
 
-            def load(turn: Scalar, carry: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-                return self._load(table, rows, rings, turn, *carry)
+    Attributes:
+      pipeline: the schedule.
+      table: the plan's, in global memory.
+      rows, rings: what is loaded.
+      baton: of `baton_barriers`.
+    """
 
-            done, head = lax.fori_loop(0, rounds, load, (jnp.int32(0), jnp.int32(0)))
-            self._prepare(rings, done - 1, head)
+    pipeline: Pipeline
+    table: Ref
+    rows: Sequence[Rows]
+    rings: Sequence[Ring]
+    baton: Ref | None
 
-    def _compute(
-        self,
-        table: Ref,
-        rings: Sequence[Ring],
-        baton: Ref | None,
-        attend: Callable[[Band], None],
-        turn: Scalar,
-        done: Scalar,
-    ) -> Scalar:
-        """One item, of which this warpgroup has one band.
+    def run(self, attend: Callable[[Band], None]) -> None:
+        """Every item of this thread block; `attend` is that of its `Kernel`."""
+        me, width, rounds = lax.axis_index("wg"), self.pipeline.blocks.warpgroups, self.pipeline.rounds()
+        pl.when(me < width)(lambda: self._compute(me, rounds, attend))
+        pl.when(me == width)(lambda: self._load(rounds))
+
+    # --- What a consumer does at each tile.
+
+    def stage_of(self, band: Band, tile: Scalar) -> Scalar:
+        """Where in the rings a tile is."""
+        return lax.rem(band.turn + tile, self.pipeline.blocks.stages)
+
+    def await_tile(self, stage: Scalar) -> None:
+        """Until it is in all rings, and this warpgroup has the baton. Then products may be issued."""
+        for ring in self.rings:
+            plgpu.barrier_wait(ring.ready.at[stage])
+        self._await_baton()
+
+    def _await_baton(self) -> None:
+        if self.baton is not None:
+            plgpu.barrier_wait(self.baton.at[lax.axis_index("wg")])
+
+    def pass_baton(self) -> None:
+        """Once products are issued."""
+        if self.baton is not None:
+            plgpu.barrier_arrive(self.baton.at[lax.rem(lax.axis_index("wg") + 1, self.pipeline.blocks.warpgroups)])
+
+    def release(self, stage: Scalar) -> None:
+        """Once products are done: the producer may fill it again."""
+        for ring in self.rings:
+            plgpu.barrier_arrive(ring.free.at[stage])
+
+    # --- Consumers.
+
+    def _compute(self, me: Scalar, rounds: Scalar, attend: Callable[[Band], None]) -> None:
+        blocks = self.pipeline.blocks
+        plgpu.set_max_registers(blocks.compute_registers, action="increase")
+        for operands in self.rows:
+            for slot in range(operands.slots):
+                plgpu.barrier_arrive(operands.free.at[slot * blocks.warpgroups + me])
+        for ring in self.rings:
+            for stage in range(blocks.stages):
+                plgpu.barrier_arrive(ring.free.at[stage])
+        pl.when(me == blocks.warpgroups - 1)(self.pass_baton)  # the first to have it is warpgroup 0
+        lax.fori_loop(0, rounds, lambda turn, done: self._compute_item(attend, turn, done), 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _compute_item(self, attend: Callable[[Band], None], turn: Scalar, done: Scalar) -> Scalar:
+        """An item, of which this warpgroup has one band.
 
         `done` counts the column tiles that the rings have seen so far; returns what it is after the item.
         """
-        item, batch, head = self._look_up(turn)
-        entry = self._entry(table, item, lax.axis_index("wg"), turn)
+        item, batch, head = self.pipeline.look_up(turn)
+        entry = self._entry(item, lax.axis_index("wg"), turn)
         first, last = entry[tiles.FIRST], entry[tiles.LAST]
         load_first, load_last = entry[tiles.LOAD_FIRST], entry[tiles.LOAD_LAST]
         ring_turn = done - load_first
 
         def skip(tile: Scalar, _: None) -> None:
-            stage = lax.rem(ring_turn + tile, self.blocks.stages)
-            self.await_baton(baton)
-            self.pass_baton(baton)
-            for ring in rings:
+            stage = lax.rem(ring_turn + tile, self.pipeline.blocks.stages)
+            self._await_baton()
+            self.pass_baton()
+            for ring in self.rings:
                 plgpu.barrier_wait(ring.ready.at[stage])
                 plgpu.barrier_arrive(ring.free.at[stage])
 
@@ -238,70 +293,65 @@ class Pipeline:
         lax.fori_loop(last, load_last, skip, None)
         return done + load_last - load_first
 
-    def _load(
-        self, table: Ref, rows: Sequence[Rows], rings: Sequence[Ring], turn: Scalar, done: Scalar, previous_head: Scalar
-    ) -> tuple[Scalar, Scalar]:
+    # --- The producer.
+
+    def _load(self, rounds: Scalar) -> None:
+        plgpu.set_max_registers(self.pipeline.blocks.loader_registers, action="decrease")
+
+        def load(turn: Scalar, carry: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+            return self._load_item(turn, *carry)
+
+        done, head = lax.fori_loop(0, rounds, load, (jnp.int32(0), jnp.int32(0)))
+        self._prepare(done - 1, head)
+
+    def _load_item(self, turn: Scalar, done: Scalar, previous_head: Scalar) -> tuple[Scalar, Scalar]:
         """Requests all that an item reads. A tile is prepared once the next, maybe of another item, is requested.
 
-        `previous_head` is that of the item before; returns `done` as `_compute`, and the head.
+        `previous_head` is that of the item before; returns `done` as `_compute_item`, and the head.
         """
-        item, batch, head = self._look_up(turn)
-        self._load_rows(table, rows, turn)
-        entry = self._entry(table, item, 0, turn)
+        item, batch, head = self.pipeline.look_up(turn)
+        self._load_rows(turn)
+        entry, blocks = self._entry(item, 0, turn), self.pipeline.blocks
         origin, grid = entry[tiles.ORIGIN], entry[tiles.GRID]
         first, last = entry[tiles.LOAD_FIRST], entry[tiles.LOAD_LAST]
 
         def request(tile: Scalar, latest_head: Scalar) -> Scalar:
             number = done + tile - first
-            stage = lax.rem(number, self.blocks.stages)
-            for ring in rings:
+            stage = lax.rem(number, blocks.stages)
+            for ring in self.rings:
                 plgpu.barrier_wait(ring.free.at[stage])
                 arrived = (ring.landed if ring.prepare else ring.ready).at[stage]
                 for copy in ring.copies:
-                    copy(batch, head, origin + tile * self.blocks.columns, grid + tile, stage, arrived)
-            pl.when(number > 0)(lambda: self._prepare(rings, number - 1, latest_head))
+                    copy(batch, head, origin + tile * blocks.columns, grid + tile, stage, arrived)
+            pl.when(number > 0)(lambda: self._prepare(number - 1, latest_head))
             return head
 
         return done + last - first, lax.fori_loop(first, last, request, previous_head)
 
-    def _prepare(self, rings: Sequence[Ring], number: Scalar, head: Scalar) -> None:
+    def _load_rows(self, turn: Scalar) -> None:
+        item, batch, head = self.pipeline.look_up(turn)
+        width = self.pipeline.blocks.warpgroups
+        for reader in range(width):
+            entry = self._entry(item, reader, turn)
+
+            @pl.when(entry[tiles.LAST] > entry[tiles.FIRST])
+            def _(entry: Ref = entry, reader: int = reader) -> None:
+                for operands in self.rows:
+                    slot, which = operands.place(turn, reader, width)
+                    plgpu.barrier_wait(operands.free.at[which])
+                    for copy in operands.copies:
+                        copy(batch, head, entry[tiles.ROW], slot, reader, operands.ready.at[which])
+
+    def _prepare(self, number: Scalar, head: Scalar) -> None:
         """Waits for a tile, by its number in the rings, and makes it ready where that takes more than loading."""
-        stage = lax.rem(number, self.blocks.stages)
-        for ring in rings:
+        stage = lax.rem(number, self.pipeline.blocks.stages)
+        for ring in self.rings:
             if ring.prepare:
                 plgpu.barrier_wait(ring.landed.at[stage])
                 ring.prepare(head, stage)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ring.ready.at[stage])
 
-    def _load_rows(self, table: Ref, rows: Sequence[Rows], turn: Scalar) -> None:
-        item, batch, head = self._look_up(turn)
-        for reader in range(self.blocks.warpgroups):
-            entry = self._entry(table, item, reader, turn)
-
-            @pl.when(entry[tiles.LAST] > entry[tiles.FIRST])
-            def _(entry: Ref = entry, reader: int = reader) -> None:
-                for operands in rows:
-                    slot = lax.rem(turn, operands.slots)
-                    which = slot * self.blocks.warpgroups + reader
-                    plgpu.barrier_wait(operands.free.at[which])
-                    for copy in operands.copies:
-                        copy(batch, head, entry[tiles.ROW], slot, reader, operands.ready.at[which])
-
-    def _entry(self, table: Ref, item: Scalar, warpgroup: Scalar, turn: Scalar) -> Ref:
+    def _entry(self, item: Scalar, warpgroup: Scalar, turn: Scalar) -> Ref:
         """The band of a warpgroup. Roles rotate, so that idle and short bands fall on each in turn."""
-        return table.at[item, lax.rem(warpgroup + turn, self.blocks.warpgroups)]
-
-    def _look_up(self, turn: Scalar) -> tuple[Scalar, Scalar, Scalar]:
-        """Item, image and head of a turn: heavy regions first, and in a region the items of a head side by side."""
-        number = lax.axis_index("cta") + turn * self.thread_blocks
-        start, end = jnp.int32(0), 0
-        first, count = (jnp.int32(x) for x in self.plan.regions[0])
-        for (_, before), (next_first, next_count) in zip(self.plan.regions, self.plan.regions[1:], strict=False):
-            end += before * self.batch * self.heads
-            later = number >= end
-            start = jnp.where(later, end, start)
-            first, count = jnp.where(later, next_first, first), jnp.where(later, next_count, count)
-        which = lax.div(number - start, count)
-        batch = lax.div(which, self.heads)
-        return first + number - start - which * count, batch, which - batch * self.heads
+        return self.table.at[item, lax.rem(warpgroup + turn, self.pipeline.blocks.warpgroups)]
