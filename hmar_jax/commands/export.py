@@ -91,13 +91,23 @@ def export_tokens(
     batch_size: int = 64,
     seed: int = 0,
 ) -> int:
-    """Writes a token cache of pictures; see `pipeline.examples` for the arguments. Returns the number of pictures."""
+    """Writes a token cache of pictures, whose batches all devices share; returns the number of pictures.
+
+    The arguments are those of `pipeline.examples`.
+    """
+    import jax
+
     from hmar_jax import pictures
+    from hmar_jax.config import MeshConfig
     from hmar_jax.data import pipeline
     from hmar_jax.data.tokens import write_token_cache
     from hmar_jax.pretrained import from_pretrained, tokenizer_fingerprint
+    from hmar_jax.tokenizer.door import TokenizerDoor
+    from hmar_jax.training import sharding
 
-    model = from_pretrained(model_path)
+    model, mesh = from_pretrained(model_path), sharding.make_mesh(MeshConfig())
+    tokenizer = TokenizerDoor(model.config, model.placed(mesh), model.dtype)
+    rows = -(-crops * batch_size // mesh.size) * mesh.size
     size = model.config.image_size
     source = pipeline.open_source(data, size, seed)
     examples = pipeline.examples(data, size, crops=crops, batch_size=batch_size, seed=seed, count=count)
@@ -106,8 +116,10 @@ def export_tokens(
         with tqdm.tqdm(total=count or len(source), desc="tokens", unit="picture", disable=None) as bar:
             for images, labels in examples:
                 flat = images.reshape(-1, *images.shape[2:])
-                full = np.resize(flat, (crops * batch_size, *flat.shape[1:]))  # one shape, one compilation
-                tokens = np.asarray(model.tokenizer.encode(pictures.to_unit(full)))[: len(flat)]
+                full = np.resize(flat, (rows, *flat.shape[1:]))  # one shape, one compilation
+                shared = jax.device_put(pictures.to_unit(full), sharding.batch_sharding(mesh))
+                with jax.set_mesh(mesh):
+                    tokens = np.asarray(tokenizer.encode(shared))[: len(flat)]
                 yield tokens.reshape(crops, len(labels), -1), labels
                 bar.update(len(labels))
 

@@ -27,10 +27,12 @@ from tiny_training import (
 )
 
 from hmar_jax import params as trees
+from hmar_jax.commands.export import export_tokens
 from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology
-from hmar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.networks import structure
 from hmar_jax.pretrained import from_pretrained
@@ -48,6 +50,7 @@ SHORT = {
     "tokenizer": {"steps": 3, "tokenizer_loss": dataclasses.replace(LOSS, adversarial=0.0)},
 }
 LABELS = [0, 1, 2, 1, 0]
+GLYPHS, EXPORT = DataConfig("glyphs", classes="".join(CLASSES)), {"count": 11, "crops": 2, "batch_size": 5}
 
 
 def sent_by(mesh):
@@ -96,14 +99,16 @@ from pathlib import Path
 import jax
 import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
-from test_devices import LABELS, RUNS, SHORT, sent_by, sent_by_sampling
+from test_devices import EXPORT, GLYPHS, LABELS, RUNS, SHORT, sent_by, sent_by_sampling
 from test_train_step import done_in_parts
+from hmar_jax.commands.export import export_tokens
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
 from hmar_jax.model import Model
 from hmar_jax.pretrained import from_pretrained
 from hmar_jax.sampling import program
+from hmar_jax.tokenizer.door import TokenizerDoor
 from hmar_jax.training.checkpoint import Checkpoints
 
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
@@ -170,6 +175,12 @@ with jax.set_mesh(mesh):
     with sound_argmax():
         tokens = Model(model.config, params).sample(LABELS, seed=3).tokens.tolist()
 sent["sampling"] = sent_by_sampling(model)
+shares, encode = [], TokenizerDoor.encode
+def encoded(self, images):
+    shares.append([images.shape[0], *(part.data.shape[0] for part in images.addressable_shards)])
+    return encode(self, images)
+TokenizerDoor.encode = encoded
+export_tokens(starts / "tokenizer", GLYPHS, out / "tokens", **EXPORT)
 sentences = []
 for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh": MeshConfig(data=3, fsdp=2)}):
     try:
@@ -179,7 +190,7 @@ for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh"
 steps = [str(name) for name in compiled if "train_step" in str(name)]
 written = (out / "refused").exists()
 facts = {"sizes": report, "whole": whole[0], "compiled": len(steps), "tokens": tokens, "sent": sent, "parts": parts}
-print(json.dumps(facts | {"sentences": sentences, "written": written}))
+print(json.dumps(facts | {"shares": shares, "sentences": sentences, "written": written}))
 """
 
 
@@ -245,6 +256,16 @@ def test_samples_do_not_depend_on_the_mesh(eight, starts):
     with sound_argmax():
         one = from_pretrained(starts / "next_scale").sample(LABELS, seed=3)
     assert one.tokens.tolist() == eight[1]["tokens"]
+
+
+def test_all_devices_share_what_a_token_cache_is_made_from(eight, starts, tmp_path):
+    assert eight[1]["shares"] == [[16] + [2] * 8] * 3  # of 10 pictures in a batch
+    export_tokens(starts / "tokenizer", GLYPHS, tmp_path / "tokens", **EXPORT)
+    ours, theirs = (TokenSource(folder / "tokens") for folder in (eight[0], tmp_path))
+    assert len(ours) == len(theirs) == 11
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["label"] == b["label"]
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
 
 def test_devices_that_share_a_guided_batch_exchange_no_more_than_random_keys(eight):
