@@ -3,7 +3,7 @@
     cache.json                            the header: see `_Header`
     tokens-00000-of-0000N.array_record    a record an image: int32 label, then crops × L uint16 tokens, little-endian
 
-A cache appears under its name only when it is complete.
+A cache appears under its name only when it is complete; until then it is in `.NAME.partial-HOST-PID` beside it.
 
 Axis letters: B batch, L tokens of one picture.
 """
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def write_token_cache(
         raise InputError(f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {2**16}.")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{str(path)!r} exists already; remove it, or write the token cache to another path.")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _new_partial(path)
     shards: list[Path] = []
     count = 0
     try:
@@ -169,6 +171,26 @@ def _records(
                 )
         for image, label in zip(tokens.astype("<u2").swapaxes(0, 1), labels.astype("<i4"), strict=True):
             yield label.tobytes() + image.tobytes()
+
+
+def _new_partial(path: Path) -> Path:
+    """Where this process writes a cache; what one that was killed left there, on this machine, is removed."""
+    start = f".{path.name}.partial-{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*"):
+        process = left.name.removeprefix(start)
+        if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+            shutil.rmtree(left, ignore_errors=True)
+    return path.with_name(f"{start}{os.getpid()}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:

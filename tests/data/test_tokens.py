@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import resource
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -111,6 +113,22 @@ def test_a_cache_shows_only_when_it_is_complete(tmp_path):
 
     write(tmp_path / "cache", watched(), shard_size=4)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    dead, host = subprocess.Popen(["true"]), socket.gethostname()
+    dead.wait()
+    left = [f".cache.partial-{host}-{process}" for process in (dead.pid, os.getpid())]
+    kept = [
+        f".cache.partial-{host}-{os.getppid()}",
+        f".cache.partial-another-host-{dead.pid}",
+        f".other.partial-{host}-{dead.pid}",
+    ]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens-00000").write_text("half of it")
+    write(tmp_path / "cache")
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", *kept}
 
 
 def test_what_exists_is_never_overwritten(tmp_path):
