@@ -1,5 +1,7 @@
 """The CNN's layers, equal to Flax's and to their definitions; and large batches decoded in slices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,23 @@ from hmar_jax.tokenizer import tokenizer as tokenizer_module
 from hmar_jax.tokenizer.layers import GroupNorm, PointwiseConv, ThinConv, UpsampleConv, thin_conv
 
 
-def lively(layer):
-    """The layer with biases and scales that are not 0 and 1."""
-    for i, (_, parameter) in enumerate(nnx.iter_graph(layer)):
-        if isinstance(parameter, nnx.Param):
-            parameter[...] += 0.3 * jax.random.normal(jax.random.key(i), parameter.shape)
-    return layer
+def lively(kind, *sizes, **options):
+    """A layer with random parameters, those of scales around 1."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(*sizes, **options, rngs=nnx.Rngs(0))))
+    for seed, (path, parameter) in enumerate(nnx.to_flat_state(state)):
+        parameter.set_value(0.3 * normal(parameter.shape, seed) + (path[-1] == "scale"))
+    return nnx.merge(graphdef, state)
+
+
+def normal(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, weights, *inputs):
+    """What a function gives, and the gradients of its sum with the weights."""
+    value, pull = jax.vjp(function, *inputs)
+    return value, pull(weights)
 
 
 def normed(layer, maps):
@@ -32,10 +45,10 @@ def normed(layer, maps):
 
 @pytest.mark.parametrize("shape", [(2, 6, 6, 8), (1, 1, 1, 8), (2, 64, 48, 8), (1, 3, 1100, 8), (3, 7, 5, 12)])
 def test_group_norm_is_its_definition(shape):
-    layer = lively(GroupNorm(shape[-1], 4, epsilon=1e-6, rngs=nnx.Rngs(0)))
+    layer = lively(GroupNorm, shape[-1], 4, epsilon=1e-6)
     spread = 10.0 ** np.arange(shape[-1])[::-1] / 1e3  # channels of a group far apart
     maps = spread * np.random.default_rng(0).normal(size=shape) + spread
-    np.testing.assert_allclose(layer(jnp.float32(maps)), normed(layer, np.float32(maps)), atol=2e-5)
+    np.testing.assert_allclose(jax.jit(layer)(np.float32(maps)), normed(layer, np.float32(maps)), atol=2e-5)
 
 
 @pytest.mark.parametrize("lanes", [1, 128])
@@ -50,18 +63,19 @@ def test_moments_are_those_about_the_middle_in_stretches_of_any_length(monkeypat
 
 
 def test_a_mean_far_from_zero_costs_the_variance_no_digits():
-    layer = lively(GroupNorm(8, 4, epsilon=1e-6, rngs=nnx.Rngs(0)))
+    layer = lively(GroupNorm, 8, 4, epsilon=1e-6)
     maps = np.float32(300 + np.random.default_rng(0).normal(size=(2, 32, 32, 8)))
     maps[:, 16, ::2] += 4  # what squares are summed about is not the mean
     expected = normed(layer, maps)
-    np.testing.assert_allclose(layer(jnp.asarray(maps)), expected, atol=2e-4)  # 300's own rounding is 1.5e-5
+    given = np.asarray(layer(maps))
+    np.testing.assert_allclose(given, expected, atol=2e-4)  # 300's own rounding is 1.5e-5
     naive = np.var(maps[0, ..., :2]), np.mean(np.square(maps[0, ..., :2])) - np.square(np.mean(maps[0, ..., :2]))
     assert abs(naive[1] / naive[0] - 1) > 1e-3  # as sums about zero would have it
-    assert abs(float(jnp.var(layer(jnp.asarray(maps))[0, ..., 0])) / np.var(expected[0, ..., 0]) - 1) < 1e-5
+    assert abs(np.var(given[0, ..., 0]) / np.var(expected[0, ..., 0]) - 1) < 1e-5
 
 
 def test_a_constant_map_is_normalised_to_the_bias():
-    layer = lively(GroupNorm(8, 4, epsilon=1e-6, rngs=nnx.Rngs(0)))
+    layer = lively(GroupNorm, 8, 4, epsilon=1e-6)
     given = layer(jnp.full((1, 5, 5, 8), 7.0))
     np.testing.assert_allclose(
         given, jnp.broadcast_to(layer.bias[...], given.shape), atol=2e-3
@@ -69,24 +83,26 @@ def test_a_constant_map_is_normalised_to_the_bias():
 
 
 def test_group_norm_and_its_gradients_are_those_of_flax():
-    ours = lively(GroupNorm(12, 4, epsilon=1e-6, rngs=nnx.Rngs(0)))
-    theirs = nnx.GroupNorm(12, 4, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0))
+    ours = lively(GroupNorm, 12, 4, epsilon=1e-6)
+    theirs = nnx.eval_shape(lambda: nnx.GroupNorm(12, 4, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0)))
     nnx.update(theirs, nnx.state(ours))
-    maps, weights = jax.random.normal(jax.random.key(0), (2, 3, 9, 7, 12)) + 2
+    maps, weights = normal((2, 3, 9, 7, 12)) + 2
 
-    def gradients(layer):
+    def run(layer, function):
         graphdef, state = nnx.split(layer)
-        return jax.grad(lambda state, x: jnp.sum(weights * nnx.silu(nnx.merge(graphdef, state)(x))), (0, 1))(
-            state, maps
+        value, gradients = value_and_gradients(
+            lambda state, x: function(nnx.merge(graphdef, state), x), weights, state, maps
         )
+        return value, nnx.to_pure_dict(gradients[0]), gradients[1]
 
-    np.testing.assert_allclose(ours(maps, nnx.silu), nnx.silu(theirs(maps)), atol=3e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5), *map(gradients, (ours, theirs)))
+    ours, theirs = run(ours, lambda layer, x: layer(x, nnx.silu)), run(theirs, lambda layer, x: nnx.silu(layer(x)))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=3e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5), ours[1:], theirs[1:])
 
 
 def test_group_norm_rounds_once():
     layer = GroupNorm(8, 4, epsilon=1e-6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    maps = jax.random.normal(jax.random.key(0), (2, 8, 8, 8), jnp.bfloat16)
+    maps = normal((2, 8, 8, 8)).astype(jnp.bfloat16)
     expected = nnx.silu(jnp.float32(normed(layer, maps))).astype(jnp.bfloat16)
     given = layer(maps, nnx.silu)
     assert given.dtype == jnp.bfloat16
@@ -107,63 +123,77 @@ def test_bfloat16_in_pairs_is_computed_as_one_by_one():
 
 @pytest.mark.parametrize(("height", "width", "inputs", "outputs"), [(4, 4, 3, 5), (1, 1, 4, 4), (2, 5, 4, 2)])
 def test_upsampling_equals_nearest_neighbours_and_a_convolution(height, width, inputs, outputs):
-    folded = lively(UpsampleConv(inputs, outputs, (3, 3), rngs=nnx.Rngs(0)))
-    plain = nnx.Conv(inputs, outputs, (3, 3), padding=1, rngs=nnx.Rngs(0))
+    folded = lively(UpsampleConv, inputs, outputs, (3, 3))
+    plain = nnx.eval_shape(lambda: nnx.Conv(inputs, outputs, (3, 3), padding=1, rngs=nnx.Rngs(0)))
     nnx.update(plain, nnx.state(folded))
-    maps = jax.random.normal(jax.random.key(0), (2, height, width, inputs))
+    maps, weights = normal((2, height, width, inputs)), normal((2, 2 * height, 2 * width, outputs), 1)
 
-    def both(maps):
-        return folded(maps), plain(maps.repeat(2, axis=1).repeat(2, axis=2))
+    def repeated(maps):
+        return plain(maps.repeat(2, axis=1).repeat(2, axis=2))
 
-    np.testing.assert_allclose(*both(maps), atol=2e-6)
-    ours, theirs = (jax.grad(lambda x, i=i: jnp.sum(both(x)[i] ** 2))(maps) for i in range(2))
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    ours, theirs = (value_and_gradients(function, weights, maps) for function in (folded, repeated))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=2e-6)
+    np.testing.assert_allclose(ours[1], theirs[1], atol=2e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (2, 1)])
 def test_a_thin_convolution_is_one_and_has_its_gradients(height, width):
-    maps = jax.random.normal(jax.random.key(0), (2, height, width, 6))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 6, 3))
-    weights = jax.random.normal(jax.random.key(2), (2, height, width, 3))
+    maps, kernel, weights = (
+        normal(shape, i) for i, shape in enumerate([(2, height, width, 6), (3, 3, 6, 3), (2, height, width, 3)])
+    )
 
     def plain(maps, kernel):
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(maps, kernel, (1, 1), "SAME", dimension_numbers=layout, precision="highest")
 
-    def gradients(convolve):
-        return jax.grad(lambda *inputs: jnp.sum(weights * convolve(*inputs)), (0, 1))(maps, kernel)
-
-    np.testing.assert_allclose(thin_conv(maps, kernel), plain(maps, kernel), atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *map(gradients, (thin_conv, plain)))
+    ours, theirs = (value_and_gradients(function, weights, maps, kernel) for function in (thin_conv, plain))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours[1], theirs[1])
     narrow = [values.astype(jnp.bfloat16) for values in (maps, kernel)]
-    given, expected = thin_conv(narrow[0], kernel), plain(*(values.astype(jnp.float32) for values in narrow))
+    given = jax.jit(thin_conv)(narrow[0], kernel)
+    expected = np.asarray(jax.jit(plain)(*(values.astype(jnp.float32) for values in narrow)))
     assert given.dtype == jnp.float32
-    np.testing.assert_allclose(given, expected, atol=9 * 2**-9 * jnp.abs(expected).max())  # nine roundings
+    np.testing.assert_allclose(given, expected, atol=9 * 2**-9 * np.abs(expected).max())  # nine roundings
 
 
 @pytest.mark.parametrize("features", [3, 6])
 def test_a_thin_convolution_with_its_bias_is_a_plain_one(features):
-    layer = lively(ThinConv(6, features, (3, 3), padding=1, rngs=nnx.Rngs(0)))
-    maps = jax.random.normal(jax.random.key(0), (2, 5, 7, 6))
-    np.testing.assert_allclose(layer(maps), nnx.Conv.__call__(layer, maps), atol=1e-5)
-    np.testing.assert_allclose(layer(maps, 2 * layer.kernel[...]), 2 * layer(maps) - layer.bias[...], atol=1e-5)
+    layer = lively(ThinConv, 6, features, (3, 3), padding=1)
+    maps = normal((2, 5, 7, 6))
+
+    @jax.jit
+    def run(maps):
+        kernel = layer.kernel[...]
+        return layer(maps), nnx.Conv.__call__(layer, maps), layer(maps, 2 * kernel), 2 * layer(maps) - layer.bias[...]
+
+    ours, theirs, ours_doubled, doubled = run(maps)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(ours_doubled, doubled, atol=1e-5)
 
 
 def test_a_pointwise_convolution_is_one():
-    product, plain = (kind(4, 6, (1, 1), rngs=nnx.Rngs(0)) for kind in (PointwiseConv, nnx.Conv))
-    nnx.update(plain, nnx.state(lively(product)))
-    maps = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
-    np.testing.assert_allclose(product(maps), plain(maps), atol=1e-6)
+    product = lively(PointwiseConv, 4, 6, (1, 1))
+    plain = nnx.eval_shape(lambda: nnx.Conv(4, 6, (1, 1), rngs=nnx.Rngs(0)))
+    nnx.update(plain, nnx.state(product))
+    maps = normal((2, 3, 5, 4))
+    np.testing.assert_allclose(jax.jit(product)(maps), jax.jit(plain)(maps), atol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 4])
 def test_a_batch_in_slices_decodes_as_in_one(monkeypatch, at_once):
     decoder = networks(TINY, lively_params(TINY)).tokenizer
-    latents = jax.random.normal(jax.random.key(0), (5, 3, 3, TINY.tokenizer.latent_channels))
-    whole = decoder.decode_latents(latents)
+    latents = normal((5, 3, 3, TINY.tokenizer.latent_channels))
+    whole = decode(decoder, latents, 10**6)
     assert whole.shape == (5, 6, 6, 3)
-    monkeypatch.setattr(tokenizer_module, "_PIXELS_AT_ONCE", 36 * at_once)
+    pixels = 36 * at_once
+    monkeypatch.setattr(tokenizer_module, "_PIXELS_AT_ONCE", pixels)
     jaxpr = jax.make_jaxpr(decoder.decode_latents)(latents)
     slices = [equation.params["length"] for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "scan"]
     assert slices == [-(-5 // at_once)]
-    np.testing.assert_allclose(decoder.decode_latents(latents), whole, atol=1e-5)
+    np.testing.assert_allclose(decode(decoder, latents, pixels), whole, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def decode(decoder, latents, _):
+    """Compiled once for each number of pixels at once, which the decoder reads when it is traced."""
+    return decoder.decode_latents(latents)
