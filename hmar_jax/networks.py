@@ -18,6 +18,7 @@ from hmar_jax.tokenizer.layers import ThinConv
 from hmar_jax.tokenizer.tokenizer import Tokenizer
 from hmar_jax.transformer.blocks import Remat
 from hmar_jax.transformer.hmar import HMAR
+from pallas_kernels.devices import device
 
 _OHWI = "ohwi"
 
@@ -101,8 +102,7 @@ def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, A
 
 def unrolls() -> bool:
     """Whether sampling runs blocks one after the other: on a GPU a loop would copy each one's weights in every pass."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "gpu"
+    return device()[0] == "gpu"
 
 
 def lay_out_for_gpu(params: trees.Tree) -> trees.Tree:

@@ -14,11 +14,18 @@ BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
 
 def device() -> tuple[str, str]:
     """Platform and kind of what is compiled for: devices of the mesh in use, real or not, else the first one here."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.platform, abstract.device_kind
-    first = jax.devices()[0]
-    return first.platform, first.device_kind
+    target = _target()
+    return target.platform, target.device_kind
+
+
+def core_count() -> int:
+    """Multiprocessors of the GPU that is compiled for."""
+    target = _target()
+    return target.core_count if isinstance(target, jax.Device) else target.num_cores
+
+
+def _target() -> Any:
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def is_hopper(platform: str, kind: str) -> bool:

@@ -12,7 +12,6 @@ of its logits: normalised q and k never go to global memory, but for keys with `
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,9 +21,8 @@ import numpy as np
 
 from pallas_kernels.scale_attention.hopper_backward import grad_keys, grad_queries
 from pallas_kernels.scale_attention.hopper_blocks import HopperBlocks, candidates, table_entry, tuned_blocks
-from pallas_kernels.scale_attention.hopper_common import sign_of
 from pallas_kernels.scale_attention.hopper_forward import forward
-from pallas_kernels.scale_attention.ranges import check_ranges
+from pallas_kernels.scale_attention.operands import Static, check_operands, ranges_for, say, sign_of
 
 __all__ = ["HopperBlocks", "candidates", "hopper_attention", "hopper_attention_packed", "table_entry"]
 
@@ -55,65 +53,43 @@ def hopper_attention(
     Raises:
       ValueError: shapes, dtypes or ranges are not supported, or blocks need more shared memory than there is.
     """
-    if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype or q.ndim != 4:
-        raise ValueError(f"q, k, v are {_say(q)}, {_say(k)}, {_say(v)}; expected thrice the same (B, L, H, D).")
-    return _attention((q, k, v), q_scale, _static(q, key_ranges, q_scale, blocks))
+    return _attend((q, k, v), key_ranges, q_scale, blocks)
 
 
 def hopper_attention_packed(
     qkv: jax.Array, key_ranges: np.ndarray, q_scale: jax.Array | None, *, blocks: HopperBlocks | None = None
 ) -> jax.Array:
     """As `hopper_attention`, of (B,L,3,H,D), q, k and v as one projection gives them. So is the gradient; no copies."""
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv is {_say(qkv)}; expected (B, L, 3, H, D).")
-    return _attention((qkv,), q_scale, _static(qkv, key_ranges, q_scale, blocks))
+    return _attend((qkv,), key_ranges, q_scale, blocks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What of a call is known when tracing: the bytes of key_ranges, (L,2) int32, and sizes of tiles."""
-
-    ranges: bytes
-    blocks: HopperBlocks
-
-    @property
-    def key_ranges(self) -> np.ndarray:
-        return np.frombuffer(self.ranges, np.int32).reshape(-1, 2)
-
-
-def _static(
-    array: jax.Array, key_ranges: np.ndarray, q_scale: jax.Array | None, blocks: HopperBlocks | None
-) -> _Static:
-    """Checked; of q or (B,L,3,H,D)."""
-    size = array.shape[-1]
-    if array.dtype not in (jnp.bfloat16, jnp.float16) or size not in HEAD_SIZES:
-        raise ValueError(f"The Hopper kernels take bfloat16 or float16 and heads of {HEAD_SIZES}, not {_say(array)}.")
-    ranges = np.ascontiguousarray(key_ranges, np.int32)
-    check_ranges(ranges)
-    if len(ranges) != array.shape[1]:
-        raise ValueError(f"key_ranges are of {len(ranges)} tokens, {_say(array)} has {array.shape[1]}.")
+def _attend(
+    qkv: tuple[jax.Array, ...], key_ranges: np.ndarray, q_scale: jax.Array | None, blocks: HopperBlocks | None
+) -> jax.Array:
+    """Of q, k, v, each (B,L,H,D), or one (B,L,3,H,D), checked."""
+    check_operands(qkv)
+    first, size = qkv[0], qkv[0].shape[-1]
+    if first.dtype not in (jnp.bfloat16, jnp.float16) or size not in HEAD_SIZES:
+        raise ValueError(f"The Hopper kernels take bfloat16 or float16 and heads of {HEAD_SIZES}, not {say(first)}.")
+    ranges = ranges_for(first, key_ranges)
     blocks = blocks or tuned_blocks(ranges, q_scale is not None)
     blocks.check(size)
-    return _Static(ranges.tobytes(), blocks)
-
-
-def _say(array: jax.Array) -> str:
-    return f"{array.dtype}{list(array.shape)}"
+    return _attention(qkv, q_scale, Static(ranges.tobytes(), blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attention(qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: _Static) -> jax.Array:
+def _attention(qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[HopperBlocks]) -> jax.Array:
     return forward(qkv, q_scale, static.key_ranges, static.blocks.forward)[0]
 
 
 def _attention_forward(
-    qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: _Static
+    qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[HopperBlocks]
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     out, lse = forward(qkv, q_scale, static.key_ranges, static.blocks.forward)
     return out, (qkv, q_scale, out, lse)
 
 
-def _attention_backward(static: _Static, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, Any]:
+def _attention_backward(static: Static[HopperBlocks], residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, Any]:
     qkv, q_scale, out, lse = residuals
     ranges, blocks = static.key_ranges, static.blocks
     dq, delta, dots = grad_queries(qkv, out, dout, lse, q_scale, ranges, blocks.grad_queries)

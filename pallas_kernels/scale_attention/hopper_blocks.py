@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import devices
 
 SHARED_BYTES = 227 * 1024  # what a thread block may use on Hopper
 REGISTERS = 64 * 1024  # of a multiprocessor
@@ -165,9 +166,9 @@ def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) 
 
 def _place(key_ranges: np.ndarray, norm: bool) -> tuple[str, int]:
     """The kind of device that is compiled for; the greatest number in the table that some query sees more keys than."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    cases, most = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND]), np.diff(key_ranges).max()
-    return device.device_kind, max(length for length, normed in cases if length < most and normed == norm)
+    _, kind = devices.device()
+    cases, most = TUNED.get(kind, TUNED[DEFAULT_KIND]), np.diff(key_ranges).max()
+    return kind, max(length for length, normed in cases if length < most and normed == norm)
 
 
 def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> list[HopperBlocks]:

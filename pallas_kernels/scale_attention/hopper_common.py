@@ -22,6 +22,7 @@ from jax import lax
 
 from pallas_kernels.scale_attention import hopper_tiles as tiles
 from pallas_kernels.scale_attention.hopper_pipeline import Band, Ref, Scalar
+from pallas_kernels.scale_attention.operands import sign_of
 
 LOG2E = math.log2(math.e)
 SMALLEST_SQUARE = 1e-24  # of a vector's norm, as in the reference
@@ -165,11 +166,6 @@ def mask(logits: jax.Array, band: Band, tile: Scalar, limits: Sequence[jax.Array
 
 
 # --- Scales of logits, and QK-norm.
-
-
-def sign_of(q_scale: jax.Array) -> jax.Array:
-    """1 of 0."""
-    return jnp.where(q_scale < 0, -1.0, 1.0)
 
 
 def sign_and_size(q_scale: jax.Array | None) -> list[jax.Array]:

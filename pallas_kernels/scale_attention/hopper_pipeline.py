@@ -22,14 +22,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import backend
 
+from pallas_kernels.devices import core_count
 from pallas_kernels.scale_attention import hopper_tiles as tiles
 from pallas_kernels.scale_attention.hopper_blocks import Blocks
 
@@ -110,9 +109,7 @@ class Pipeline:
     def create(cls, ranges: np.ndarray, blocks: Blocks, batch: int, heads: int) -> Pipeline:
         """One thread block for each multiprocessor, if there is enough to do."""
         plan = tiles.plan_tiles(ranges, blocks.rows, blocks.columns, blocks.warpgroups)
-        abstract = jax.sharding.get_abstract_mesh().abstract_device
-        cores = abstract.num_cores if abstract else backend.get_default_device().core_count
-        return cls(plan, blocks, batch, heads, min(cores, len(plan.table) * batch * heads))
+        return cls(plan, blocks, batch, heads, min(core_count(), len(plan.table) * batch * heads))
 
     def row_barriers(self, copies: int, slots: int = 2) -> tuple[plgpu.Barrier, plgpu.Barrier]:
         """Ready and free, for each slot and warpgroup."""

@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.scale_attention.ranges import check_ranges
+from pallas_kernels.scale_attention.operands import check_operands, ranges_for, say
 from pallas_kernels.scale_attention.tpu_kernels import Problem, backward_kernel, forward_kernel
 from pallas_kernels.scale_attention.tpu_tiles import (
     KEY,
@@ -79,8 +79,6 @@ def tpu_attention(
     Raises:
       ValueError: shapes, dtypes or ranges are not supported.
     """
-    if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v are {_say(q)}, {_say(k)}, {_say(v)}; expected thrice the same (B, L, H, D).")
     return _attend((q, k, v), key_ranges, q_scale, blocks, interpret)
 
 
@@ -96,8 +94,6 @@ def tpu_attention_packed(
 
     XLA turns slices of such an array with D = 64 around, tokens along lanes, and back again for the kernel.
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv is {_say(qkv)}; expected (B, L, 3, H, D).")
     return _attend((qkv,), key_ranges, q_scale, blocks, interpret)
 
 
@@ -108,18 +104,16 @@ def _attend(
     blocks: TpuBlocks | None,
     interpret: Any,
 ) -> jax.Array:
-    """Of arrays (B,L,H,D), or a single (B,L,3,H,D)."""
+    """Of q, k, v, each (B,L,H,D), or one (B,L,3,H,D), checked."""
+    check_operands(arrays)
     first = arrays[0]
     (batch, length), (heads, size) = first.shape[:2], first.shape[-2:]
     if first.dtype not in (jnp.bfloat16, jnp.float32, jnp.float16) or (128 % size and size % 128):
         raise ValueError(
             "The TPU kernels take bfloat16, float32 or float16 and a head size that divides 128 or is a multiple, not "
-            f"{_say(first)}."
+            f"{say(first)}."
         )
-    ranges = np.ascontiguousarray(key_ranges, np.int32)
-    check_ranges(ranges)
-    if len(ranges) != length:
-        raise ValueError(f"key_ranges are of {len(ranges)} tokens, {_say(first)} has {length}.")
+    ranges = ranges_for(first, key_ranges)
     dtype = jnp.dtype(jnp.bfloat16 if first.dtype == jnp.bfloat16 else jnp.float32)
     missing = -heads % max(128 // size, 1)  # heads to the next whole group
 
@@ -134,10 +128,6 @@ def _attend(
     )
     out = _attention(tuple(map(flatten, arrays)), _vary_as(first, factors), problem)
     return out.reshape(batch, length, -1, size)[:, :, :heads].astype(first.dtype)
-
-
-def _say(array: jax.Array) -> str:
-    return f"{array.dtype}{list(array.shape)}"
 
 
 def _vary_as(array: jax.Array, x: jax.Array) -> jax.Array:

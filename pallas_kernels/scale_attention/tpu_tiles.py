@@ -10,9 +10,10 @@ import itertools
 import sys
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import devices
 
 # Rows of the list, and bits of its row of flags.
 QUERY, KEY, FLAGS = 0, 1, 2
@@ -124,9 +125,9 @@ def table_entry(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) 
 
 def _place(length: int) -> tuple[str, int]:
     """The kind of device that is compiled for, and the lengths up to which its blocks serve."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    table = TUNED.get(device.device_kind, TUNED[DEFAULT_KIND])
-    return device.device_kind, next(most for most in table if length <= most)
+    _, kind = devices.device()
+    table = TUNED.get(kind, TUNED[DEFAULT_KIND])
+    return kind, next(most for most in table if length <= most)
 
 
 def _shrink(blocks: TpuBlocks, length: int) -> TpuBlocks:

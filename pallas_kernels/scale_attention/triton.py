@@ -27,7 +27,6 @@ compiled by the tests, not timed. Turing (T4) is left to XLA: Triton 3.6 uses no
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +37,8 @@ import numpy as np
 
 from pallas_kernels import devices
 from pallas_kernels.scale_attention import triton_kernels as kernels
-from pallas_kernels.scale_attention.ranges import check_ranges, transpose_ranges
+from pallas_kernels.scale_attention.operands import Static, check_operands, ranges_for, say, sign_of
+from pallas_kernels.scale_attention.ranges import transpose_ranges
 from pallas_kernels.scale_attention.triton_tiles import (
     Blocks,
     Spec,
@@ -81,69 +81,48 @@ def triton_attention(
     Raises:
       ValueError: shapes, dtypes or ranges are not supported, or blocks need more shared memory than there is.
     """
-    if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype or q.ndim != 4:
-        raise ValueError(f"q, k, v are {_say(q)}, {_say(k)}, {_say(v)}; expected thrice the same (B, L, H, D).")
-    return _attention((q, k, v), q_scale, _static(q, key_ranges, blocks))
+    return _attend((q, k, v), key_ranges, q_scale, blocks)
 
 
 def triton_attention_packed(
     qkv: jax.Array, key_ranges: np.ndarray, q_scale: jax.Array | None, *, blocks: TritonBlocks | None = None
 ) -> jax.Array:
     """As `triton_attention`, of (B,L,3,H,D), q, k and v as one projection gives them. So is the gradient; no copies."""
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv is {_say(qkv)}; expected (B, L, 3, H, D).")
-    return _attention((qkv,), q_scale, _static(qkv, key_ranges, blocks))
+    return _attend((qkv,), key_ranges, q_scale, blocks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What of a call is known when tracing: the bytes of key_ranges, (L,2) int32, and sizes of tiles."""
-
-    ranges: bytes
-    blocks: TritonBlocks
-
-    @property
-    def key_ranges(self) -> np.ndarray:
-        return np.frombuffer(self.ranges, np.int32).reshape(-1, 2)
-
-
-def _static(array: jax.Array, key_ranges: np.ndarray, blocks: TritonBlocks | None) -> _Static:
-    """Checked; of q or (B,L,3,H,D)."""
-    size = array.shape[-1]
-    if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or not 16 <= size <= LARGEST_HEAD:
+def _attend(
+    qkv: tuple[jax.Array, ...], key_ranges: np.ndarray, q_scale: jax.Array | None, blocks: TritonBlocks | None
+) -> jax.Array:
+    """Of q, k, v, each (B,L,H,D), or one (B,L,3,H,D), checked."""
+    check_operands(qkv)
+    first, size = qkv[0], qkv[0].shape[-1]
+    if first.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or not 16 <= size <= LARGEST_HEAD:
         raise ValueError(
-            "The Triton kernels take bfloat16, float16 or float32 and heads of 16 to "
-            f"{LARGEST_HEAD}, not {_say(array)}."
+            f"The Triton kernels take bfloat16, float16 or float32 and heads of 16 to {LARGEST_HEAD}, not {say(first)}."
         )
-    ranges = np.ascontiguousarray(key_ranges, np.int32)
-    check_ranges(ranges)
-    if len(ranges) != array.shape[1]:
-        raise ValueError(f"key_ranges are of {len(ranges)} tokens, {_say(array)} has {array.shape[1]}.")
-    blocks = blocks or tuned_blocks(size, array.dtype)
-    blocks.check(size, array.dtype.itemsize, shared_bytes())
-    return _Static(ranges.tobytes(), blocks)
-
-
-def _say(array: jax.Array) -> str:
-    return f"{array.dtype}{list(array.shape)}"
+    ranges = ranges_for(first, key_ranges)
+    blocks = blocks or tuned_blocks(size, first.dtype)
+    blocks.check(size, first.dtype.itemsize, shared_bytes())
+    return _attention(qkv, q_scale, Static(ranges.tobytes(), blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attention(qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: _Static) -> jax.Array:
+def _attention(qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[TritonBlocks]) -> jax.Array:
     """Of q, k, v, each (B,L,H,D), or one (B,L,3,H,D)."""
     out, _ = _attention_forward(qkv, q_scale, static)
     return out
 
 
 def _attention_forward(
-    qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: _Static
+    qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[TritonBlocks]
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     batch, length, *_, heads, size = qkv[0].shape
     if q_scale is None:
         factors = key_gains = jnp.full(heads, size**-0.5, jnp.float32)  # as gains it is not read
     else:
         factors = q_scale.astype(jnp.float32)
-        key_gains = _sign_of(factors)[:, None] * _inverse_norms(qkv[1] if len(qkv) == 3 else qkv[0][:, :, 1])
+        key_gains = sign_of(factors)[:, None] * _inverse_norms(qkv[1] if len(qkv) == 3 else qkv[0][:, :, 1])
     shapes = _shape((batch, length, heads, size), qkv[0].dtype), _shape((batch, heads, length))
     out, lse = _launch(
         *(kernels.forward_kernel, static.blocks.forward, static.key_ranges, q_scale is not None),
@@ -152,7 +131,7 @@ def _attention_forward(
     return out, (qkv, q_scale, factors, key_gains, out, lse)
 
 
-def _attention_backward(static: _Static, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, Any]:
+def _attention_backward(static: Static[TritonBlocks], residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, Any]:
     qkv, q_scale, factors, key_gains, out, lse = residuals
     ranges, blocks, norm = static.key_ranges, static.blocks, q_scale is not None
     batch, length, heads, _ = out.shape
@@ -169,15 +148,10 @@ def _attention_backward(static: _Static, residuals: tuple[Any, ...], dout: jax.A
         gradients = tuple(_launch(*rest, *given, [like_q], into=dq))  # whose first third is done
     if q_scale is None:
         return gradients, None
-    return gradients, (_sign_of(q_scale) * jnp.sum(vectors[:, :, 2], axis=(0, 2))).astype(q_scale.dtype)
+    return gradients, (sign_of(q_scale) * jnp.sum(vectors[:, :, 2], axis=(0, 2))).astype(q_scale.dtype)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _sign_of(q_scale: jax.Array) -> jax.Array:
-    """1 of 0."""
-    return jnp.where(q_scale < 0, -1.0, 1.0)
 
 
 def _inverse_norms(x: jax.Array) -> jax.Array:
