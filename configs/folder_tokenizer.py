@@ -16,6 +16,11 @@ from hmar_jax.config import (
     to_config_dict,
 )
 
+SIDES = (1, 2, 3, 4, 6, 8)
+TOKENIZER = TokenizerConfig(
+    channels=64, multipliers=(1, 2, 2, 4), latent_channels=32, codebook_size=4096, downsampling=8
+)
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The stage's config."""
@@ -24,10 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
             stage="tokenizer",
             steps=50_000,
             batch_size=64,
-            sides=(1, 2, 3, 4, 6, 8),
-            tokenizer=TokenizerConfig(
-                channels=64, multipliers=(1, 2, 2, 4), latent_channels=32, codebook_size=4096, downsampling=8
-            ),
+            sides=SIDES,
+            tokenizer=TOKENIZER,
             data=DataConfig("folder", flip=True),
             optimizer=OptimizerConfig(base_lr=4e-4, weight_decay=0.0, final_weight_decay=0.0, clip=1.0, ema=0.999),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial_start=10_000),

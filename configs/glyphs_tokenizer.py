@@ -16,6 +16,18 @@ from hmar_jax.config import (
 
 CLASSES = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 
+SIDES = (1, 2, 3, 4, 6)
+TOKENIZER = TokenizerConfig(
+    channels=16,
+    multipliers=(1, 2, 4),
+    encoder_blocks=1,
+    decoder_blocks=1,
+    norm_groups=8,
+    latent_channels=16,
+    codebook_size=256,
+    downsampling=4,
+)
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The stage's config."""
@@ -24,17 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
             stage="tokenizer",
             steps=1000,
             batch_size=16,
-            sides=(1, 2, 3, 4, 6),
-            tokenizer=TokenizerConfig(
-                channels=16,
-                multipliers=(1, 2, 4),
-                encoder_blocks=1,
-                decoder_blocks=1,
-                norm_groups=8,
-                latent_channels=16,
-                codebook_size=256,
-                downsampling=4,
-            ),
+            sides=SIDES,
+            tokenizer=TOKENIZER,
             data=DataConfig("glyphs", classes=CLASSES),
             optimizer=OptimizerConfig(base_lr=0.02, weight_decay=0.0, final_weight_decay=0.0, clip=1.0),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial=0.0),

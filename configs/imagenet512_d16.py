@@ -25,7 +25,7 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             stage=stage,
             steps=(100 if masked else 200) * IMAGES // 768,
             batch_size=768,
-            sides=ScaleLadder.preset("512").sides,  # training takes them from init_from, compile-check from here
+            sides=ScaleLadder.preset("512").sides,  # those of init_from, for compile-check before that is there
             init_from="runs/imagenet512_d16/model" if masked else "runs/imagenet512_tokenizer/model",
             transformer=TransformerConfig.preset("d16", masked=False),
             data=DataConfig("tokens", path="runs/imagenet512_tokens"),

@@ -33,7 +33,7 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             stage=stage,
             steps=(100 if masked else 350) * IMAGES // 1024,
             batch_size=1024,
-            sides=ScaleLadder.preset("512").sides,  # training takes them from init_from, compile-check from here
+            sides=ScaleLadder.preset("512").sides,  # those of init_from, for compile-check before that is there
             init_from="runs/imagenet512_d30/model" if masked else "runs/imagenet512_tokenizer/model",
             transformer=TransformerConfig.preset("d30", masked=False),
             data=DataConfig("tokens", path="runs/imagenet512_tokens"),

@@ -42,6 +42,15 @@ def test_every_config_loads_and_says_its_command(file):
     assert f"hmar-jax train --config=configs/{file.name} " in header(file)
 
 
+@pytest.mark.parametrize("kind", ["folder", "glyphs"])
+def test_the_stages_say_which_model_they_start_from(kind):
+    tokenizer, first, second = (
+        read_config(str(CONFIGS / f"{kind}_{stage}.py")) for stage in ("tokenizer", "next_scale", "masked")
+    )
+    assert (tokenizer.sides, tokenizer.tokenizer) == (first.sides, first.tokenizer) == (second.sides, second.tokenizer)
+    assert first.transformer == second.transformer
+
+
 @MODELS
 @DEPTHS
 class TestPublishedRecipe:

@@ -2,7 +2,7 @@
 
 A step is the one that `hmar-jax train` runs: teacher forcing, transformer, loss, gradients, AdamW. Weights and tokens
 are made up, so that neither a model nor data need be there; so are the pictures of stage `tokenizer`, whose FLOPs are
-those that XLA counts in the whole step.
+those that XLA counts in the whole step. Of `init_from`, where it is here, the sizes are taken.
 """
 
 from __future__ import annotations
@@ -172,13 +172,13 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
 def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
     """Objective, state, frozen parameters and optimizer of a stage that starts from made-up weights."""
+    from hmar_jax.compile_check.programs import start_model
     from hmar_jax.training import sharding
     from hmar_jax.training.objectives import OBJECTIVES
     from hmar_jax.training.optimizer import make_optimizer
     from hmar_jax.training.state import TrainState
 
-    transformer = config.transformer if config.stage == "masked" else None
-    start = ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
+    start = start_model(config)
     objective = OBJECTIVES[config.stage](dataclasses.replace(config, init_from="nothing"), (), start)
     parts = objective.init([], _made_up_params(start, sharding.shardings_in_use))
     optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)

@@ -24,7 +24,8 @@ def run(argv: Sequence[str]) -> None:
         prog="hmar-jax compile-check",
         description="Compile a stage's train step and sampler for TPUs or an H200 that need not be here, and report "
         "memory, largest arrays, collectives, FLOPs and the time that a step takes at least. Exits with 1 where "
-        "something does not fit. Neither data nor init_from are read: sides and tokenizer are the config's.",
+        "something does not fit. No data and no weights are read: what is in init_from is told by its config.json or, "
+        "where that is not here, by sides, tokenizer and, in stage masked, transformer of the config.",
         epilog="Any field of the config can be set: --config.mesh.fsdp=8 --config.remat=all "
         "--config.sides='(1,2,3,4,6,9,13,18,24,32)'",
     )

@@ -1,8 +1,8 @@
 """train config, absent devices → its train step and its sampler, compiled for them.
 
-The programs are those that `hmar-jax train` runs, of shapes instead of arrays: neither data nor `init_from` nor
-perceptual weights are read. What they would tell is taken from the config, for all stages: `sides` and `tokenizer`, and
-in stage `masked` `transformer`.
+The programs are those that `hmar-jax train` runs, of shapes instead of arrays: neither data nor weights are read. Where
+`init_from` is not here, what its config would tell is taken from the train config: `sides` and `tokenizer`, and in
+stage `masked` `transformer`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
 from hmar_jax.networks import held_dtypes, structure
 from hmar_jax.params import Tree
+from hmar_jax.pretrained import read_config
 from hmar_jax.sampling.program import Options, sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
@@ -107,14 +109,25 @@ def _judge_shapes() -> Tree:
 
 def start_of(config: TrainConfig) -> tuple[ModelConfig, Tree, Tree | None]:
     """What a stage would read: config and shapes of the model that it starts from; of LPIPS's weights, if any."""
-    transformer = config.transformer if config.stage == "masked" else None
-    model = ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
+    model = start_model(config)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(structure(model)[1])
     )
     loss = config.tokenizer_loss
     judged = config.stage == "tokenizer" and loss.perceptual and loss.perceptual_weights
     return model, params, _judge_shapes() if judged else None
+
+
+def start_model(config: TrainConfig) -> ModelConfig:
+    """The config of the model that a stage starts from: that in `init_from`; what `config` says, where it is not here.
+
+    Raises:
+      InputError: `init_from` is a directory, but of no model.
+    """
+    if config.init_from and Path(config.init_from).is_dir():
+        return read_config(Path(config.init_from))[0]
+    transformer = config.transformer if config.stage == "masked" else None
+    return ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
 
 
 def lower_train_step(setup: Setup) -> jax.stages.Lowered:

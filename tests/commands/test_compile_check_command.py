@@ -20,12 +20,14 @@ import tiny_training as tiny
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hmar_jax.commands import bench_train
 from hmar_jax.commands.main import main
 from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology, open_topology
 from hmar_jax.config import MeshConfig
 from hmar_jax.networks import init_params
+from hmar_jax.pretrained import read_config
 from hmar_jax.training import objectives
 from hmar_jax.training.objectives import OBJECTIVES
 from hmar_jax.training.optimizer import make_optimizer
@@ -180,6 +182,21 @@ def test_the_state_is_that_of_training_though_nothing_is_read(starts, stage, tmp
         assert (left.shape, left.dtype) == (right.shape, right.dtype)
     out_state, _ = programs.lower_train_step(setup).out_info
     assert [x.shape for x in jax.tree.leaves(out_state)] == [x.shape for x in jax.tree.leaves(truth[0])]
+
+
+def test_sizes_are_those_of_the_model_in_init_from_where_it_is_here(starts, tmp_path, monkeypatch):
+    config, absent = tiny.masked_config(starts), tiny.masked_config(tmp_path)
+    real, _ = read_config(starts / "next_scale")
+    assert programs.start_model(config) == real
+    assert programs.start_model(absent).ladder.sides == absent.sides != real.ladder.sides
+
+    def stop(model, place):
+        raise InterruptedError(model)
+
+    monkeypatch.setattr(bench_train, "_made_up_params", stop)  # what `bench train` measures
+    with pytest.raises(InterruptedError) as stopped:
+        bench_train._fresh(config)
+    assert stopped.value.args == (real,)
 
 
 if __name__ == "__main__":
