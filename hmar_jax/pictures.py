@@ -282,7 +282,7 @@ def _figure(what: str, width: float, height: float) -> Any:
     try:
         import matplotlib.figure
     except ImportError:
-        raise InputError(f"{what} need matplotlib; install it with `pip install 'hmar-jax[demo]'`.") from None
+        raise InputError(f"{what} need matplotlib; install it with `pip install matplotlib`.") from None
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 

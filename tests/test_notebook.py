@@ -171,7 +171,7 @@ def test_setup_leaves_an_installed_one_alone_but_does_not_take_a_checkout_for_it
 def test_setup_clones_where_there_is_no_checkout(monkeypatch, tmp_path):
     done = Setup(monkeypatch, tmp_path, COLAB, "https://example.org/r.git")
     assert done.commands[0] == ["git", "clone", "--quiet", "--depth=1", "https://example.org/r.git", "hmar-jax"]
-    assert done.commands[1][-1] == "hmar-jax[notebook]"
+    assert done.commands[1][-1] == f"{tmp_path / 'hmar-jax'}[notebook]"  # a name without a slash pip would look up
 
 
 def test_setup_asks_for_a_repository_where_it_has_none(monkeypatch, tmp_path):

@@ -107,7 +107,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
     spec = importlib.util.find_spec("matplotlib")  # found, not imported: only its fonts are wanted
     path = Path(spec.origin if spec and spec.origin else "").parent / f"mpl-data/fonts/ttf/DejaVu{face}.ttf"
     if not path.is_file():
-        raise InputError(f"Glyphs need the font {path.name} that matplotlib ships; run `pip install 'hmar-jax[demo]'`.")
+        raise InputError(f"Glyphs need the font {path.name} that matplotlib ships; run `pip install matplotlib`.")
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 

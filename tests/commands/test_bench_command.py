@@ -74,7 +74,7 @@ def test_without_matplotlib_there_is_a_sentence_and_no_plot(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert measured(tmp_path, "--no-norm", "--peers=none", "--implementations=xla") == 0
     out, err = capsys.readouterr()
-    assert "There is no plot: Bar plots need matplotlib; install it with" in err
+    assert "There is no plot: Bar plots need matplotlib; install it with `pip install matplotlib`." in err
     assert {entry.name for entry in tmp_path.iterdir()} == {"attention.json", "attention.md"}
     assert f"The same is in {tmp_path / 'attention.json'}, {tmp_path / 'attention.md'}\n" in out
     assert "without QK-norm" in out

@@ -143,7 +143,7 @@ def test_the_picture_has_a_colour_for_each_step(said, tmp_path, text):
 def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["schedule", "show", "single", f"--output={tmp_path / 's.png'}"]) == 2
-    assert "Pictures of schedules need matplotlib; " in capsys.readouterr().err
+    assert "Pictures of schedules need matplotlib; install it with `pip install matplotlib`." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
