@@ -431,6 +431,13 @@ class TestRemedies:
         assert only.change.startswith("--config.remat=all")
         assert only.estimate == pytest.approx(state + 0.2 * kept + report.kept_bytes(setup, "all"))
 
+    @pytest.mark.parametrize(("now", "ways", "wider"), [(1, 12, [2, 4]), (3, 12, [6, 12]), (2, 6, [])])
+    def test_only_ways_that_divide_the_devices_are_proposed_for_fsdp(self, now, ways, wider):
+        setup = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"fsdp": now}), ways=ways)
+        proposed = report._wider_fsdp(setup, report._Load(96.0, 0.0, 0.0))
+        assert [change.split(",")[0] for change, _ in proposed] == [f"--config.mesh.fsdp={n}" for n in wider]
+        assert [load.split for _, load in proposed] == [96 * now / n for n in wider]
+
     def test_a_batch_is_then_worked_off_in_parts(self):
         setup, at = tight(1e6, batch_size=1024, remat="all")
         state = sum(size for size, _ in report.state_arrays(setup))

@@ -218,6 +218,7 @@ def _wider_fsdp(setup: Setup, load: _Load) -> list[tuple[str, _Load]]:
             load._replace(split=load.split * now / wider),
         )
         for wider in _doublings(now, setup.ways)
+        if setup.ways % wider == 0
     ]
 
 
