@@ -124,7 +124,9 @@ def _published(image: str, model: str, batch: int) -> tuple[str, TrainConfig]:
 
 
 def _tiny(batch: int) -> TrainConfig:
-    tokenizer = TokenizerConfig(channels=8, norm_groups=4, codebook_size=256, latent_channels=8)
+    tokenizer = TokenizerConfig(
+        channels=8, encoder_blocks=1, decoder_blocks=1, norm_groups=4, codebook_size=256, latent_channels=8
+    )
     transformer = TransformerConfig(2, 64, 2, num_classes=10, branch_depth=1)
     return _config(
         ScaleLadder.preset("128").sides, batch, tokenizer=tokenizer, transformer=transformer, dtype="float32"

@@ -99,9 +99,10 @@ def test_the_published_settings_are_named_or_picked_by_image_and_model():
 @pytest.fixture
 def tokenizer_config(tmp_path, write_config):
     config = TrainConfig(
-        stage="tokenizer", sides=(1, 2, 4), batch_size=2, dtype="float32",
+        stage="tokenizer", sides=(1, 4), batch_size=2, dtype="float32",
         tokenizer=TokenizerConfig(
-            channels=4, multipliers=(1, 2), norm_groups=2, codebook_size=16, latent_channels=4, downsampling=2
+            channels=4, multipliers=(1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2, codebook_size=16,
+            latent_channels=4, downsampling=2, phis=1,
         ),
         tokenizer_loss=TokenizerLossConfig(adversarial=0.0),
     )  # fmt: skip
