@@ -25,4 +25,5 @@ export HYPOTHESIS_STORAGE_DIRECTORY="$environment/cache/hypothesis"
 stage "lint" "$python" -m ruff check .
 stage "format" "$python" -m ruff format --check .
 stage "types" "$python" -m mypy
-stage "tests" "$python" -m pytest -o cache_dir="$environment/cache/pytest" -n "$workers" --dist loadfile "$@"
+stage "tests" "$python" -m pytest -o cache_dir="$environment/cache/pytest" -n "$workers" --dist loadfile \
+    --no-loadscope-reorder "$@"

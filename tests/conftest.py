@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none, unless a test has its own: neither use nor fill the developer's
 
 import functools
+import gc
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -32,6 +34,43 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 GOLDENS = os.path.join(os.path.dirname(__file__), "goldens")
+
+# The files that take longest, the longest first: none is to be left to one worker at the end.
+LONG = (
+    "training/test_devices.py",
+    "training/test_hosts.py",
+    "kernels/test_tpu.py",
+    "sampling/test_var.py",
+    "sampling/test_sampler.py",
+    "sampling/test_editing.py",
+    "transformer/test_hmar.py",
+    "commands/test_whole_path.py",
+    "kernels/test_token_passes.py",
+    "commands/test_demo.py",
+    "training/test_resume.py",
+    "sampling/test_orders.py",
+    "test_model.py",
+    "test_notebook.py",
+    "training/test_tokenizer_objective.py",
+    "commands/test_bench_train.py",
+    "sampling/test_soak.py",
+    "sampling/test_trace.py",
+    "sampling/test_bulk.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts by `LONG`, which pytest-xdist follows with --no-loadscope-reorder."""
+    tests = Path(__file__).parent
+    place = {tests / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_tests_are_not_looked_through_for_garbage():
+    """Compiled programs and their traces stay; a collection among those of a hundred modules takes seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
