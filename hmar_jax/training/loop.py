@@ -27,7 +27,7 @@ from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole, writing
 from hmar_jax.model import Model, on_host
-from hmar_jax.params import Tree
+from hmar_jax.params import Tree, flatten
 from hmar_jax.pretrained import read_config, save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
@@ -40,6 +40,7 @@ from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
 logger = logging.getLogger(__name__)
 _NO_STEPS = range(0)
+_STREAM = {"data.source", "data.path", "data.name", "data.split", "data.classes"}  # what another stream differs in
 
 
 def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path:
@@ -89,12 +90,13 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
     writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
     check = _FiniteCheck(config, objective.model_config.image_size, checkpoints)
     origin = {"class_names": objective.model_config.class_names, "start": _start_of(config)}
-    goodput, profiler = Goodput(start), Profiler(profile, workdir / "profile")
+    steps = range(start + 1, config.steps + 1)
+    goodput, profiler = Goodput(start), Profiler(profile, steps, workdir / "profile")
     told = False
     with distributed.preemption() as asked, contextlib.ExitStack() as closing:
         for resource in (checkpoints, data, feed, writer, profiler):  # closed from the last to the first
             closing.callback(resource.close)
-        for step in range(start + 1, config.steps + 1):
+        for step in steps:
             with goodput.spent("data_wait"):
                 batch, position = next(feed)
             first, last = step == start + 1, step == config.steps
@@ -104,7 +106,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
             save = last or told or step % config.checkpoint_every == 0
             with goodput.spent("compile" if first else "step"), profiler(step):
                 state, metrics = step_fn(state, frozen, batch)
-                check(step, metrics)
+                check(step, metrics, position["examples"])
                 if log or sample or save or profiler.ends(step):
                     check.finish()
             writer.advance()
@@ -117,11 +119,11 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
                 speed = goodput.speed(step, config.batch_size)
                 metrics = jax.device_get(metrics) | {"learning_rate": float(rate(step - 1))}
                 writer.write(step, metrics if first else metrics | speed)
-            if sample:
-                show(step, objective.model_params(state.best, frozen))
             if save:
                 with goodput.spent("checkpoint"):
                     checkpoints.save(step, state, position | origin, config)
+            if sample:  # for which there may be no room, in memory or on disk: the step is saved by now
+                show(step, objective.model_params(state.best, frozen))
             if told:
                 break
         with goodput.spent("checkpoint"):
@@ -218,9 +220,16 @@ def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, config.keep)
-    if checkpoints.latest() is not None:
-        _check_same_run(checkpoints.config(), config, workdir)
+    if (done := checkpoints.latest()) is not None:
+        before = checkpoints.config()
+        _check_same_run(before, config, workdir)
         _check_same_start(checkpoints, config, workdir)
+        if config.steps < done:
+            raise InputError(
+                f"steps={config.steps}, and the run in {workdir} has done {done} already; set steps to {done} or more, "
+                "or choose another --workdir."
+            )
+        _log_changes(before, config)
     distributed.barrier("work directory checked")
     if distributed.is_first():
         write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
@@ -240,6 +249,16 @@ def _check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> Non
             f"The run in {workdir} was started with tokenizer_loss.adversarial={before.tokenizer_loss.adversarial}; a "
             "discriminator can neither join nor leave, so set it back, or choose another --workdir."
         )
+
+
+def _log_changes(before: TrainConfig, now: TrainConfig) -> None:
+    """Says, a line each, which settings a run goes on with that are not those it had."""
+    old, new = (flatten(to_plain(config)) for config in (before, now))
+    changed = [name for name in new if old[name] != new[name]]
+    for name in changed:
+        logger.info("Going on with %s=%r instead of %r.", name, new[name], old[name])
+    if _STREAM & set(changed):
+        logger.warning("The position in the data is that of the old stream; the new one goes on from the same number.")
 
 
 def _start_of(config: TrainConfig) -> str:
@@ -264,28 +283,30 @@ class _FiniteCheck:
 
     def __init__(self, config: TrainConfig, image_size: int, checkpoints: Checkpoints):
         self._config, self._image_size, self._checkpoints = config, image_size, checkpoints
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
-    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def __call__(self, step: int, metrics: dict[str, jax.Array], examples: int) -> None:
+        """Has the metrics of a step checked; `examples` of the data were read up to its end."""
         self.finish()
-        self._pending = (step, {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]})
+        self._pending = step, examples, {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]}
 
     def finish(self) -> None:
         """Checks what is still pending."""
         if self._pending is None:
             return
-        (step, values), self._pending = self._pending, None
+        (step, examples, values), self._pending = self._pending, None
         for name, value in values.items():
             if np.isfinite(value):
                 continue
             self._checkpoints.wait()
             last, size = self._checkpoints.latest(), self._config.batch_size
+            first = examples - size
             good = (
                 f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none is saved yet"
             )
             raise InputError(
-                f"The {name} is {float(value)} at step {step}, examples {(step - 1) * size} to {step * size - 1} of "
-                f"the data ({self._numbers((step - 1) * size, size)} of its source); {good}. Lower optimizer.base_lr "
+                f"The {name} is {float(value)} at step {step}, examples {first} to {examples - 1} of "
+                f"the data ({self._numbers(first, size)} of its source); {good}. Lower optimizer.base_lr "
                 "or look at those examples, and run again."
             )
 

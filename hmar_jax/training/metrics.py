@@ -68,11 +68,18 @@ class Profiler:
     """Traces some steps with `jax.profiler`, for TensorBoard or Perfetto. Only process 0 does.
 
     Args:
-      steps: which. folder: that the trace is written to.
+      chosen: steps to trace. run: steps that the run has to do; the log says so where none of them is chosen.
+      folder: that the trace is written to.
     """
 
-    def __init__(self, steps: range, folder: Path):
-        self._steps, self._folder, self._on = steps if jax.process_index() == 0 else range(0), folder, False
+    def __init__(self, chosen: range, run: range, folder: Path):
+        self._steps, self._folder, self._on = range(0), folder, False
+        if not chosen or jax.process_index() != 0:
+            return
+        self._steps = range(max(chosen.start, run.start), min(chosen.stop, run.stop))
+        if not self._steps:
+            wanted, left = (f"{r[0]} to {r[-1]}" if r else "none" for r in (chosen, run))
+            logger.warning("Nothing is traced: --profile names steps %s, and this run has %s to do.", wanted, left)
 
     def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """A block to run a step in; the first of those chosen begins the trace."""
@@ -115,7 +122,7 @@ class MetricsWriter:
         """Scalars or (K,) arrays at a step."""
         if not self._main:
             return
-        plain = {name: np.asarray(value, np.float64).round(7).tolist() for name, value in metrics.items()}
+        plain = {name: _rounded(value) for name, value in metrics.items()}
         self._append({"step": step} | plain)
         shown = {name: plain[name] for name in ("loss", "accuracy", "images_per_second") if name in plain}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
@@ -145,6 +152,11 @@ class MetricsWriter:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")  # a killed run left half a line
             file.write(json.dumps(line).encode() + b"\n")
+
+
+def _rounded(value: Any) -> Any:
+    """A scalar or array as floats of 7 significant digits, which float32 has."""
+    return np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])(np.asarray(value, np.float64)).tolist()
 
 
 def _scalars(plain: dict[str, Any]) -> Any:

@@ -287,6 +287,24 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(starts, tmp_path, m
     assert (tmp_path / "model").exists()
 
 
+def test_what_is_not_finite_is_found_in_the_data_after_another_batch_size_too(starts, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil("loss", 4)))
+    loop.train(next_scale_config(starts, steps=2), tmp_path)
+    with pytest.raises(InputError, match="The loss is nan at step 4, examples 32 to 47 of the data"):
+        loop.train(next_scale_config(starts, batch_size=16), tmp_path)
+
+
+def test_a_step_is_saved_whatever_becomes_of_its_samples(starts, tmp_path, monkeypatch):
+    def full(step, params):
+        raise InputError("no room for samples")
+
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    monkeypatch.setattr(loop, "_sample_writer", lambda *_: full)
+    with pytest.raises(InputError, match="no room for samples"):
+        loop.train(next_scale_config(starts, sample_every=2, sample_labels=(0,)), tmp_path)
+    assert Checkpoints(tmp_path).latest() == 2
+
+
 def test_a_parameter_that_is_not_finite_stops_the_run(starts, tmp_path, monkeypatch):
     config = next_scale_config(starts)
     make = loop.make_objective

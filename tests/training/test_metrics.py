@@ -19,7 +19,7 @@ from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 from hmar_jax import pictures
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop, metrics
-from hmar_jax.training.metrics import Goodput, MetricsWriter, read_metrics
+from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler, read_metrics
 
 
 @pytest.fixture
@@ -82,7 +82,8 @@ def test_goodput_counts_each_kind_and_speeds_those_since_the_last_time(monkeypat
 
 
 @pytest.mark.parametrize(("window", "traced"), [(range(2, 4), {2, 3}), (range(4, 9), {4, 5}), (range(7, 9), set())])
-def test_the_chosen_steps_are_traced(starts, tmp_path, idle, window, traced):
+def test_the_chosen_steps_are_traced(starts, tmp_path, idle, window, traced, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
     loop.train(next_scale_config(starts, checkpoint_every=5), tmp_path, profile=window)
     traces = list((tmp_path / "profile").rglob("*.trace.json.gz"))
     assert len(traces) == bool(traced)
@@ -91,6 +92,16 @@ def test_the_chosen_steps_are_traced(starts, tmp_path, idle, window, traced):
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         steps |= {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"}
     assert steps == traced
+    told = "A trace of steps {} to {} is in" if traced else "names steps 7 to 8, and this run has 1 to 5 to do"
+    assert told.format(min(traced, default=0), max(traced, default=0)) in caplog.text
+
+
+def test_a_resumed_run_says_that_the_steps_to_trace_are_done(tmp_path, caplog):
+    profiler = Profiler(range(2, 4), range(4, 9), tmp_path)
+    with profiler(4):
+        assert not profiler.ends(4)
+    profiler.close()
+    assert "Nothing is traced: --profile names steps 2 to 3, and this run has 4 to 8 to do." in caplog.text
 
 
 def test_a_step_that_was_written_again_counts_once_with_its_later_line(tmp_path):
@@ -106,6 +117,14 @@ def write(workdir, steps=3):
         writer.advance()
         writer.write(step, {"loss": np.float32(step / 2), "scale_loss": np.arange(2, dtype=np.float32)})
     writer.close()
+
+
+def test_small_numbers_keep_their_digits(tmp_path):
+    writer = MetricsWriter(tmp_path, steps=1, start=0, name="masked")
+    writer.write(1, {"learning_rate": 3.125e-8, "scale_loss": np.array([1 / 3, 2e-9], np.float32)})
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "learning_rate": 3.125e-8, "scale_loss": [0.3333333, 2e-9]}
 
 
 def test_a_resumed_run_appends(tmp_path):

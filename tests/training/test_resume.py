@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -177,9 +178,13 @@ def another_model(config):
             {"objective": ObjectiveConfig(leak_free=True)},
             "has objective=.*leak_free=False.*, this config .*leak_free=True",
         ),
+        (
+            {"steps": 1},
+            "steps=1, and the run in .* has done 2 already; set steps to 2 or more, or choose another --workdir",
+        ),
         ({}, "start is not what the run in .* started from; set init_from back to that model, or choose another"),
     ],
-    ids=["seed", "leak_free", "another model in init_from"],
+    ids=["seed", "leak_free", "steps that are done", "another model in init_from"],
 )
 def test_a_run_that_cannot_go_on_is_refused_and_its_record_stays(begun, changes, expected):
     config, workdir = begun
@@ -187,18 +192,27 @@ def test_a_run_that_cannot_go_on_is_refused_and_its_record_stays(begun, changes,
     if not changes:
         another_model(config)
     with pytest.raises(InputError, match=expected) as error:
-        loop.train(dataclasses.replace(config, steps=3, **changes), workdir)
+        loop.train(dataclasses.replace(config, **({"steps": 3} | changes)), workdir)
     assert "\n" not in str(error.value)
     assert (workdir / "config.json").read_bytes() == before
     assert Checkpoints(workdir).latest() == 2
 
 
-def test_a_run_goes_on_with_more_steps_from_a_moved_start_and_records_them(begun):
+@pytest.mark.parametrize("stream", ["the same", "another"])
+def test_a_run_goes_on_with_what_may_change_records_it_and_says_what_changed(begun, starts, stream, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
     config, workdir = begun
     moved = Path(config.init_from).rename(workdir.parent / "moved")
-    loop.train(dataclasses.replace(config, steps=3, init_from=str(moved)), workdir)
+    changes, names = {"steps": 3, "init_from": str(moved)}, ["steps", "init_from"]
+    if stream == "another":
+        copied = shutil.copytree(starts / "tokens", workdir.parent / "tokens")
+        changes["data"], names = DataConfig("tokens", path=str(copied)), [*names, "data.path"]
+    loop.train(dataclasses.replace(config, **changes), workdir)
     assert '"steps": 3' in (workdir / "config.json").read_text()
     assert Checkpoints(workdir).latest() == 3
+    assert "Going on with steps=3 instead of 2.\n" in caplog.text
+    assert re.findall("Going on with (.*)=", caplog.text) == names
+    assert ("The position in the data is that of the old stream" in caplog.text) == (stream == "another")
 
 
 @pytest.mark.parametrize(("old", "new"), [(0.1, 0.2), (0.2, 0.1), (0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
