@@ -328,8 +328,9 @@ class TrainConfig:
     Attributes:
       stage: `tokenizer`, `next_scale` or `masked`.
       steps: optimizer steps. batch_size: global. accumulate: equal parts a batch is worked off in.
-      init_from: model directory that the stage starts from: a tokenizer for `next_scale`, a tokenizer with a
-        next-scale transformer for `masked`; for `tokenizer`, optionally a tokenizer to go on from.
+      init_from: model directory or hub id that the stage starts from: for `next_scale` a tokenizer, perhaps with a
+        transformer of the same network (of any classes) to go on from; a tokenizer with a next-scale transformer for
+        `masked`; for `tokenizer`, optionally a tokenizer to go on from.
       sides: of the ladder; `tokenizer` stage only, later stages have their model's.
       tokenizer: `tokenizer` stage only. transformer: `next_scale` stage only.
       dtype: of compute; parameters are float32.

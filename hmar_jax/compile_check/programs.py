@@ -30,7 +30,7 @@ from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
 from hmar_jax.training import sharding
-from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts
+from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, unjudged
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
@@ -81,7 +81,7 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
 
     def create(params: Tree) -> tuple[TrainState, Tree]:
         # Weights that are only passed on need not be here.
-        parts: Parts = build(_unjudged(config)).init([], params)
+        parts: Parts = build(unjudged(config)).init([], params)
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
         return TrainState.create(config, parts, optimizer), parts.frozen
 
@@ -90,11 +90,6 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
         return Setup(config, mesh, build(config), _place(state, mesh), _place(frozen, mesh))
     frozen = frozen | {"perceptual": judge}
     return Setup(config, mesh, build(config, judge=judge), _place(state, mesh), _place(frozen, mesh))
-
-
-def _unjudged(config: TrainConfig) -> TrainConfig:
-    """The config without LPIPS."""
-    return dataclasses.replace(config, tokenizer_loss=dataclasses.replace(config.tokenizer_loss, perceptual_weights=""))
 
 
 def _judge_shapes() -> Tree:

@@ -28,13 +28,13 @@ from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole, writing
 from hmar_jax.model import Model, on_host
 from hmar_jax.params import Tree, flatten
-from hmar_jax.pretrained import read_config, save_model
+from hmar_jax.pretrained import save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
-from hmar_jax.training.objectives import OBJECTIVES, Objective
+from hmar_jax.training.objectives import OBJECTIVES, Objective, start_config, unjudged
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
@@ -68,6 +68,8 @@ def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Pat
 def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Path:
     objective = make_objective(config)
     _check_samples(config, objective.model_config)
+    for note in objective.notes:
+        logger.info(note)
     data = _batches(config, objective, mesh)
     checkpoints = _open_workdir(workdir, config)
     resumes = checkpoints.latest() is not None
@@ -148,7 +150,7 @@ def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = No
         size = ScaleLadder(config.sides).sides[-1] * config.tokenizer.downsampling
         return OBJECTIVES[config.stage](config, pipeline.open_source(config.data, size).class_names)
     cache = TokenSource(config.data.path)
-    model, meta = read_config(Path(config.init_from))
+    model, meta = start_config(config)
     if cache.ladder != model.ladder or cache.tokenizer != meta["tokenizer_sha256"]:
         raise InputError(
             f"The token cache {config.data.path} was written by another tokenizer than that of {config.init_from}; "
@@ -168,7 +170,7 @@ def load_trained(workdir: Path) -> tuple[Model, str, list[str]]:
         raise InputError(f"{workdir} has no whole checkpoint yet; train until the first is saved.")
     config = checkpoints.config()
     _check_same_start(checkpoints, config, workdir)
-    objective = make_objective(config, tuple(checkpoints.position()["class_names"]))
+    objective = make_objective(unjudged(config), tuple(checkpoints.position()["class_names"]))
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         like, frozen, _ = _initial_state(config, objective, mesh, fresh=False)
@@ -184,7 +186,7 @@ def _trained(
     model = Model(objective.model_config, jax.tree.map(on_host, objective.model_params(state.best, frozen)))
     run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
     # What a model starts from binds what it becomes.
-    licences = read_config(Path(config.init_from))[1]["licences"] if config.init_from else []
+    licences = start_config(config)[1]["licences"] if config.init_from else []
     return model, f"trained by hmar-jax, {run}", licences
 
 
@@ -263,7 +265,7 @@ def _log_changes(before: TrainConfig, now: TrainConfig) -> None:
 
 def _start_of(config: TrainConfig) -> str:
     """The checksum of the model that a run starts from, empty where it starts from nothing."""
-    return read_config(Path(config.init_from))[1]["sha256"] if config.init_from else ""
+    return start_config(config)[1]["sha256"] if config.init_from else ""
 
 
 def _check_same_start(checkpoints: Checkpoints, config: TrainConfig, workdir: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 from jax.lax import stop_gradient
 
 from hmar_jax import params as trees
-from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig
+from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import on_host
 from hmar_jax.networks import Networks, init_params, networks
@@ -27,10 +26,10 @@ from hmar_jax.pretrained import locate, open_model, read_config, read_params
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
 from hmar_jax.training import sharding
+from hmar_jax.training.weights_and_masks import per_scale, random_masks, scale_weights
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.fused import Scores
 
-logger = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
@@ -44,10 +43,16 @@ class Parts(NamedTuple):
 
 
 class Objective(Protocol):
-    """One training stage. `model_config` is what `model_params` are the parameters of."""
+    """One training stage.
+
+    Attributes:
+      model_config: what `model_params` are the parameters of. start_batches: batches of data that `init` wants.
+      notes: sentences, each on what the config leaves out or takes from `init_from`, for the log of a training.
+    """
 
     model_config: ModelConfig
     start_batches: int
+    notes: list[str]
 
     def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
         """The state at step 0, laid out on the mesh in use, if any.
@@ -67,9 +72,14 @@ class Objective(Protocol):
         """The parameters of a whole model, as `Model` takes them."""
 
 
-def _read_config(config: TrainConfig) -> ModelConfig:
-    """The config of the model in `init_from`."""
-    return read_config(locate(config.init_from))[0]
+def start_config(config: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of the model in `init_from`, a directory or hub id, and all of its `config.json`."""
+    return read_config(locate(config.init_from))
+
+
+def unjudged(config: TrainConfig) -> TrainConfig:
+    """The config without LPIPS, whose weights then need not be here."""
+    return dataclasses.replace(config, tokenizer_loss=dataclasses.replace(config.tokenizer_loss, perceptual_weights=""))
 
 
 def _read(config: TrainConfig, only: str = "") -> Tree:
@@ -100,14 +110,13 @@ class TokenizerObjective:
         self.config, self.weights = config, config.tokenizer_loss
         self.model_config = ModelConfig(ScaleLadder(config.sides), config.tokenizer, None, class_names)
         if config.init_from:
-            start = start or _read_config(config)
-            self.model_config = dataclasses.replace(start, transformer=None, class_names=class_names)
+            _check_same_tokenizer(config, start or start_config(config)[0])
         self.start_batches = 0 if config.init_from else self.weights.kmeans_batches
         self._perceptual = judge
         if self._perceptual is None and self.weights.perceptual and self.weights.perceptual_weights:
             self._perceptual = perceptual.load_perceptual(self.weights.perceptual_weights)
-        if self._perceptual is None:
-            logger.info("The perceptual term is off: tokenizer_loss.perceptual_weights names no file.")
+        off = "The perceptual term is off: tokenizer_loss.perceptual_weights names no file."
+        self.notes = [off] if self._perceptual is None else []
 
     def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
         seed, weights = self.config.seed, self.weights
@@ -211,6 +220,16 @@ class TokenizerObjective:
         return {"tokenizer": trained["tokenizer"]}
 
 
+def _check_same_tokenizer(config: TrainConfig, start: ModelConfig) -> None:
+    """Raises InputError where the tokenizer of `init_from` has other parameters; `sides` have none."""
+    theirs, ours = (dataclasses.asdict(tokenizer) for tokenizer in (start.tokenizer, config.tokenizer))
+    if other := [f"tokenizer.{name}={value}" for name, value in theirs.items() if value != ours[name]]:
+        raise InputError(
+            f"init_from={config.init_from} has {', '.join(other)}, unlike this config; set the config to that, or "
+            "leave init_from out."
+        )
+
+
 def _with_codebook(params: Tree, codes: jax.Array) -> Tree:
     return trees.merge(params, {"tokenizer": {"quantizer": {"codebook": codes}}})
 
@@ -224,45 +243,6 @@ def _discriminator(weights: TokenizerLossConfig, dtype: str, seed: int) -> losse
 # ------------------------------------------------------------------------- stages `next_scale` and `masked`
 
 
-def scale_weights(ladder: ScaleLadder, kind: str) -> np.ndarray:
-    """(L,) float32: what a token's cross-entropy weighs; sums to 1.
-
-    `log_normal` (HMAR §4.2): with m, s the mean and sample deviation of p_k/p_K and z_k = (p_{K+1-k}/p_K - m)/s,
-    scale k weighs the normal density at z_k. `uniform` weighs all tokens alike (VAR), `equal` all scales.
-    """
-    sides = np.asarray(ladder.sides, np.float64)
-    match kind:
-        case "log_normal" if ladder.num_scales > 1:
-            ratios = sides / sides[-1]
-            z = (ratios[::-1] - ratios.mean()) / ratios.std(ddof=1)
-            of_scale = np.exp(-(z**2) / 2)
-        case "log_normal" | "equal":
-            of_scale = np.ones_like(sides)
-        case "uniform":
-            of_scale = sides**2
-        case _:
-            raise InputError(f"objective.scale_weights is {kind!r}; use 'log_normal', 'uniform' or 'equal'.")
-    of_scale = of_scale / of_scale.sum()
-    return np.repeat(of_scale / sides**2, ladder.lengths).astype(np.float32)
-
-
-def random_masks(key: jax.Array, ladder: ScaleLadder) -> jax.Array:
-    """(L,) bool: ceil(γ p_k²) positions of every scale but the first, γ ~ U(0,1) the same for all (HMAR §4.3)."""
-    ratio_key, key = jax.random.split(key)
-    ratio = jax.random.uniform(ratio_key)
-    masks = [jnp.zeros((ladder.lengths[0],), bool)]
-    for scale, length in enumerate(ladder.lengths[1:], 1):
-        order = jax.random.permutation(jax.random.fold_in(key, scale), length)
-        masks.append(order < jnp.ceil(ratio * length))
-    return jnp.concatenate(masks)
-
-
-def per_scale(values: jax.Array, weights: jax.Array, ladder: ScaleLadder) -> jax.Array:
-    """Weighted mean of (B,L) values in each scale: (K,) float32, 0 where all weights are 0."""
-    sums = [(jnp.sum((values * weights)[:, s]), jnp.sum(weights[:, s])) for s in ladder.slices]
-    return jnp.stack([total / jnp.maximum(weight, 1e-9) for total, weight in sums])
-
-
 class _TransformerObjective:
     """What both transformer stages share: the model they start from, class dropout, metrics per scale.
 
@@ -274,7 +254,8 @@ class _TransformerObjective:
 
     def __init__(self, config: TrainConfig, class_names: tuple[str, ...], start: ModelConfig | None = None):
         self.config = config
-        self.model_config = self._model_config(start or _read_config(config), class_names)
+        self.notes: list[str] = []
+        self.model_config = self._model_config(start or start_config(config)[0], class_names)
         assert self.model_config.transformer is not None
         if class_names and len(class_names) != self.model_config.num_classes:
             raise InputError(
@@ -313,16 +294,30 @@ class _TransformerObjective:
 
 
 class NextScaleObjective(_TransformerObjective):
-    """Stage 1: weighted cross-entropy of every token given the coarser scales."""
+    """Stage 1: weighted cross-entropy of every token given the coarser scales.
+
+    It goes on from the transformer in `init_from` where that has one of the same network, for any classes.
+    """
 
     def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
         transformer = dataclasses.replace(self.config.transformer, masked=False)
+        self._goes_on = start.transformer is not None and _same_network(start.transformer, transformer)
+        if self._goes_on:
+            anew = "" if start.num_classes == transformer.num_classes else " but for its class embeddings"
+            self.notes = [f"Training goes on from the transformer in {self.config.init_from}{anew}."]
+        elif start.transformer is not None:
+            self.notes = [f"The transformer in {self.config.init_from} is another network; only its tokenizer is used."]
         return dataclasses.replace(start, transformer=transformer, class_names=class_names)
 
     def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
-        fresh = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
-        tokenizer = (start or _read(self.config, "tokenizer"))["tokenizer"]
-        return Parts({"transformer": fresh}, {"tokenizer": tokenizer}, {})
+        start = start or _read(self.config, "" if self._goes_on else "tokenizer")
+        transformer = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
+        if self._goes_on:
+            fresh, known = trees.flatten(transformer), trees.flatten(start["transformer"])
+            # Of the same shape is all but the embeddings of another number of classes.
+            same = {name: known[name] for name, leaf in fresh.items() if known[name].shape == leaf.shape}
+            transformer = trees.unflatten(fresh | same)
+        return Parts({"transformer": transformer}, {"tokenizer": start["tokenizer"]}, {})
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
@@ -373,6 +368,12 @@ class MaskedObjective(_TransformerObjective):
         counted = masked.astype(jnp.float32)
         metrics = self._metrics(scores, counted) | {"masked_share": jnp.mean(counted)}
         return jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
+
+
+def _same_network(start: TransformerConfig, wanted: TransformerConfig) -> bool:
+    """Whether one can go on as the other: they differ in nothing but classes, mask branch and how they are trained."""
+    free = ("num_classes", "masked", "leak_free", "class_dropout", "drop_path", "gate_init")
+    return dataclasses.replace(start, **{name: getattr(wanted, name) for name in free}) == wanted
 
 
 def _is_mask_branch(name: str) -> bool:

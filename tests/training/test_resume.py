@@ -14,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_training import SIZE, assert_bit_equal, idle_steps, stage_config
+from tiny_training import LOSS, SIZE, assert_bit_equal, idle_steps, stage_config
 
+from hmar_jax import hub
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import from_pretrained, save_model
-from hmar_jax.tokenizer import codebook
+from hmar_jax.tokenizer import codebook, perceptual
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import MetricsWriter, read_metrics
@@ -229,10 +230,22 @@ def test_the_adversarial_weight_may_change_but_the_discriminator_not_join_or_lea
             loop._check_same_run(before, now, Path("run"))
 
 
+def test_a_run_starts_from_a_hub_id_and_its_model_is_exported(starts, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda name, revision, files: starts / name.removeprefix("someone/"))
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    model = loop.train(stage_config("next_scale", starts, steps=1, init_from="someone/tokenizer"), tmp_path)
+    start = from_pretrained(starts / "tokenizer").params["tokenizer"]
+    assert_bit_equal(from_pretrained(model).params["tokenizer"], start)
+    assert_bit_equal(loop.load_trained(tmp_path)[0].params["tokenizer"], start)
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "next_scale"])
-def test_a_model_is_exported_when_its_training_data_is_gone(starts, tmp_path, monkeypatch, stage):
+def test_a_model_is_exported_when_the_data_and_perceptual_weights_are_gone(starts, tmp_path, monkeypatch, stage):
     data = tmp_path / "data"
+    changes = {}
     if stage == "tokenizer":
+        monkeypatch.setattr(perceptual, "load_perceptual", lambda file: {"scale": np.ones(3, np.float32)})
+        changes["tokenizer_loss"] = dataclasses.replace(LOSS, perceptual_weights="vgg.safetensors")
         data.mkdir()
         rng = np.random.default_rng(0)
         for i in range(8):
@@ -242,8 +255,9 @@ def test_a_model_is_exported_when_its_training_data_is_gone(starts, tmp_path, mo
         shutil.copytree(starts / "tokens", data)
         source = DataConfig("tokens", path=str(data))
     monkeypatch.setattr(loop, "make_train_step", idle_steps())
-    loop.train(stage_config(stage, starts, steps=1, data=source), tmp_path / "run")
+    loop.train(stage_config(stage, starts, steps=1, data=source, **changes), tmp_path / "run")
     shutil.rmtree(data)
+    monkeypatch.setattr(perceptual, "load_perceptual", lambda file: pytest.fail(f"{file} was read"))
     monkeypatch.setattr(codebook, "kmeans", lambda *_: pytest.fail("k-means was run"))
     assert main(["export", "model", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]) == 0
     exported, trained = (from_pretrained(folder) for folder in (tmp_path / "out", tmp_path / "run" / "model"))

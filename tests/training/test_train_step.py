@@ -21,9 +21,10 @@ from hmar_jax.model import Model
 from hmar_jax.pretrained import from_pretrained, save_model
 from hmar_jax.training import objectives, sharding
 from hmar_jax.training.loop import make_objective
-from hmar_jax.training.objectives import Parts, scale_weights
+from hmar_jax.training.objectives import OBJECTIVES, Parts
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
+from hmar_jax.training.weights_and_masks import scale_weights
 from hmar_jax.transformer.fused import Scores
 
 STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
@@ -138,6 +139,30 @@ def test_the_mask_branch_starts_as_a_copy_of_the_next_scale_branch(starts):
     assert set(parts.trained) == {"transformer"}
     assert_bit_equal(parts.trained["transformer"]["masked"], parts.frozen["transformer"]["next_scale"])
     assert np.std(parts.trained["transformer"]["mask_embed"]) > 0
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ("D", "E")])
+def test_next_scale_training_goes_on_from_a_transformer_of_the_same_network(starts, classes):
+    transformer = dataclasses.replace(TRANSFORMER, num_classes=len(classes), drop_path=0.3, class_dropout=0.2)
+    config = next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=transformer)
+    objective = OBJECTIVES["next_scale"](config, classes)
+    parts, start = objective.init([]), from_pretrained(starts / "next_scale").params
+    ours, theirs = (trees.flatten(params["transformer"]) for params in (parts.trained, start))
+    embedding, known = ours.pop("class_embed.embedding"), theirs.pop("class_embed.embedding")
+    assert_bit_equal(ours, theirs)
+    assert embedding.shape == (len(classes) + 1, TRANSFORMER.width)
+    assert np.array_equal(embedding, known) == (classes == CLASSES)
+    assert set(parts.frozen) == {"tokenizer"}
+    assert ("but for its class embeddings" in objective.notes[0]) == (classes != CLASSES)
+
+
+def test_of_a_start_with_another_network_only_the_tokenizer_is_used_and_it_is_said(starts):
+    other = dataclasses.replace(TRANSFORMER, depth=3)
+    objective = make_objective(next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=other))
+    assert objective.init([]).trained["transformer"]["trunk"]["blocks"]["fc1"]["kernel"].shape[0] == 2
+    assert objective.notes == [
+        f"The transformer in {starts / 'next_scale'} is another network; only its tokenizer is used."
+    ]
 
 
 def test_a_cache_of_another_number_of_classes_is_refused(starts):

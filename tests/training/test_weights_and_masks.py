@@ -6,7 +6,7 @@ import pytest
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training.objectives import random_masks, scale_weights
+from hmar_jax.training.weights_and_masks import random_masks, scale_weights
 
 L256 = ScaleLadder.preset(256)
 PUBLISHED = [0.0247, 0.0642, 0.1150, 0.1379, 0.1402, 0.1329, 0.1208, 0.1054, 0.0882, 0.0709]
