@@ -43,6 +43,19 @@ def automatic_axes() -> list[str]:
     ]
 
 
+def vary_as[T](array: jax.Array, tree: T) -> T:
+    """Makes a tree of arrays vary over the shards of a caller's `shard_map` as an array does.
+
+    JAX takes what a kernel gives for equal on all shards, unless told; and sums cotangents of what is made to vary.
+    """
+    varying = jax.typeof(array).manual_axis_type.varying
+
+    def vary(x: jax.Array) -> jax.Array:
+        return jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to="varying")
+
+    return jax.tree.map(vary, tree)
+
+
 def has_triton() -> bool:
     """Whether jax_triton is installed and the GPU here has tensor cores that Triton uses: since Ampere, 8.0."""
     major, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
@@ -58,4 +71,4 @@ def triton_call(*arrays: jax.Array, **options: Any) -> Any:
     """`jax_triton.triton_call`, imported when first used: without JAX's CUDA plugin that fails."""
     import jax_triton
 
-    return jax_triton.triton_call(*arrays, **options)
+    return vary_as(arrays[0], jax_triton.triton_call(*arrays, **options))

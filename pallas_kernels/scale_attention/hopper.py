@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.devices import vary_as
 from pallas_kernels.scale_attention.hopper_backward import grad_keys, grad_queries
 from pallas_kernels.scale_attention.hopper_blocks import HopperBlocks, candidates, table_entry, tuned_blocks
 from pallas_kernels.scale_attention.hopper_forward import forward
@@ -74,18 +75,18 @@ def _attend(
     ranges = ranges_for(first, key_ranges)
     blocks = blocks or tuned_blocks(ranges, q_scale is not None)
     blocks.check(size)
-    return _attention(qkv, q_scale, Static(ranges.tobytes(), blocks))
+    return _attention(qkv, vary_as(first, q_scale), Static(ranges.tobytes(), blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attention(qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[HopperBlocks]) -> jax.Array:
-    return forward(qkv, q_scale, static.key_ranges, static.blocks.forward)[0]
+    return _attention_forward(qkv, q_scale, static)[0]
 
 
 def _attention_forward(
     qkv: tuple[jax.Array, ...], q_scale: jax.Array | None, static: Static[HopperBlocks]
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    out, lse = forward(qkv, q_scale, static.key_ranges, static.blocks.forward)
+    out, lse = vary_as(qkv[0], forward(qkv, q_scale, static.key_ranges, static.blocks.forward))
     return out, (qkv, q_scale, out, lse)
 
 
@@ -100,10 +101,11 @@ def _attention_backward(static: Static[HopperBlocks], residuals: tuple[Any, ...]
         packed = jax.new_ref(dq)  # its first third is done; the others are written in place
         grad_keys(*given, into=packed)
         gradients = (jax.freeze(packed),)
-    if q_scale is None:
-        return gradients, None
-    dscale = sign_of(q_scale) * jnp.sum(dots[0][:, :, : dout.shape[1]], axis=(0, 2))
-    return gradients, dscale.astype(q_scale.dtype)
+    dscale = None
+    if q_scale is not None:
+        dscale = sign_of(q_scale) * jnp.sum(dots[0][:, :, : dout.shape[1]], axis=(0, 2))
+        dscale = dscale.astype(q_scale.dtype)
+    return vary_as(qkv[0], (gradients, dscale))  # what references hold, as the packed one, cannot vary
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

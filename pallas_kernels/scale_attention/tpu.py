@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.devices import vary_as
 from pallas_kernels.scale_attention.operands import check_operands, ranges_for, say
 from pallas_kernels.scale_attention.tpu_kernels import Problem, backward_kernel, forward_kernel
 from pallas_kernels.scale_attention.tpu_tiles import (
@@ -126,14 +126,8 @@ def _attend(
     problem = Problem(
         ranges.tobytes(), heads + missing, size, dtype, q_scale is not None, blocks or tuned_blocks(length), interpret
     )
-    out = _attention(tuple(map(flatten, arrays)), _vary_as(first, factors), problem)
+    out = _attention(tuple(map(flatten, arrays)), vary_as(first, factors), problem)
     return out.reshape(batch, length, -1, size)[:, :, :heads].astype(first.dtype)
-
-
-def _vary_as(array: jax.Array, x: jax.Array) -> jax.Array:
-    """Makes x vary over the shards of a `shard_map` as an array does: JAX then sums its cotangent over them."""
-    axes = jax.typeof(array).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(axes), to="varying")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -325,7 +319,7 @@ def _compiler_params(problem: Problem, *, backward: bool) -> pltpu.CompilerParam
 
 def _constants(q: jax.Array, pairs: np.ndarray, factors: jax.Array, problem: Problem) -> list[jax.Array]:
     ranges = pad_ranges(problem.key_ranges, problem.blocks.queries).T
-    return [_vary_as(q, jnp.asarray(pairs)), factors, _vary_as(q, jnp.asarray(ranges))]
+    return [vary_as(q, jnp.asarray(pairs)), factors, vary_as(q, jnp.asarray(ranges))]
 
 
 def _array_like(q: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -104,7 +104,7 @@ def _attend(
     ranges = ranges_for(first, key_ranges)
     blocks = blocks or tuned_blocks(size, first.dtype)
     blocks.check(size, first.dtype.itemsize, shared_bytes())
-    return _attention(qkv, q_scale, Static(ranges.tobytes(), blocks))
+    return _attention(qkv, devices.vary_as(first, q_scale), Static(ranges.tobytes(), blocks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

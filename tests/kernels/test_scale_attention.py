@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from ladders import ladders
 
 from hmar_jax.scales import ScaleLadder
@@ -351,6 +352,12 @@ DEVICES = {
 }
 
 
+def use_mesh(device, mesh_shape, kind=AxisType.Auto):
+    """Compiles for devices that are not here."""
+    axes = {"axis_types": (kind,) * len(mesh_shape), "abstract_device": DEVICES[device][0]}
+    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape), **axes))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("mesh_shape", "local"),
@@ -363,8 +370,6 @@ DEVICES = {
 )
 def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(device, mesh_shape, local):
     """Forward and backward of a packed projection, lowered for devices that are not here."""
-    abstract, platform, call, kernels = DEVICES[device]
-    axes = {"axis_types": (AxisType.Auto,) * len(mesh_shape), "abstract_device": abstract}
     ladder = ScaleLadder.preset("256")
     qkv = jax.ShapeDtypeStruct((8, ladder.length, 3, 4, 64), "bfloat16")
 
@@ -372,10 +377,33 @@ def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(d
         out = packed_scale_attention(qkv, ladder, pattern="block_diagonal", q_scale=scale)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape), **axes)):
+    _, platform, call, kernels = DEVICES[device]
+    with use_mesh(device, mesh_shape):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(qkv, jax.ShapeDtypeStruct((4,), "float32"))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     calls = [line for line in text.splitlines() if f"custom_call {call}" in line]
     assert len(calls) == kernels
     shape = local if device == "hopper" else "x".join([*local.split("x")[:2], str(3 * int(local.split("x")[3]) * 64)])
     assert all(f"tensor<{shape}xbf16>" in line for line in calls)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True], ids=["three", "packed"])
+def test_gradients_are_traced_within_a_shard_map_of_the_callers(device, packed):
+    ladder = ScaleLadder((1, 2, 23))  # as many tokens as the TPU's kernel is taken for
+    operand = jax.ShapeDtypeStruct((4, ladder.length, *([3] if packed else []), 4, 64), "bfloat16")
+    operands, scale = (operand,) * (1 if packed else 3), jax.ShapeDtypeStruct((4,), "float32")
+
+    def attend(operands, q_scale):
+        door = packed_scale_attention if packed else scale_attention
+        return door(*operands, ladder, pattern="block_causal", q_scale=q_scale)
+
+    def loss(operands, q_scale):
+        split = jax.shard_map(attend, in_specs=(P("data"), P()), out_specs=P("data"))
+        return jnp.sum(split(operands, q_scale).astype(jnp.float32))
+
+    with use_mesh(device, {"data": 2}):
+        assert jax.tree.map(jnp.shape, jax.eval_shape(jax.grad(loss, argnums=(0, 1)), operands, scale)) == (
+            tuple(x.shape for x in operands),
+            (4,),
+        )

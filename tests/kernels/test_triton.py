@@ -5,6 +5,7 @@ Long, as the same cases and checks serve the interpreter and GPUs.
 """
 
 import re
+import sys
 import types
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from triton_tools import compile_kernel, interpreter, spilled_bytes
 
 from hmar_jax.scales import ScaleLadder
@@ -335,3 +337,31 @@ def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(m
     with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2), ("data", "tensor"), **axes)):
         jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(qkv, jax.ShapeDtypeStruct((4,), "float32"))
     assert seen == [(f"{name}_kernel", (4, 680, 3, 2, 64)) for name in ("forward", "grad_queries", "grad_keys")]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("packed", [False, True], ids=["three", "packed"])
+def test_gradients_are_traced_within_a_shard_map_of_the_callers(monkeypatch, packed):
+    def fake(*arrays, kernel, out_shape, **_):
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=fake))
+    ladder = ScaleLadder.preset("256")
+    operand = jax.ShapeDtypeStruct((4, ladder.length, *([3] if packed else []), 4, 64), "bfloat16")
+
+    def loss(q_scale, *operands):
+        def attend(q_scale, *operands):
+            door = packed_scale_attention if packed else scale_attention
+            return door(*operands, ladder, pattern="block_diagonal", q_scale=q_scale)
+
+        split = jax.shard_map(attend, in_specs=(P(), *[P("data")] * len(operands)), out_specs=P("data"))
+        return jnp.sum(split(q_scale, *operands).astype(jnp.float32))
+
+    device = AbstractDevice(device_kind=AMPERE[1], num_cores=108, platform="gpu")
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    operands = [operand] * (1 if packed else 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        gradients = jax.eval_shape(
+            jax.grad(loss, argnums=(0, *range(1, 1 + len(operands)))), jax.ShapeDtypeStruct((4,), "float32"), *operands
+        )
+    assert [x.shape for x in gradients] == [(4,), *(x.shape for x in operands)]
