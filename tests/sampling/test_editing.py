@@ -158,12 +158,10 @@ def test_kept_tokens_stay_bit_for_bit_for_any_mask(request, kind):
     check()
 
 
-def through_the_program(network, tokens, keep, schedule, seed=0, greedy=False):
-    """What `program.sample` gives where `keep` (B,L) is any, not made from a mask."""
-    options = program.Options(network.config, network.dtype, schedule.plan, greedy, record=True)
+def keeping(network, tokens, keep, schedule, seed=0, greedy=False):
+    """A sample in which `keep` (B,L) is any, not made from a mask."""
     kept = Kept(jnp.asarray(tokens), jnp.asarray(keep))
-    who = jnp.asarray(LABELS, jnp.int32), jnp.arange(3, dtype=jnp.uint32)
-    return program.sample(options, network.params, *who, schedule.controls, np.uint32(seed), kept)
+    return network._sample(LABELS, schedule, seed, None, greedy=greedy, record=True, kept=kept)
 
 
 @pytest.mark.parametrize("kind", COUNTS)
@@ -172,12 +170,13 @@ def test_nothing_kept_is_plain_sampling_and_all_kept_the_input_bit_for_bit(reque
     schedule = Schedule.preset(DEFAULT[kind], TINY.ladder).replace(noise=1.0)
     tokens = np.asarray(network.tokenizer.encode(2 * IMAGES - 1))
     plain = network.sample(LABELS, schedule, seed=3, record=True)
-    images, drawn, _ = through_the_program(network, tokens, np.zeros(tokens.shape, bool), schedule, seed=3)
-    np.testing.assert_array_equal(drawn, plain.tokens)
-    np.testing.assert_array_equal(images, plain.images)
-    images, drawn, _ = through_the_program(network, tokens, np.ones(tokens.shape, bool), schedule, seed=3)
-    np.testing.assert_array_equal(drawn, tokens)
-    assert (drawn != plain.tokens).any()
+    nothing, everything = (
+        keeping(network, tokens, np.full(tokens.shape, keep), schedule, seed=3) for keep in (False, True)
+    )
+    np.testing.assert_array_equal(nothing.tokens, plain.tokens)
+    np.testing.assert_array_equal(nothing.images, plain.images)
+    np.testing.assert_array_equal(everything.tokens, tokens)
+    assert (everything.tokens != plain.tokens).any()
 
 
 @pytest.mark.parametrize("kind", ["model", "leak_free_model"])
@@ -187,8 +186,8 @@ def test_masked_passes_see_the_kept_tokens(request, kind):
     tokens = rng.integers(0, 16, (3, 14), dtype=np.int32)
     keep = rng.random((3, 14)) < 0.5
     schedule = Schedule.from_counts(COUNTS["model"], cfg=0)
-    _, final, draws = through_the_program(network, tokens, keep, schedule, greedy=True)
-    final, draws, masked_passes = np.asarray(final), iter(draws), 0
+    out = keeping(network, tokens, keep, schedule, greedy=True)
+    final, draws, masked_passes = out.tokens, iter(out.draws), 0
     for where, steps in zip(TINY.ladder.slices, schedule.counts, strict=True):
         state = tokens[:, where]
         for step in range(len(steps)):
