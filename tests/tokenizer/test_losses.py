@@ -295,9 +295,9 @@ def test_perceptual_distance_refuses_other_shapes(shapes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features.5.bias": None}, r"lacks features\.5\.bias"),
+        ({"features.5.bias": None}, r"' of perceptual weights lacks features\.5\.bias; .* how to make one\."),
         ({"features.1.weight": np.zeros(1, np.float32)}, r"unexpected features\.1\.weight"),
-        ({"lin2.model.1.weight": np.zeros((256,), np.float32)}, r"misshapen lin2\.model\.1\.weight \(256,\)"),
+        ({"lin2.model.1.weight": np.zeros((256,), np.float32)}, r"has lin2\.model\.1\.weight of shape \(256,\)"),
     ],
 )
 def test_a_weights_file_is_refused_by_the_names_at_fault(entries, tmp_path, change, message):
