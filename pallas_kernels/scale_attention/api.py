@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -53,8 +54,8 @@ def scale_attention(
     """Attention among the tokens of one scale (`block_diagonal`) or of all scales so far (`block_causal`).
 
     Args:
-      q, k, v: (B,L,H,D), bfloat16, float16 or float32. q may hold the last tokens alone, as when sampling with the keys
-        and values of coarser scales kept.
+      q, k, v: (B,L,H,D), all bfloat16, float16 or float32. q may hold the last tokens alone, as when sampling with the
+        keys and values of coarser scales kept.
       ladder: the scales that the L tokens are joined from; static.
       pattern: which keys a query sees.
       q_scale: optional (H,) float32. With it q and k are L2-normalised along D, q is multiplied by it, and the softmax
@@ -67,7 +68,8 @@ def scale_attention(
       As q, in shape and dtype.
 
     Raises:
-      ValueError: L is not the ladder's, or the forced implementation is unknown or not for this device or these arrays.
+      ValueError: shapes or dtypes are not these, or the forced implementation is unknown or not for this device or
+        these arrays.
     """
     length = ladder.length
     whole = q.ndim == 4 and (q.shape[0], length, *q.shape[2:]) == k.shape == v.shape
@@ -76,6 +78,9 @@ def scale_attention(
             f"q, k, v are {q.shape}, {k.shape}, {v.shape}; expected thrice (B, {length}, H, D) for {ladder}, q perhaps "
             "with the last tokens alone."
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype.")
+    _check(q, q_scale)
     chosen = choose(q, length, implementation)
     if implementation is None:
         _announce(chosen)
@@ -100,6 +105,7 @@ def packed_scale_attention(
     """As `scale_attention`, of (B,L,3,H,D): q, k and v as one projection gives them, which kernels read in place."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv is {qkv.shape}; expected (B, {ladder.length}, 3, H, D).")
+    _check(qkv, q_scale)
     q, k, v = (qkv[:, :, i] for i in range(3))
     chosen = choose(q, ladder.length, implementation)
     if chosen in ("xla", "reference") or qkv.shape[1] != ladder.length:
@@ -108,6 +114,15 @@ def packed_scale_attention(
         _announce(chosen)
     attend, ranges = _kernel(chosen, packed=True), ladder.key_ranges(pattern)
     return _on_each_device(lambda qkv, scale: attend(qkv, ranges, scale), qkv, scale=q_scale)
+
+
+def _check(array: jax.Array, q_scale: jax.Array | None) -> None:
+    """Raises ValueError unless an array (…,H,D) has a dtype that all implementations know, and the scale is (H,)."""
+    if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"q, k, v are {array.dtype}; expected bfloat16, float16 or float32.")
+    heads, given = array.shape[-2], getattr(q_scale, "shape", type(q_scale).__name__)
+    if q_scale is not None and given != (heads,):
+        raise ValueError(f"q_scale is {given}; expected an array ({heads},), a number for each head.")
 
 
 def choose(

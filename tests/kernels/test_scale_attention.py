@@ -277,6 +277,36 @@ def test_shapes_that_are_not_the_ladders_raise(shapes, message):
         scale_attention(*(jnp.zeros(s) for s in shapes), ScaleLadder((1, 2)), pattern="block_diagonal")
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        (["bfloat16", "bfloat16", "float32"], "bfloat16, bfloat16, float32; expected one dtype"),
+        (["int32"] * 3, "int32; expected bfloat16, float16 or float32"),
+    ],
+)
+def test_dtypes_that_differ_or_have_no_implementation_raise(dtypes, message):
+    qkv = [x.astype(dtype) for x, dtype in zip(make_qkv(ScaleLadder((1, 2))), dtypes, strict=True)]
+    with pytest.raises(ValueError, match=f"q, k, v are {message}"):
+        scale_attention(*qkv, ScaleLadder((1, 2)), pattern="block_causal")
+    if len(set(dtypes)) == 1:
+        with pytest.raises(ValueError, match=message):
+            packed_scale_attention(jnp.stack(qkv, axis=2), ScaleLadder((1, 2)), pattern="block_causal")
+
+
+@pytest.mark.parametrize(
+    ("scale", "given"),
+    [(jnp.ones(()), r"\(\)"), (jnp.ones(1), r"\(1,\)"), (jnp.ones(4), r"\(4,\)"), ([1.0, 1.0], "list")],
+    ids=str,
+)
+def test_a_scale_that_has_not_one_number_for_each_head_raises(scale, given):
+    qkv, ladder = make_qkv(ScaleLadder((1, 2))), ScaleLadder((1, 2))
+    message = rf"q_scale is {given}; expected an array \(2,\), a number for each head"
+    with pytest.raises(ValueError, match=message):
+        scale_attention(*qkv, ladder, pattern="block_causal", q_scale=scale)
+    with pytest.raises(ValueError, match=message):
+        packed_scale_attention(jnp.stack(qkv, axis=2), ladder, pattern="block_causal", q_scale=scale)
+
+
 def test_an_unknown_implementation_raises():
     qkv = make_qkv(ScaleLadder((1, 2)))
     with pytest.raises(ValueError, match="scale_attention has no implementation 'cudnn'"):
