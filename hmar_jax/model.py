@@ -294,8 +294,13 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 
 def mesh_in_use() -> Mesh:
-    """The mesh in use, or else one of all local devices."""
+    """The mesh in use, or else one of all local devices; InputError where XLA is not to split arrays by itself."""
     mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        raise InputError(
+            f"The mesh in use, {dict(mesh.shape)}, has axes of type Explicit; make it with axis_types=(AxisType.Auto,) "
+            f"* {len(mesh.shape)}."
+        )
     if not mesh.empty:
         return mesh
     devices = jax.local_devices()

@@ -1,8 +1,13 @@
-"""What is compiled for: the kind of device and what is installed for it, and how a mesh in use splits arrays."""
+"""What is compiled for: the kind of device and what is installed for it, and how a mesh in use splits arrays.
+
+Axis letters: B batch, H heads.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,14 +38,38 @@ def is_hopper(platform: str, kind: str) -> bool:
     return platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
-def automatic_axes() -> list[str]:
-    """Axes of the mesh in use that XLA splits arrays over by itself, where a kernel has to say what its own part is."""
+def automatic_axes(among: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Axes of the mesh in use, or those among some, that XLA splits arrays over by itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    return [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[name] > 1
-    ]
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = mesh.axis_names if among is None else among
+    return tuple(name for name in names if kinds.get(name) == AxisType.Auto and mesh.shape[name] > 1)
+
+
+def ways(axes: Sequence[str]) -> int:
+    """Parts that XLA splits B into, or H, given `BATCH_AXES` or `HEAD_AXES`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in automatic_axes(axes))
+
+
+def on_each_device(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A function of kernels, run by every device on its own part: XLA cannot split what it does not understand.
+
+    Args:
+      in_specs, out_specs: how arrays are split, as for `jax.shard_map`, over `automatic_axes`.
+
+    Raises:
+      ValueError: the mesh in use has axes of type Explicit.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"The mesh in use, {dict(mesh.shape)}, has axes of type Explicit, under which no kernel can run; make it "
+            f"with axis_types=(AxisType.Auto,) * {len(mesh.shape)}."
+        )
+    if not automatic_axes():
+        return run
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def vary_as[T](array: jax.Array, tree: T) -> T:

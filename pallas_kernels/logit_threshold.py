@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.devices import BATCH_AXES, automatic_axes
+from pallas_kernels.devices import BATCH_AXES, automatic_axes, on_each_device, ways
 
 THREADS = 128  # of a warpgroup, each of which has V / THREADS logits and as many weights
 LARGEST_ROW = 8192  # that leaves half of the registers for the rest
@@ -47,16 +47,18 @@ Scalar = Any  # of the kernel
 
 
 def fits(logits: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether `logit_threshold` takes logits of this shape and dtype."""
-    size = logits.shape[-1] if logits.ndim > 1 else 0
-    return logits.dtype == jnp.float32 and logits.size > 0 and 0 < size <= LARGEST_ROW and size % THREADS == 0
+    """Whether `logit_threshold` takes logits of this shape and dtype, under the mesh in use."""
+    if logits.ndim < 2 or not logits.size or logits.shape[0] % ways(BATCH_AXES):
+        return False
+    return logits.dtype == jnp.float32 and logits.shape[-1] <= LARGEST_ROW and logits.shape[-1] % THREADS == 0
 
 
 def logit_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Of every row, the least logit that top-k, and then top-p of what is left, keep, or a float just below it.
 
     Args:
-      logits: (B,…,V) float32, each -inf or finite and below 1e38; V is a multiple of 128 up to 8192.
+      logits: (B,…,V) float32, each -inf or finite and below 1e38; V is a multiple of 128 up to 8192. B is split over
+        the mesh in use, which must divide it.
       top_k: int32 (), logits kept, with all that tie with the last; 0 or V keeps all.
       top_p: float32 () in (0,1]; the ascending tail of mass at most 1 - top_p goes, with no tie between kept and
         dropped (a value equal to a kept one is kept). The largest stays always; 1 keeps all. Mass is summed in float32,
@@ -72,14 +74,10 @@ def logit_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> ja
     if not fits(logits):
         raise ValueError(
             f"logits are {logits.dtype}{list(logits.shape)}; expected float32 (B, …, V), at least one row, V a "
-            f"multiple of {THREADS} up to {LARGEST_ROW}."
+            f"multiple of {THREADS} up to {LARGEST_ROW}, B of {ways(BATCH_AXES)}."
         )
-    automatic = automatic_axes()
-    if not automatic:
-        return _thresholds(logits, top_k, top_p)
-    batch = P(tuple(name for name in BATCH_AXES if name in automatic))
-    split = jax.shard_map(_thresholds, in_specs=(batch, P(), P()), out_specs=batch, check_vma=False)
-    return split(logits, top_k, top_p)
+    batch = P(automatic_axes(BATCH_AXES))
+    return on_each_device(_thresholds, (batch, P(), P()), batch)(logits, top_k, top_p)
 
 
 def _thresholds(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -181,6 +181,14 @@ def test_official_var_generation(golden_var, golden_model):
     np.testing.assert_allclose(out.images.transpose(0, 3, 1, 2), golden_var["var_img"], rtol=0, atol=3e-5)
 
 
+def test_under_a_mesh_with_explicit_axes_sampling_says_how_to_make_it(model):
+    with (
+        jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))),
+        pytest.raises(InputError, match=r"\{'data': 1\}, has axes of type Explicit; .*axis_types=\(AxisType.Auto,\)"),
+    ):
+        model.sample([0])
+
+
 def test_parameters_go_to_a_mesh_once_and_stay_where_somebody_has_put_them(model):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     placed = model.placed(mesh)

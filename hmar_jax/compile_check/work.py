@@ -62,7 +62,7 @@ def train_kernel_flops(config: TrainConfig, model: ModelConfig) -> tuple[str, fl
     """How attention runs on the mesh in use, and the FLOPs of its kernels in a step: 0 where XLA sees them itself."""
     if model.transformer is None:
         return "", 0.0
-    chosen = _chosen(model.transformer, config.dtype, model.ladder.length)
+    chosen = _chosen(model.transformer, config.dtype, config.batch_size, model.ladder.length)
     if chosen in ("xla", "reference"):
         return chosen, 0.0
     return chosen, _attention(model, config.batch_size) * _passes(config, model.transformer, _KERNEL_BACKWARD)
@@ -74,7 +74,7 @@ def sample_kernel_flops(model: ModelConfig, plan: Plan, dtype: str, batch: int) 
     names, total = [], 0.0
     for scale, length in enumerate(model.ladder.lengths):
         seen = _seen(model, scale)
-        chosen = _chosen(model.transformer, dtype, seen, length)
+        chosen = _chosen(model.transformer, dtype, batch, seen, length)
         names.append(chosen)
         if chosen not in ("xla", "reference"):
             halves = sum(2 if step.guided else 1 for step in plan.passes(scale))
@@ -111,6 +111,6 @@ def _attention(model: ModelConfig, batch: int) -> float:
     return 4.0 * batch * model.transformer.width * float(np.sum(ranges[:, 1] - ranges[:, 0]))
 
 
-def _chosen(transformer: TransformerConfig, dtype: str, keys: int, queries: int | None = None) -> str:
-    shape = (1, queries or keys, transformer.heads, transformer.width // transformer.heads)
+def _chosen(transformer: TransformerConfig, dtype: str, batch: int, keys: int, queries: int | None = None) -> str:
+    shape = (batch, queries or keys, transformer.heads, transformer.width // transformer.heads)
     return api.choose(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), keys)

@@ -5,19 +5,16 @@ Axis letters: B batch, S pixels a side, h latents a side, L tokens, Z latent cha
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from hmar_jax.config import TokenizerConfig
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer.autoencoder import Decoder, Encoder
 from hmar_jax.tokenizer.quantizer import Quantizer
-from pallas_kernels.scale_attention import BATCH_AXES
+from pallas_kernels.devices import BATCH_AXES, ways
 
 # Pixels that a device decodes at a time; 3.8 GiB in bfloat16 with 160 channels.
 _PIXELS_AT_ONCE = 2**22
@@ -54,9 +51,7 @@ class Tokenizer(nnx.Module):
             with jax.named_scope("decoder"):
                 return jnp.clip(self.render(self.features(latents)), -1, 1)
 
-        mesh, batch = jax.sharding.get_abstract_mesh(), latents.shape[0]
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        devices = math.prod(mesh.shape[axis] for axis, kind in kinds if axis in BATCH_AXES and kind == AxisType.Auto)
+        batch, devices = latents.shape[0], ways(BATCH_AXES)
         pixels = (latents.shape[1] * self.downsampling) ** 2
         slices = -(-batch // (devices * max(1, _PIXELS_AT_ONCE // pixels)))
         if slices == 1:

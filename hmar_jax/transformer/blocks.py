@@ -20,7 +20,7 @@ from hmar_jax.scales import ScaleLadder
 from hmar_jax.transformer import fused
 from hmar_jax.transformer.fused import Residual
 from pallas_kernels import token_passes
-from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes
+from pallas_kernels.devices import BATCH_AXES, HEAD_AXES, automatic_axes, ways
 from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
 
 Remat = Literal["dots", "all"]
@@ -47,14 +47,10 @@ def split_by_sample[T](arrays: T) -> T:
 
     XLA, left to choose, may split them as the parameters are instead, and then exchanges activations.
     """
-    mesh, automatic = jax.sharding.get_abstract_mesh(), automatic_axes()
-    axes = tuple(axis for axis in BATCH_AXES if axis in automatic)
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-
-    def split(x: jax.Array) -> jax.Array:
-        return x if not automatic or x.shape[0] % ways else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
-
-    return jax.tree.map(split, arrays)
+    if not automatic_axes():
+        return arrays
+    parts, spec = ways(BATCH_AXES), PartitionSpec(automatic_axes(BATCH_AXES))
+    return jax.tree.map(lambda x: x if x.shape[0] % parts else jax.lax.with_sharding_constraint(x, spec), arrays)
 
 
 def _by_head(columns: jax.Array, heads: int) -> jax.Array:
@@ -62,10 +58,10 @@ def _by_head(columns: jax.Array, heads: int) -> jax.Array:
 
     The columns of a product are then split as attention splits heads, where the mesh in use has that axis.
     """
-    ways = _tensor_ways(heads)
-    if ways == 1:
+    count = _tensor_ways(heads)
+    if count == 1:
         return columns
-    parts = columns.reshape(*columns.shape[:-1], 3, ways, -1).swapaxes(-3, -2).reshape(columns.shape)
+    parts = columns.reshape(*columns.shape[:-1], 3, count, -1).swapaxes(-3, -2).reshape(columns.shape)
     free = [PartitionSpec.UNCONSTRAINED] * (columns.ndim - 1)
     return jax.lax.with_sharding_constraint(parts, PartitionSpec(*free, HEAD_AXES))
 
@@ -78,9 +74,8 @@ def _from_by_head(columns: jax.Array, heads: int) -> jax.Array:
 
 def _tensor_ways(heads: int) -> int:
     """Parts that the mesh in use splits heads into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = math.prod(mesh.shape[name] for name in automatic_axes() if name in HEAD_AXES)
-    return ways if heads % ways == 0 else 1
+    count = ways(HEAD_AXES)
+    return count if heads % count == 0 else 1
 
 
 class KeysValues(NamedTuple):

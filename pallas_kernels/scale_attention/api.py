@@ -53,6 +53,10 @@ def scale_attention(
 ) -> jax.Array:
     """Attention among the tokens of one scale (`block_diagonal`) or of all scales so far (`block_causal`).
 
+    Under a mesh (`jax.set_mesh`) whose axes are of type Auto, each device runs the kernels on its own part: B is split
+    over the axes `data` and `fsdp`, H over `tensor`; over an axis of another name nothing is. Within `jax.shard_map`
+    the arrays are such parts.
+
     Args:
       q, k, v: (B,L,H,D), all bfloat16, float16 or float32. q may hold the last tokens alone, as when sampling with the
         keys and values of coarser scales kept.
@@ -62,14 +66,14 @@ def scale_attention(
         scale is 1 (QK-norm, Henry et al. 2020); without it the softmax scale is D^-0.5.
       implementation: `reference` (dense, float32), `xla` (scale by scale, anywhere), `hopper` (H100 and H200; 16 bits,
         D of 32 or 64), `triton` (NVIDIA GPUs since Ampere, with the extra of that name) or `tpu`; None takes the
-        fastest known for the device.
+        fastest known for the device, `xla` where the mesh divides B or H unevenly.
 
     Returns:
       As q, in shape and dtype.
 
     Raises:
-      ValueError: shapes or dtypes are not these, or the forced implementation is unknown or not for this device or
-        these arrays.
+      ValueError: shapes or dtypes are not these; the forced implementation is unknown, or not for this device, mesh or
+        these arrays; or a kernel would run under a mesh with axes of type Explicit.
     """
     length = ladder.length
     whole = q.ndim == 4 and (q.shape[0], length, *q.shape[2:]) == k.shape == v.shape
@@ -128,7 +132,7 @@ def _check(array: jax.Array, q_scale: jax.Array | None) -> None:
 def choose(
     q: jax.Array | jax.ShapeDtypeStruct, length: int, implementation: Implementation | None = None
 ) -> Implementation:
-    """What `scale_attention` runs as on the device that is compiled for: the fastest known, unless one is forced.
+    """What `scale_attention` runs as on the devices that are compiled for: the fastest known, unless one is forced.
 
     Args:
       q: (B,N,H,D), or its shape and dtype.
@@ -136,17 +140,18 @@ def choose(
       implementation: the one to force.
 
     Raises:
-      ValueError: the forced one is unknown or not for this device or q.
+      ValueError: the forced one is unknown, or not for this device or mesh or q.
     """
     platform, kind = devices.device()
-    whole, size, bytes_each = q.shape[1] == length, q.shape[-1], q.dtype.itemsize
-    served = platform == "gpu" and devices.has_triton()
+    batch, queries, heads, size = q.shape
+    batch_ways, head_ways = devices.ways(BATCH_AXES), devices.ways(HEAD_AXES)
+    suits = queries == length and batch % batch_ways == heads % head_ways == 0  # any kernel
     fit: dict[Implementation, bool] = {
         "reference": True,
         "xla": True,
-        "hopper": devices.is_hopper(platform, kind) and whole and bytes_each == 2 and size in (32, 64),
-        "triton": served and whole and bytes_each < 8 and 16 <= size <= 128,
-        "tpu": platform == "tpu" and whole and (size % 128 == 0 or 128 % size == 0),
+        "hopper": suits and devices.is_hopper(platform, kind) and q.dtype.itemsize == 2 and size in (32, 64),
+        "triton": suits and platform == "gpu" and devices.has_triton() and 16 <= size <= 128,
+        "tpu": suits and platform == "tpu" and (size % 128 == 0 or 128 % size == 0),
     }
     if implementation is not None:
         if implementation not in fit:
@@ -159,7 +164,7 @@ def choose(
         if not fit[implementation]:
             raise ValueError(
                 f"scale_attention cannot run as {implementation!r} on {kind} with q of {q.dtype}{list(q.shape)} among "
-                f"{length} tokens; use 'xla', or None for the fastest."
+                f"{length} tokens, B split by {batch_ways} and H by {head_ways}; use 'xla', or None for the fastest."
             )
         return implementation
     kernels: tuple[Implementation, ...] = ("hopper", "triton", "tpu")
@@ -182,24 +187,16 @@ def _kernel(name: Implementation, *, packed: bool) -> Callable[..., jax.Array]:
 
 
 def _on_each_device(attend: Callable[..., jax.Array], *arrays: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """Runs a kernel on every device's own images and heads: XLA cannot split what it does not understand.
-
-    Where a mesh is set (`jax.set_mesh`) with automatic axes, batches are split over `BATCH_AXES`, heads over
-    `HEAD_AXES`, as the rest of the program is. The arrays have heads in their last axis but one.
-    """
-    automatic = devices.automatic_axes()
-    if not automatic:
-        return attend(*arrays, scale=scale)
-    batch, heads = (tuple(name for name in axes if name in automatic) for axes in (BATCH_AXES, HEAD_AXES))
+    """Runs a kernel on every device's own images and heads; the arrays have heads in their last axis but one."""
+    batch, heads = devices.automatic_axes(BATCH_AXES), devices.automatic_axes(HEAD_AXES)
 
     def spec(array: jax.Array) -> P:
         return P(batch, *[None] * (array.ndim - 3), heads, None)
 
-    split = jax.shard_map(
+    split = devices.on_each_device(
         lambda *arrays_and_scale: attend(*arrays_and_scale[:-1], scale=arrays_and_scale[-1]),
         in_specs=(*map(spec, arrays), None if scale is None else P(heads)),
         out_specs=P(batch, None, heads, None),
-        check_vma=False,
     )
     return split(*arrays, scale)
 

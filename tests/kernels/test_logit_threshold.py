@@ -205,6 +205,12 @@ def test_under_a_mesh_each_device_filters_its_own_images(mesh, rows):
     assert f"tensor<{rows}x512xf32>" in call
 
 
+def test_images_that_a_mesh_cannot_divide_are_left_to_xla():
+    assert not lowered(filter_logits, (6, 16, 512), mesh={"data": 4})
+    with device(mesh={"data": 4}), pytest.raises(ValueError, match="B of 4"):
+        logit_threshold(jnp.zeros((6, 512)), jnp.int32(1), jnp.float32(1))
+
+
 def test_within_a_shard_map_too():
     def own(logits, top_k, top_p):
         specs = P("data"), P(), P()

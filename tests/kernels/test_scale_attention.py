@@ -1,5 +1,7 @@
 """Every implementation behind `scale_attention` against a softmax per token, written from the sides alone."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -437,3 +439,35 @@ def test_gradients_are_traced_within_a_shard_map_of_the_callers(device, packed):
             tuple(x.shape for x in operands),
             (4,),
         )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("mesh_shape", "batch", "heads", "kernel"),
+    [
+        ({"data": 2}, 4, 3, True),
+        ({"data": 2}, 3, 4, False),
+        ({"tensor": 2}, 3, 4, True),
+        ({"tensor": 2}, 4, 3, False),
+        ({"data": 2, "fsdp": 2}, 6, 4, False),
+        ({"rows": 2}, 3, 3, True),  # over which nothing is split
+    ],
+    ids=str,
+)
+def test_what_a_mesh_cannot_divide_is_left_to_xla(device, mesh_shape, batch, heads, kernel):
+    ladder = ScaleLadder.preset("256")
+    q = jax.ShapeDtypeStruct((batch, ladder.length, heads, 64), "bfloat16")
+    with use_mesh(device, mesh_shape):
+        assert api.choose(q, ladder.length) == (device if kernel else "xla")
+        refused = pytest.raises(ValueError, match=r"among 680 tokens, B split by \d and H by \d; use 'xla'")
+        with contextlib.nullcontext() if kernel else refused:
+            api.choose(q, ladder.length, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_a_mesh_with_explicit_axes_a_kernel_says_how_to_make_it(device):
+    ladder = ScaleLadder.preset("256")
+    q = jax.ShapeDtypeStruct((2, ladder.length, 2, 64), "bfloat16")
+    message = r"\{'data': 2\}, has axes of type Explicit, .*axis_types=\(AxisType.Auto,\) \* 1"
+    with use_mesh(device, {"data": 2}, AxisType.Explicit), pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda q: scale_attention(q, q, q, ladder, pattern="block_causal"), q)
