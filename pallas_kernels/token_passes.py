@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,9 @@ class Residual(NamedTuple):
 
 
 def serves(x: jax.Array) -> bool:
-    """Whether the kernels run on the device that is compiled for, and take tokens of this dtype."""
-    return devices.device()[0] == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and devices.has_triton()
+    """Whether the kernels run on the devices that are compiled for, and take tokens (B,L,…) of this dtype and B."""
+    suits = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and x.shape[0] % devices.ways(devices.BATCH_AXES) == 0
+    return suits and devices.device()[0] == "gpu" and devices.has_triton()
 
 
 def add_norm(x: jax.Array, branch: Residual, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,7 +64,7 @@ def add_norm(x: jax.Array, branch: Residual, scale: jax.Array, shift: jax.Array)
         )
         return total, operand
 
-    total, operand = _on_each_device(run, x, branch, scale, shift)
+    total, operand = _on_own_samples(run, x, branch, scale, shift)
     return total, operand
 
 
@@ -71,10 +73,7 @@ def adds(x: jax.Array) -> bool:
 
     XLA's CUDA graphs end at a Triton kernel, and where a device has few tokens it is graphs that save time.
     """
-    mesh, automatic = jax.sharding.get_abstract_mesh(), devices.automatic_axes()
-    ways = math.prod(mesh.shape[name] for name in devices.BATCH_AXES if name in automatic)
-    enough = x.shape[0] % ways == 0 and x.shape[0] // ways * x.shape[1] >= FEWEST_TO_ADD
-    return enough and serves(x)
+    return x.shape[0] // devices.ways(devices.BATCH_AXES) * x.shape[1] >= FEWEST_TO_ADD and serves(x)
 
 
 def norm_gradients(
@@ -109,7 +108,7 @@ def norm_gradients(
         )
         return dx, dy, *(jnp.sum(sums[:, :, i], axis=1)[:, None] for i in range(4 if branch else 2))
 
-    dx, dy, dscale, dshift, *rest = _on_each_device(run, x, branch, scale, doperand, dtotal)
+    dx, dy, dscale, dshift, *rest = _on_own_samples(run, x, branch, scale, doperand, dtotal)
     if branch is None:
         return dx, None, dscale, dshift
     dgate, total = rest
@@ -142,7 +141,12 @@ def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, j
         )
         return value, dz, jnp.sum(sums, axis=0)[None]
 
-    value, dz, sums = _on_each_device(run, z, dy)
+    batch, features = devices.automatic_axes(devices.BATCH_AXES), devices.automatic_axes(devices.HEAD_AXES)
+    if z.shape[-1] % devices.ways(devices.HEAD_AXES):
+        features = ()
+    tokens = P(batch, None, features)
+    split = devices.on_each_device(run, (tokens, tokens), (tokens, tokens, P(batch, features)))
+    value, dz, sums = split(z, dy)
     return value, dz, jnp.sum(sums, axis=0)
 
 
@@ -195,13 +199,11 @@ class GeluSpec:
     warps: int = 4
 
 
-def _on_each_device(run: Any, *arguments: Any) -> tuple[jax.Array, ...]:
+def _on_own_samples(run: Callable[..., tuple[jax.Array, ...]], *arguments: Any) -> tuple[jax.Array, ...]:
     """Runs a kernel on every device's own samples: all but biases, (C,), have them in their first axis."""
-    axes = tuple(name for name in devices.BATCH_AXES if name in devices.automatic_axes())
-    if not axes:
-        return run(*arguments)
-    specs = jax.tree.map(lambda x: P() if x.ndim == 1 else P(axes), arguments)
-    return jax.shard_map(run, in_specs=specs, out_specs=P(axes), check_vma=False)(*arguments)
+    batch = P(devices.automatic_axes(devices.BATCH_AXES))
+    specs = jax.tree.map(lambda x: P() if x.ndim == 1 else batch, arguments)
+    return devices.on_each_device(run, specs, batch)(*arguments)
 
 
 def _kernels() -> Any:

@@ -218,15 +218,24 @@ LOSS_CASE = [jax.ShapeDtypeStruct(*shape) for shape in SHAPES]
 GRADIENT = jax.grad(loss, argnums=(0, 1, 2, 3))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["alone", "on a mesh"])
-def test_on_gpus_each_runs_the_kernels_on_its_own_samples(seen, mesh):
-    shape = (2 if mesh else 8, 30, 64)
+@pytest.mark.parametrize(
+    ("mesh", "samples", "features"),
+    [({}, 8, 64), ({"data": 2, "fsdp": 2, "tensor": 2}, 2, 32), ({"tensor": 4}, 8, 16), ({"tensor": 3}, 8, 64)],
+    ids=str,
+)
+def test_on_gpus_each_runs_the_kernels_on_its_own_samples_and_hidden_features(seen, mesh, samples, features):
     with on_mesh(**mesh):
         jax.make_jaxpr(loss)(*LOSS_CASE)
-        assert seen == [("add_norm_kernel", shape)]
+        assert seen == [("add_norm_kernel", (samples, 30, 64))]
         seen.clear()
         jax.make_jaxpr(GRADIENT)(*LOSS_CASE)
-    assert seen == [("gelu_kernel", shape), ("norm_kernel", shape)]
+    assert seen == [("gelu_kernel", (samples, 30, features)), ("norm_kernel", (samples, 30, 64))]
+
+
+def test_samples_that_a_mesh_cannot_divide_are_left_to_xla(seen):
+    with on_mesh(data=3):
+        jax.make_jaxpr(GRADIENT)(*LOSS_CASE)
+    assert not seen
 
 
 @pytest.mark.parametrize("ways", [1, 2])
