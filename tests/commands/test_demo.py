@@ -17,11 +17,14 @@ PICTURES = ("reconstructions.png", "losses.png", "samples.png", "growth.png")
 
 
 def smaller(stage_config):
-    """The demo's configs with two of five scales, which compile sooner."""
+    """The demo's configs with two of five scales and two of four blocks, which compile sooner."""
 
     def config(stage, *args, **options):
-        changes = {"sides": (1, 6)} if stage == "tokenizer" else {}
-        return dataclasses.replace(stage_config(stage, *args, **options), **changes)
+        config = stage_config(stage, *args, **options)
+        if stage == "tokenizer":
+            return dataclasses.replace(config, sides=(1, 6))
+        blocks = dataclasses.replace(config.transformer, depth=2, branch_depth=1)
+        return dataclasses.replace(config, transformer=blocks) if stage == "next_scale" else config
 
     return config
 

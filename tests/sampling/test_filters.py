@@ -12,7 +12,8 @@ import pytest
 from hmar_jax.sampling import filters
 
 OFF_K, OFF_P = 0, 1.0
-filter_logits = jax.jit(filters.filter_logits)
+filter_logits, draw = jax.jit(filters.filter_logits), jax.jit(filters.draw)
+by_comparing, by_sorting = jax.jit(filters._rank_by_comparing), jax.jit(filters._rank_by_sorting)
 
 
 def kept(logits, top_k=OFF_K, top_p=OFF_P):
@@ -194,8 +195,7 @@ def test_draws_follow_the_softmax_of_what_is_left(kind):
     probabilities, number = np.asarray(PROBABILITIES[kind], np.float64), 40_000
     probabilities /= probabilities.sum()
     logits = jnp.where(jnp.asarray(probabilities) > 0, jnp.log(jnp.asarray(probabilities, jnp.float32)), -jnp.inf)
-    draw = jax.jit(lambda keys: filters.draw(jnp.broadcast_to(logits, (2, number // 2, logits.size)), keys))
-    tokens, confidence = draw(sample_keys(2))
+    tokens, confidence = draw(jnp.broadcast_to(logits, (2, number // 2, logits.size)), sample_keys(2))
     assert (tokens.dtype, tokens.shape) == (jnp.int32, (2, number // 2))
     expected, counts = number * probabilities, np.bincount(np.ravel(tokens), minlength=logits.size)
     assert counts[expected == 0].sum() == 0
@@ -208,10 +208,12 @@ def test_draws_follow_the_softmax_of_what_is_left(kind):
 
 def test_a_samples_draws_depend_on_its_own_key_alone():
     logits = jax.random.normal(jax.random.key(1), (5, 9, 16))
-    all_five, _ = filters.draw(logits, sample_keys(5))
-    alone, _ = filters.draw(logits[2:3], sample_keys(5)[2:3])
+    keys = sample_keys(5)
+    all_five, alone, otherwise = (
+        np.asarray(draw(*given)[0]) for given in [(logits, keys), (logits[2:3], keys[2:3]), (logits[:1], keys[1:2])]
+    )
     np.testing.assert_array_equal(all_five[2:3], alone)
-    assert (np.asarray(all_five[0]) != np.asarray(filters.draw(logits[:1], sample_keys(2)[1:])[0][0])).any()
+    assert (all_five[0] != otherwise[0]).any()
 
 
 def test_argmax_takes_the_likeliest_with_its_probability():
@@ -247,9 +249,10 @@ def test_the_least_confident_candidates_are_chosen(confidence, candidates, numbe
 )
 def test_ranking_by_comparing_as_gpus_do_equals_ranking_by_sorting(confidence, data):
     size = len(confidence)
-    candidates = jnp.asarray([data.draw(st.lists(st.booleans(), min_size=size, max_size=size))])
-    given = jnp.asarray([confidence], jnp.float32), candidates
-    compared, sorted_ = filters._rank_by_comparing(*given), filters._rank_by_sorting(*given)
+    values, candidates = np.zeros((1, 40), np.float32), np.zeros((1, 40), bool)  # one shape, one compilation
+    values[0, :size] = confidence
+    candidates[0, :size] = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    compared, sorted_ = (np.asarray(rank(values, candidates)) for rank in (by_comparing, by_sorting))
     np.testing.assert_array_equal(compared[candidates], sorted_[candidates])
 
 
