@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, said, torn = 130, "interrupted", True
     finally:
         if torn:
-            gc.collect()  # what Orbax left unheard is destroyed now, while its report is kept quiet
-        sys.unraisablehook = shown
+            gc.collect()  # what Orbax left unheard is destroyed now; TensorStore's threads may report until the end
+        else:
+            sys.unraisablehook = shown
     if said:
         print(f"hmar-jax {args.command}: {said}", file=sys.stderr)
     return code

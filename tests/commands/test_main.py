@@ -1,6 +1,8 @@
 """The console script: what it does before any command runs."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,3 +39,18 @@ def test_launchers_can_tell_what_may_pass_from_bad_input(monkeypatch, capsys, er
     monkeypatch.setattr(schedule, "run", run)
     assert script.main(["schedule"]) == code
     assert capsys.readouterr().err == "hmar-jax schedule: Something is amiss.\n"
+
+
+@pytest.mark.parametrize(("cause", "quiet"), [(OSError("full"), True), (None, False)])
+def test_what_tensorstores_threads_say_after_a_failed_save_is_not_shown(monkeypatch, cause, quiet):
+    def run(argv):
+        raise InputError("Could not save.") from cause
+
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    monkeypatch.setattr(schedule, "run", run)
+    script.main(["schedule"])
+    closed, other = (SimpleNamespace(exc_value=RuntimeError(said)) for said in ("Event loop is closed", "other"))
+    sys.unraisablehook(closed)
+    sys.unraisablehook(other)
+    assert shown == ([other] if quiet else [closed, other])
