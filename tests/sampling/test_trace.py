@@ -59,12 +59,13 @@ def test_tokens_are_committed_in_the_plans_numbers_and_stand_from_then_on(frames
 
 def test_pictures_are_of_the_tokens_as_they_were_drawn(model, sample, frames):
     tokenizer = networks(model.config, model.params).tokenizer
+    lift, decode = jax.jit(tokenizer.quantizer.lift, static_argnums=1), jax.jit(tokenizer.decode_latents)
     state, latents, seen = None, 0, 0
     for frame, draw in zip(frames, sample.draws, strict=True):
         drawn, masked = draw.tokens[1:2], draw.masked[1:2]
         state = drawn if draw.step == 0 else np.where(masked, drawn, state)
-        whole = latents + tokenizer.quantizer.lift(state, draw.scale)
-        np.testing.assert_allclose(frame.image, (tokenizer.decode_latents(whole)[0] + 1) / 2, atol=1e-5)
+        whole = latents + np.asarray(lift(state, draw.scale))
+        np.testing.assert_allclose(frame.image, (np.asarray(decode(whole))[0] + 1) / 2, atol=1e-5)
         if draw.step + 1 == frame.steps:
             np.testing.assert_array_equal(state, sample.tokens[1:2, SLICES[draw.scale]])
             latents, seen = whole, seen + 1

@@ -41,16 +41,17 @@ def logits_scale_by_scale(config, dtype, params, labels, tokens):
     return jnp.concatenate(logits, axis=1), cache
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("sides", "fields"),
+    ("sides", "fields", "dtype"),
     [
-        ((1, 2, 3), {}),
-        ((1, 2, 3), {"branch_depth": 0}),
-        ((1, 2, 3), {"branch_depth": 3, "shared_adaln": True}),
-        ((2, 5), {"depth": 2}),
-        ((4,), {"depth": 1}),
-        ((1, 3, 4, 6), {"heads": 2}),
+        ((1, 2, 3), {}, "float32"),
+        ((1, 2, 3), {}, "bfloat16"),
+        ((1, 2, 3), {"branch_depth": 0}, "float32"),
+        ((1, 2, 3), {"branch_depth": 3, "shared_adaln": True}, "float32"),
+        ((1, 2, 3), {"branch_depth": 3, "shared_adaln": True}, "bfloat16"),
+        ((2, 5), {"depth": 2}, "float32"),
+        ((4,), {"depth": 1}, "float32"),
+        ((1, 3, 4, 6), {"heads": 2}, "float32"),
     ],
     ids=str,
 )
@@ -96,7 +97,7 @@ def test_guidance_of_one_scale_alone_works(var_model):
 def test_same_seed_same_picture_for_any_batch_size(var_model):
     labels = np.arange(5)
     five = var_model.sample(labels, "var", seed=7)
-    for batch in (1, 3):
+    for batch in (1, 4):
         part = var_model.sample(labels[:batch], "var", seed=7)
         np.testing.assert_array_equal(part.tokens, five.tokens[:batch])
         np.testing.assert_allclose(part.images, five.images[:batch], atol=1e-5)
@@ -105,16 +106,17 @@ def test_same_seed_same_picture_for_any_batch_size(var_model):
 
 def test_every_coarser_scale_counts(var_model, stage1_model):
     """Same parameters, other attention: another picture, but for the first scale, which has none before it."""
-    var, hmar = (network.sample(np.arange(5), "var", greedy=True).tokens for network in (var_model, stage1_model))
+    var, hmar = (network.sample([0, 1, 2], "var", greedy=True).tokens for network in (var_model, stage1_model))
     np.testing.assert_array_equal(var[:, :1], hmar[:, :1])
     assert (var != hmar).any()
 
 
 def test_scalars_compile_nothing(var_model):
-    base = var_model.sample([0, 1, 2, 3], "var")
+    labels = np.arange(5)
+    base = var_model.sample(labels, "var")
     compiled = program.sample._cache_size()
     for name, value in {"cfg": 6.0, "temperature": 0.3, "top_k": 2, "top_p": 0.3, "seed": 1}.items():
-        assert (var_model.sample([0, 1, 2, 3], "var", **{name: value}).tokens != base.tokens).any(), name
+        assert (var_model.sample(labels, "var", **{name: value}).tokens != base.tokens).any(), name
     assert program.sample._cache_size() == compiled
 
 
