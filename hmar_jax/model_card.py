@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hmar_jax.config import ModelConfig, TransformerConfig
-from hmar_jax.sampling.schedule import preset_for
+from hmar_jax.sampling.presets import preset_for
 from hmar_jax.tensors import Tensor
 
 

@@ -188,7 +188,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
 
     from hmar_jax.model import mesh_in_use, over_devices
     from hmar_jax.sampling import program
-    from hmar_jax.sampling.schedule import preset_for
+    from hmar_jax.sampling.presets import preset_for
 
     model = setting.build()
     if model.config.transformer is None:

@@ -24,29 +24,14 @@ import numpy as np
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import generators
+from hmar_jax.sampling import generators, presets
 from hmar_jax.sampling.orders import ORDERS, Order
 from hmar_jax.scales import ScaleLadder
 
 Nested = tuple[tuple[float, ...], ...]
 SCALARS = ("cfg", "temperature", "top_k", "top_p", "noise")
 
-# The published sampling settings by depth, (cfg, top-k); top-p is 0.99 for all.
-_OFFICIAL_GUIDANCE = {16: (1.7, 1000), 20: (1.9, 950), 24: (2.1, 900), 30: (1.6, 650)}
-_OFFICIAL_COUNTS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "official-256": ((1,), (1, 3), (1, 1, 2, 5), (16,), (25,), (36,), (64,), (100,), (169,), (256,)),
-    "official-512": ((1,), (1, 3), (1, 1, 2, 5), (5, 11), (36,), (81,), (169,), (324,), (576,), (1024,)),
-    "official-1024": (
-        (1,), (1, 3), (1, 1, 2, 5), (3, 5, 8), (25,), (49,), (81,), (144,), (256,), (441,), (729,), (1296,), (2304,),
-        (4096,),
-    ),
-}  # fmt: skip
-# Masked steps on the small scales, as the official ones have them, for any ladder that starts 1, 2, 3.
-_SMALL_HEAD = {1: (1,), 2: (1, 3), 3: (1, 1, 2, 5), 4: (3, 5, 8)}
-PRESETS = (*_OFFICIAL_COUNTS, "small", "next-scale", "var")
 _LARGEST = 2.0**127  # what float32 holds with room to spare
-# VAR's published sampling settings, the same for all depths.
-_VAR = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 
 
 class Changes(TypedDict, total=False):
@@ -184,19 +169,7 @@ class Schedule:
         steps on whichever of the sides 2, 3 and 4 a ladder has; `next-scale` and `var` have no masked step, the latter
         the guidance published for VAR: these three are for any ladder.
         """
-        if name in _OFFICIAL_COUNTS:
-            counts: Sequence[Sequence[int]] = _OFFICIAL_COUNTS[name]
-        elif name == "small":
-            counts = [_SMALL_HEAD.get(side, (side * side,)) for side in ladder.sides]
-            counts[0] = (ladder.lengths[0],)
-        elif name in ("next-scale", "var"):
-            counts = [(length,) for length in ladder.lengths]
-        else:
-            raise InputError(
-                f"Schedule {name!r} is unknown; choose {', '.join(PRESETS)}, a .json file, or a curve and its steps, "
-                "such as cosine:4, equal:2@7 or power2:4@5-9."
-            )
-        schedule = cls.from_counts(counts, **_VAR if name == "var" else _official_guidance(depth))
+        schedule = cls.from_counts(presets.counts(name, ladder), **presets.guidance(depth, name))
         schedule.check_ladder(ladder, name)
         return schedule
 
@@ -244,7 +217,7 @@ class Schedule:
         generated = generators.parse(text)
         if generated is None:
             return cls.preset(text, ladder, depth)
-        return cls.generate(ladder, **generated, **_official_guidance(depth))
+        return cls.generate(ladder, **generated, **presets.guidance(depth))
 
     @classmethod
     def resolve(
@@ -362,22 +335,6 @@ class Schedule:
                 whole = name != "top_k" or float(value).is_integer()
                 if not abs(value) < _LARGEST or not low <= value <= high or not whole:
                     raise InputError(f"{name} is {value}; expected {rule}.")
-
-
-def preset_for(ladder: ScaleLadder, transformer: TransformerConfig) -> str:
-    """The preset that suits a model: the published one where there is one for its ladder, else the one like it."""
-    if transformer.pattern == "block_causal":
-        return "var"
-    if not transformer.masked:
-        return "next-scale"
-    published = [name for name, counts in _OFFICIAL_COUNTS.items() if tuple(map(sum, counts)) == ladder.lengths]
-    return published[0] if published else "small"
-
-
-def _official_guidance(depth: int) -> dict[str, Any]:
-    """The published cfg and top-k of a transformer depth, or of depth 16 where none are published."""
-    cfg, top_k = _OFFICIAL_GUIDANCE.get(depth, _OFFICIAL_GUIDANCE[16])
-    return {"cfg": cfg, "top_k": top_k}
 
 
 def _nested(name: str, value: Any, counts: tuple[tuple[int, ...], ...]) -> Nested:

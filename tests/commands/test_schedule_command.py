@@ -13,9 +13,9 @@ from hmar_jax.commands.main import main
 from hmar_jax.commands.schedule import commitment
 from hmar_jax.compile_check.work import model_flops, sample_flops
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
-from hmar_jax.sampling import orders
+from hmar_jax.sampling import orders, presets
 from hmar_jax.sampling.generators import CURVES
-from hmar_jax.sampling.schedule import PRESETS, Schedule
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 
 LADDER = ScaleLadder.preset(256)
@@ -150,8 +150,8 @@ def test_a_picture_needs_matplotlib(tmp_path, monkeypatch, capsys):
 def test_the_list_has_all_there_are_and_they_parse(said):
     lines = said("list").splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert names[: len(PRESETS)] == list(PRESETS)
-    curves = names[len(PRESETS) : -1]
+    assert names[: len(presets.NAMES)] == list(presets.NAMES)
+    curves = names[len(presets.NAMES) : -1]
     assert [name.rstrip("0123456789:@-") for name in curves] == list(CURVES)
     for name in curves:
         Schedule.parse(name, LADDER)
