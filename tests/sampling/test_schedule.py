@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hmar_jax.errors import InputError
+from hmar_jax.sampling import presets
 from hmar_jax.sampling.orders import ORDERS
-from hmar_jax.sampling.schedule import PRESETS, SCALARS, Schedule
+from hmar_jax.sampling.schedule import SCALARS, Schedule
 from hmar_jax.scales import ScaleLadder
 
 COUNTS = [[1], [1, 3], [2, 3, 4]]
@@ -206,7 +207,7 @@ def test_next_scale_and_small_fit_any_ladder(sides):
 def test_an_unknown_preset_is_named_with_all_there_are():
     with pytest.raises(InputError, match="'official'") as error:
         Schedule.preset("official", ScaleLadder((1, 2)))
-    for name in PRESETS:
+    for name in presets.NAMES:
         assert name in str(error.value)
 
 
@@ -280,7 +281,7 @@ def test_a_file_in_one_line_is_the_schedule_in_it(tmp_path):
 def test_a_line_that_is_no_schedule_is_answered_with_all_there_are(text):
     with pytest.raises(InputError, match="such as cosine:4, equal:2@7 or power2:4@5-9") as error:
         Schedule.parse(text, ScaleLadder((1, 2, 3)))
-    assert f"Schedule {text!r} is unknown; choose {', '.join(PRESETS)}, a .json file" in str(error.value)
+    assert f"Schedule {text!r} is unknown; choose {', '.join(presets.NAMES)}, a .json file" in str(error.value)
 
 
 # --- digests
