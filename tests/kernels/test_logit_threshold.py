@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from absent_devices import H200, compiling_for, gpu
 from jax.sharding import PartitionSpec as P
 
 from hmar_jax.sampling.filters import filter_logits
@@ -19,18 +19,10 @@ CONTROLS = [(0, 1.0), (100, 1.0), (0, 0.96), (100, 0.905), (1, 0.5), (511, 0.3),
 NEAR = 2e-6  # a tail so near to 1 - top_p may stay or go: sums of float32 differ
 
 
-def device(kind="NVIDIA H200", mesh=None):
-    """Compiles for GPUs that are not here, joined to a mesh or one alone."""
-    mesh = mesh or {}
-    abstract = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    axes = {"axis_types": (AxisType.Auto,) * len(mesh), "abstract_device": abstract}
-    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh.values()), tuple(mesh), **axes))
-
-
 @functools.cache
 def interpreted(shape):
     """The kernel for logits of a shape, on a CPU."""
-    with device(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with compiling_for(H200), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         given = (
             jax.ShapeDtypeStruct(shape, "float32"),
             jax.ShapeDtypeStruct((), "int32"),
@@ -176,7 +168,7 @@ def test_logits_that_are_not_supported_raise(shape, dtype):
 
 def lowered(function, shape, kind="NVIDIA H200", mesh=None, platform="cuda"):
     controls = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((), "float32")
-    with device(kind, mesh):
+    with compiling_for(gpu(kind), mesh):
         traced = jax.jit(function).trace(jax.ShapeDtypeStruct(shape, "float32"), *controls)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     return [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
@@ -207,7 +199,7 @@ def test_under_a_mesh_each_device_filters_its_own_images(mesh, rows):
 
 def test_images_that_a_mesh_cannot_divide_are_left_to_xla():
     assert not lowered(filter_logits, (6, 16, 512), mesh={"data": 4})
-    with device(mesh={"data": 4}), pytest.raises(ValueError, match="B of 4"):
+    with compiling_for(H200, {"data": 4}), pytest.raises(ValueError, match="B of 4"):
         logit_threshold(jnp.zeros((6, 512)), jnp.int32(1), jnp.float32(1))
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_devices import H200, compiling_for
 from flax import nnx
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tiny_models import tiny
 from triton_tools import compile_kernel, interpreter, spilled_bytes
 
@@ -183,9 +183,6 @@ def test_the_kernels_compile_and_spill_little(tmp_path, spec, capability):
     assert spilled_bytes(compiled, tmp_path) <= most  # with twice the warps they spill nothing, and are slower
 
 
-H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-
-
 @pytest.fixture
 def seen(monkeypatch):
     """(kernel, first argument's shape) of those that are called while something is traced for GPUs."""
@@ -202,9 +199,7 @@ def seen(monkeypatch):
 
 
 def on_mesh(**mesh):
-    """Compiles for GPUs that are not here, joined to a mesh or one alone."""
-    axes = {"axis_types": (AxisType.Auto,) * len(mesh), "abstract_device": H200}
-    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh.values()), tuple(mesh), **axes))
+    return compiling_for(H200, mesh)
 
 
 def loss(x, rows, bias, kernel):

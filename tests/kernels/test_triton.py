@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from absent_devices import A100, compiling_for
 from jax.sharding import PartitionSpec as P
 from triton_tools import compile_kernel, interpreter, spilled_bytes
 
@@ -332,9 +332,7 @@ def test_under_a_mesh_each_device_runs_the_kernels_on_its_own_images_and_heads(m
         out = packed_scale_attention(qkv, ladder, pattern="block_diagonal", q_scale=scale)
         return jnp.sum(out.astype(jnp.float32))
 
-    device = AbstractDevice(device_kind=AMPERE[1], num_cores=108, platform="gpu")
-    axes = {"axis_types": (AxisType.Auto,) * 2, "abstract_device": device}
-    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2), ("data", "tensor"), **axes)):
+    with compiling_for(A100, {"data": 2, "tensor": 2}):
         jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(qkv, jax.ShapeDtypeStruct((4,), "float32"))
     assert seen == [(f"{name}_kernel", (4, 680, 3, 2, 64)) for name in ("forward", "grad_queries", "grad_keys")]
 
@@ -357,10 +355,8 @@ def test_gradients_are_traced_within_a_shard_map_of_the_callers(monkeypatch, pac
         split = jax.shard_map(attend, in_specs=(P(), *[P("data")] * len(operands)), out_specs=P("data"))
         return jnp.sum(split(q_scale, *operands).astype(jnp.float32))
 
-    device = AbstractDevice(device_kind=AMPERE[1], num_cores=108, platform="gpu")
-    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     operands = [operand] * (1 if packed else 3)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with compiling_for(A100, {"data": 2}):
         gradients = jax.eval_shape(
             jax.grad(loss, argnums=(0, *range(1, 1 + len(operands)))), jax.ShapeDtypeStruct((4,), "float32"), *operands
         )
