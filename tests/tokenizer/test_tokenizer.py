@@ -49,7 +49,7 @@ def test_official_picture(golden, golden_tokenizer):
 
 def test_official_latents(golden, golden_tokenizer):
     module = networks(golden_tokenizer.config, golden_tokenizer.params).tokenizer.quantizer
-    latents = module.reconstruct(jnp.asarray(golden["tokens"]))[-1].transpose(0, 3, 1, 2)
+    latents = np.transpose(jax.jit(module.reconstruct)(golden["tokens"])[-1], (0, 3, 1, 2))
     assert np.linalg.norm(latents - golden["fhat_last"]) < 2e-6 * np.linalg.norm(golden["fhat_last"])
 
 
@@ -86,23 +86,24 @@ def quantized_by_definition(quantizer, latents):
 @pytest.fixture(scope="module", params=[(1, 2, 3), (2, 3, 5, 6), (4,)], ids=str)
 def ladder_quantizer(request):
     ladder = ScaleLadder(request.param)
-    module = Quantizer(TINY.tokenizer, ladder, rngs=nnx.Rngs(0))
-    module.codebook[...] = jax.random.normal(jax.random.key(1), module.codebook.shape)
-    for conv in module.phis:
-        conv.bias[...] = jax.random.normal(jax.random.key(2), conv.bias.shape)
-    return module
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Quantizer(TINY.tokenizer, ladder, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(1)
+    for path, parameter in nnx.to_flat_state(state):
+        spread = 1 / 6 if path[-1] == "kernel" else 1.0  # of 3x3 kernels over four channels
+        parameter.set_value(jnp.asarray(spread * rng.normal(size=parameter.shape), jnp.float32))
+    return nnx.merge(graphdef, state)
 
 
 def test_quantize_follows_the_definition(ladder_quantizer):
     side = ladder_quantizer.ladder.sides[-1]
     latents = 2 * np.random.default_rng(0).normal(size=(3, side, side, 4)).astype(np.float32)
     tokens, sums = quantized_by_definition(ladder_quantizer, latents)
-    quantized = ladder_quantizer.quantize(jnp.asarray(latents))
+    quantized = jax.jit(ladder_quantizer.quantize)(latents)
     np.testing.assert_array_equal(quantized.tokens, tokens)
     assert quantized.tokens.dtype == jnp.int32
     assert quantized.queries.shape == (3, ladder_quantizer.ladder.length, 4)
     np.testing.assert_allclose(np.cumsum(quantized.lifts, axis=0), sums, atol=1e-5)
-    np.testing.assert_allclose(ladder_quantizer.reconstruct(quantized.tokens), sums, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ladder_quantizer.reconstruct)(quantized.tokens), sums, atol=1e-5)
 
 
 def test_the_nearest_code_wins_and_the_first_among_equals(quantizer):
@@ -119,18 +120,17 @@ def test_tokens_left_out_lift_nothing(ladder_quantizer):
     keep = np.zeros(tokens.shape, bool)
     keep[:, ::3] = True
     other = np.where(keep, tokens, (tokens + 1) % 16)
-    lift = ladder_quantizer.lift(tokens, scale, jnp.asarray(keep))
-    np.testing.assert_array_equal(lift, ladder_quantizer.lift(jnp.asarray(other), scale, jnp.asarray(keep)))
-    nothing = ladder_quantizer.lift(tokens, scale, jnp.zeros(tokens.shape, bool))
-    zeros = np.zeros(lift.shape)
-    np.testing.assert_allclose(nothing, phi(ladder_quantizer, scale, zeros), atol=1e-6)
-    everything = ladder_quantizer.lift(tokens, scale, jnp.ones(tokens.shape, bool))
-    np.testing.assert_array_equal(everything, ladder_quantizer.lift(tokens, scale))
+    lift = jax.jit(ladder_quantizer.lift, static_argnums=1)
+    lifted = lift(tokens, scale, keep)
+    np.testing.assert_array_equal(lifted, lift(other, scale, keep))
+    nothing = lift(tokens, scale, np.zeros(tokens.shape, bool))
+    np.testing.assert_allclose(nothing, phi(ladder_quantizer, scale, np.zeros(nothing.shape)), atol=1e-6)
+    everything = lift(tokens, scale, np.ones(tokens.shape, bool))
+    np.testing.assert_array_equal(everything, lift(tokens, scale))
 
 
 def random_scale_tokens(quantizer, scale):
-    shape = (2, quantizer.ladder.lengths[scale])
-    return jnp.asarray(np.random.default_rng(3).integers(0, 16, shape), jnp.int32)
+    return np.random.default_rng(3).integers(0, 16, (2, quantizer.ladder.lengths[scale]), np.int32)
 
 
 # --- the networks around it
@@ -162,12 +162,16 @@ def test_channels_levels_latents_codes_and_downsampling_are_free(fields, sides, 
 
 def test_the_last_convolution_can_be_given_another_kernel():
     tokenizer = networks(TINY, lively_params(TINY)).tokenizer
-    features = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
-    own = nnx.Conv.__call__(tokenizer.decoder.conv_out, features)
-    np.testing.assert_allclose(tokenizer.render(features), own, atol=1e-6)
-    bias = tokenizer.decoder.conv_out.bias[...]
-    doubled = tokenizer.render(features, 2 * tokenizer.decoder.conv_out.kernel[...])
-    np.testing.assert_allclose(doubled, 2 * own - bias, atol=1e-5)
+    features, convolution = jax.random.normal(jax.random.key(0), (2, 6, 6, 8)), tokenizer.decoder.conv_out
+
+    @jax.jit
+    def run(features):
+        doubled = tokenizer.render(features, 2 * convolution.kernel[...])
+        return tokenizer.render(features), nnx.Conv.__call__(convolution, features), doubled
+
+    rendered, own, doubled = map(np.asarray, run(features))
+    np.testing.assert_allclose(rendered, own, atol=1e-6)
+    np.testing.assert_allclose(doubled, 2 * own - np.asarray(convolution.bias[...]), atol=1e-5)
 
 
 def test_growth_ends_in_the_decoded_picture(model):
