@@ -99,7 +99,7 @@ def check(result, ranges, qkv, q_scale, dout):
     dtype = str(dout.dtype)
     out, gradients, dscale = result
     truth, pull = jax.vjp(
-        lambda q, k, v, scale: reference_attention(q, k, v, ranges, scale),
+        jax.jit(lambda q, k, v, scale: reference_attention(q, k, v, ranges, scale)),
         *(jnp.asarray(x, jnp.float32) for x in qkv),
         q_scale,
     )
