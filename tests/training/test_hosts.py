@@ -95,8 +95,8 @@ def moved_config(starts, **changes):
 
 
 def one_step(**changes):
-    loss = dataclasses.replace(LOSS, adversarial=0.0)  # the discriminator takes long to compile
-    return tokenizer_config(steps=1, sample_every=1, tokenizer_loss=loss, **changes)
+    loss = dataclasses.replace(LOSS, adversarial=0.0)  # the discriminator and more scales take long to compile
+    return tokenizer_config(steps=1, sample_every=1, sides=(1, 8), tokenizer_loss=loss, **changes)
 
 
 def pair(script, *arguments):
