@@ -155,8 +155,8 @@ class MetricsWriter:
 
 
 def _rounded(value: Any) -> Any:
-    """A scalar or array as floats of 7 significant digits, which float32 has."""
-    return np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])(np.asarray(value, np.float64)).tolist()
+    """A scalar or array as floats of as few digits as tell which float32 they are."""
+    return np.vectorize(lambda x: float(str(np.float32(x))), otypes=[float])(value).tolist()
 
 
 def _scalars(plain: dict[str, Any]) -> Any:

@@ -124,7 +124,7 @@ def test_small_numbers_keep_their_digits(tmp_path):
     writer.write(1, {"learning_rate": 3.125e-8, "scale_loss": np.array([1 / 3, 2e-9], np.float32)})
     writer.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line == {"step": 1, "learning_rate": 3.125e-8, "scale_loss": [0.3333333, 2e-9]}
+    assert line == {"step": 1, "learning_rate": 3.125e-8, "scale_loss": [0.33333334, 2e-9]}
 
 
 def test_a_resumed_run_appends(tmp_path):
