@@ -7,12 +7,32 @@ import re
 from collections.abc import Iterator
 
 
-class InputError(ValueError):
-    """Bad input, exit code 2. The message is one sentence: the value, what was expected, what to do."""
+class HmarError(Exception):
+    """What a command prints as one sentence: the value, what was expected, what to do.
+
+    Attributes:
+      exit_code: what the command ends with. Launchers start it again after 1, and give up when it ends with 2 again.
+    """
+
+    exit_code = 2
 
 
-class TransientError(InputError):
-    """What another try may not meet again, such as a machine that is late: exit code 1."""
+class InputError(HmarError, ValueError):
+    """Bad input: an argument, a config or a file that the user must mend."""
+
+
+class MachineError(HmarError, RuntimeError):
+    """The machine lacks what the user must provide, such as room on a disk, memory or a permission."""
+
+
+class DivergedError(HmarError, ArithmeticError):
+    """A training run whose loss or gradient is no longer finite."""
+
+
+class TransientError(HmarError, RuntimeError):
+    """What another try may not meet again, such as a machine that is late."""
+
+    exit_code = 1
 
 
 def reason(error: Exception) -> str:
@@ -23,16 +43,16 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Begins the sentence of an InputError in the block with `what` and a colon."""
+    """Begins the sentence of an error in the block with `what` and a colon."""
     try:
         yield
-    except InputError as error:
+    except HmarError as error:
         raise type(error)(f"{what}: {error}") from None
 
 
 @contextlib.contextmanager
 def device_memory(remedy: str) -> Iterator[None]:
-    """Turns a device's lack of memory in the block into an InputError that ends with the remedy."""
+    """Turns a device's lack of memory in the block into a MachineError that ends with the remedy."""
     import jax
 
     try:
@@ -40,4 +60,4 @@ def device_memory(remedy: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(f"The device has too little memory ({reason(error)}); {remedy}.") from None
+        raise MachineError(f"The device has too little memory ({reason(error)}); {remedy}.") from None

@@ -11,7 +11,31 @@ from pathlib import Path
 
 from hmar_jax.errors import InputError, TransientError
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # Path("gs://bucket") has one slash left
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """A path as users write it → one of this machine: `~` and `~user` are expanded, URLs refused.
+
+    Every path that a user gives, as an option, in a config or to a function, goes through here.
+
+    Args:
+      name: what a sentence calls the path, e.g. `--output`, `data.path`.
+
+    Raises:
+      InputError: it is a URL such as `gs://bucket/x`, or begins with the `~` of a user who does not exist.
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise InputError(
+            f"{name} is {text!r}, a URL; expected a path on this machine, so mount the storage (gcsfuse, s3fs) and "
+            "give the path of the mount, or copy it here first."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name} is {text!r}, and there is no such user here; write the whole path.") from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import HmarError
 from hmar_jax.platform import set_flags, use_compilation_cache
 
 COMMANDS = {
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, said, torn = 0, "", False
     try:
         importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
-    except InputError as error:
-        code = 1 if isinstance(error, TransientError) else 2
+    except HmarError as error:
+        code = error.exit_code
         said, torn = str(error), error.__cause__ is not None
     except KeyboardInterrupt:
         code, said, torn = 130, "interrupted", True
