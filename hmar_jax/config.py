@@ -191,6 +191,8 @@ class DataConfig:
       resize: shorter side, in multiples of the model's image size, before the crop (HMAR: 1.125, Lanczos).
       crop: `random` or `center`. flip: mirror half of the pictures.
       workers: grain worker processes; 0 reads in threads of this process.
+      held_out: share of the pictures that is kept out of training, for `evals` and the tokenizer's sample pictures.
+        Which ones depends on their names alone (`data/held_out.py`), so that they stay held out when others join them.
     """
 
     source: Literal["glyphs", "folder", "tfds", "tokens"] = "glyphs"
@@ -202,6 +204,11 @@ class DataConfig:
     crop: Literal["random", "center"] = "random"
     flip: bool = False
     workers: int = 0
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"data.held_out is {self.held_out}; expected a share from 0 to below 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +325,24 @@ class MeshConfig:
     tensor: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """A measurement on held-out examples while a stage trains, written to `metrics.jsonl` as `eval/KIND/NAME`.
+
+    Attributes:
+      kind: `loss`, the stage's loss and its terms without dropout and discriminator, on the averaged parameters where
+        there are any. Every time on the same examples, with the same crops and masks.
+      every: steps between two of them; the last step has one too. count: examples, fewer where fewer are held out.
+    """
+
+    kind: Literal["loss"] = "loss"
+    every: int = 1000
+    count: int = 1024
+
+    def __post_init__(self) -> None:
+        _positive(self, "evals: ", "every", "count")
+
+
 _STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
 
 
@@ -338,6 +363,7 @@ class TrainConfig:
       scan_layers: run the transformer's blocks as one loop: it compiles sooner, but copies weights and what is kept.
       log_every, sample_every, checkpoint_every: steps; 0 turns samples off. keep: checkpoints kept.
       sample_labels: classes of the sample grid. sample_schedule: its schedule.
+      evals: what is measured on held-out examples, and how often.
     """
 
     stage: Stage = "next_scale"
@@ -363,11 +389,14 @@ class TrainConfig:
     keep: int = 3
     sample_labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     sample_schedule: str = "next-scale"
+    evals: tuple[EvalConfig, ...] = ()
 
     def __post_init__(self) -> None:
         _positive(self, "", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
+        if len({e.kind for e in self.evals}) < len(self.evals):
+            raise InputError("evals has a kind more than once, which would write the same metrics; keep one of each.")
         if self.sample_every < 0:
             raise InputError(f"sample_every is {self.sample_every}; expected steps, or 0 for no samples.")
         if self.transformer.masked or self.transformer.leak_free:
@@ -399,10 +428,14 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested dicts of JSON types (tuples stay tuples)."""
     return {
-        field.name: to_plain(value) if dataclasses.is_dataclass(value) else value
+        field.name: tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         for field in dataclasses.fields(config)
         for value in [getattr(config, field.name)]
     }
+
+
+def _plain(value: Any) -> Any:
+    return to_plain(value) if dataclasses.is_dataclass(value) else value
 
 
 def from_config_dict[T](cls: type[T], config: ml_collections.ConfigDict) -> T:

@@ -56,6 +56,7 @@ class FolderSource:
         self.class_names: tuple[str, ...] = tuple(
             folder.resolve().name if folder == root else folder.name for folder in folders
         )
+        self._root = root
         self._files: list[str] = []
         self._labels: list[int] = []
         for label, folder in enumerate(folders):
@@ -67,6 +68,10 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The path of a picture below the folder."""
+        return os.path.relpath(self._files[index], self._root)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Picture `index`: "image" (H,W,3) uint8; "label" int32. Raises InputError if it cannot be read."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
@@ -26,10 +27,12 @@ from PIL import Image
 from hmar_jax.config import DataConfig
 from hmar_jax.data.folder import FolderSource
 from hmar_jax.data.glyphs import Glyphs
-from hmar_jax.data.tokens import TokenSource
+from hmar_jax.data.held_out import NamedSource, Part, PartOfSource
+from hmar_jax.data.tokens import TokenSource, validation_of
 from hmar_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+_SEEDS = 2**32  # of training; glyphs of greater ones are held out
 
 
 class Source(Protocol):
@@ -42,11 +45,13 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def open_source(config: DataConfig, image_size: int, seed: int = 0) -> Source:
-    """The source that `config` names.
+def open_source(config: DataConfig, image_size: int, seed: int = 0, part: Part = "train") -> Source:
+    """The source that `config` names, or its held-out part.
 
     Args:
       config: what to read. image_size: S, and seed: of the glyphs; other sources need neither.
+      part: `validation` is what `has_validation` promises: glyphs of seeds that no training has, the folder
+        `validation` of a token cache, or the share `data.held_out` of other sources, which `train` then lacks.
 
     Raises:
       InputError: the source is unknown, missing or unusable, or a setting is out of range.
@@ -58,17 +63,33 @@ def open_source(config: DataConfig, image_size: int, seed: int = 0) -> Source:
         )
     match config.source:
         case "glyphs":
-            return Glyphs(config.classes, image_size, seed)
+            return Glyphs(config.classes, image_size, seed + _SEEDS * (part == "validation"))
         case "folder":
-            return FolderSource(config.path)
+            return _part(FolderSource(config.path), config, part)
         case "tfds":
             from hmar_jax.data.tfds import TfdsSource  # slow to import, and the only one to want TFDS
 
-            return TfdsSource(config.name, config.path, config.split)
+            return _part(TfdsSource(config.name, config.path, config.split), config, part)
         case "tokens":
-            return TokenSource(config.path)
+            return TokenSource(validation_of(config.path) if part == "validation" else config.path)
         case _:
             raise InputError(f"data.source is {config.source!r}; use 'glyphs', 'folder', 'tfds' or 'tokens'.")
+
+
+def has_validation(config: DataConfig) -> bool:
+    """Whether there are examples that training never sees."""
+    if config.source == "tokens":
+        return os.path.isdir(validation_of(config.path))
+    return config.source == "glyphs" or config.held_out > 0
+
+
+def _part(source: NamedSource, config: DataConfig, part: Part) -> Source:
+    """A part of a source. Without a held-out share all of it is for training."""
+    if config.held_out:
+        return PartOfSource(source, part, config.held_out)
+    if part == "validation":
+        raise InputError(f"data.held_out is 0, so that no picture of {config.path!r} is held out; set it to a share.")
+    return source
 
 
 def batches(
@@ -78,6 +99,7 @@ def batches(
     image_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
+    part: Part = "train",
 ) -> Batches:
     """Endless training batches; every epoch in another order, every visit with another crop.
 
@@ -86,6 +108,7 @@ def batches(
       seed: of order, crops, flips and glyphs, from 0 to 2^32-1.
       rows: which examples of every batch to read, from 0, in that order; all when None. They are the same ones
         whichever other rows are read, so that every process of a job may read its own.
+      part: of the source, see `open_source`.
 
     Returns:
       An iterator of {"image": uint8 (b,S,S,3), "label": int32 (b,)} or {"tokens": int32 (b,L), "label": int32 (b,)}.
@@ -99,7 +122,7 @@ def batches(
         raise InputError(
             f"batch_size={batch_size}, rows={list(rows)}: expected 1 or more, and rows from 0 to below that."
         )
-    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed)), config, seed)
+    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed, part)), config, seed)
     pictures = for_ever.random_map(_Visit(config, image_size))
     return Batches(_Rows(pictures, batch_size, tuple(rows)).batch(len(rows)), batch_size, config)
 
@@ -132,6 +155,7 @@ def examples(
     batch_size: int = 64,
     seed: int = 0,
     count: int | None = None,
+    part: Part = "train",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """One pass over a source of pictures in its order, each in several crops: what a token cache is made from.
 
@@ -143,6 +167,7 @@ def examples(
       crops: per picture; random ones differ, of central ones there is one, or two with `config.flip`.
       batch_size: B; the last batch may be smaller. seed: of crops, flips and glyphs, from 0 to 2^32-1.
       count: how many pictures, from the first; all when None. Glyphs, being endless, need it.
+      part: of the source, see `open_source`.
 
     Returns:
       Pairs of images, (crops,B,S,S,3) uint8, and labels, (B,) int32.
@@ -161,7 +186,7 @@ def examples(
         )
     if config.source == "glyphs" and count is None:
         raise InputError("data.source='glyphs' is endless; say how many pictures to take, with count.")
-    source = open_source(config, image_size, seed)
+    source = open_source(config, image_size, seed, part)
     total = min(len(source), count or len(source))
     views = (
         grain.MapDataset.range(total).seed(_checked(seed)).random_map(_Views(source, total, crops, config, image_size))
@@ -362,6 +387,6 @@ def _view(image: np.ndarray, config: DataConfig, size: int, mirror: bool, rng: n
 
 
 def _checked(seed: int) -> int:
-    if not 0 <= seed < 2**32:
+    if not 0 <= seed < _SEEDS:
         raise InputError(f"The data seed is {seed}; use an integer from 0 to 2^32-1.")
     return seed

@@ -73,6 +73,10 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
+    def name(self, index: int) -> str:
+        """The number of an example in its split."""
+        return str(index)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Example `index`: "image" (H,W,3) uint8; "label" int32. Raises InputError if it cannot be read."""
         if not 0 <= index < len(self):

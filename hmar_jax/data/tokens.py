@@ -106,6 +106,11 @@ def write_token_cache(
     return count
 
 
+def validation_of(path: str | os.PathLike[str]) -> Path:
+    """Where a token cache has that of the held-out pictures, if it has one."""
+    return Path(path) / "validation"
+
+
 class TokenSource:
     """The examples of a token cache, in the order they were written.
 

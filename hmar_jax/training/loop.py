@@ -33,6 +33,7 @@ from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.evals import Evals
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
 from hmar_jax.training.objectives import OBJECTIVES, Objective, start_config, unjudged
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
@@ -40,7 +41,8 @@ from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
 logger = logging.getLogger(__name__)
 _NO_STEPS = range(0)
-_STREAM = {"data.source", "data.path", "data.name", "data.split", "data.classes"}  # what another stream differs in
+# What another stream of examples differs in.
+_STREAM = {"data.source", "data.path", "data.name", "data.split", "data.classes", "data.held_out"}
 
 
 def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path:
@@ -85,6 +87,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
         logger.info("Parameters:\n%s", overview)
 
     step_fn = jit_train_step(make_train_step(config, objective, optimizer), state, mesh)
+    evals = Evals(config, objective, mesh)
     show = _sample_writer(config, objective, workdir)
     rate = learning_rate(config.optimizer, config.steps, config.batch_size)
     start = int(state.step)
@@ -103,7 +106,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
                 batch, position = next(feed)
             first, last = step == start + 1, step == config.steps
             told = asked(step) and not last
-            log = first or last or told or step % config.log_every == 0
+            log = first or last or told or step % config.log_every == 0 or bool(evals.due(step))
             sample = config.sample_every and (last or step % config.sample_every == 0)
             save = last or told or step % config.checkpoint_every == 0
             with goodput.spent("compile" if first else "step"), profiler(step):
@@ -120,6 +123,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
             if log:
                 speed = goodput.speed(step, config.batch_size)
                 metrics = jax.device_get(metrics) | {"learning_rate": float(rate(step - 1))}
+                metrics |= evals(step, state.best, frozen)
                 writer.write(step, metrics if first else metrics | speed)
             if save:
                 with goodput.spent("checkpoint"):
@@ -342,7 +346,9 @@ def _sample_writer(config: TrainConfig, objective: Objective, workdir: Path) -> 
     model_config = objective.model_config
     enlarge = max(1, 96 // model_config.image_size)
     if config.stage == "tokenizer" and config.sample_every:
-        held = pipeline.batches(config.data, batch_size=16, image_size=model_config.image_size, seed=config.seed + 1)
+        part: pipeline.Part = "validation" if pipeline.has_validation(config.data) else "train"
+        size = model_config.image_size
+        held = pipeline.batches(config.data, batch_size=16, image_size=size, seed=config.seed + 1, part=part)
         originals = next(held)["image"]
         held.close()
 

@@ -65,6 +65,13 @@ class Objective(Protocol):
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch)."""
 
+    def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+        """The loss as `loss`, and its terms, of examples that are not trained on: no dropout of any kind, no adversary.
+
+        Args:
+          key: for what a loss is a mean over, such as masks; the same key gives the same result.
+        """
+
     def after_update(self, trained: Tree, ema: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> Any:
         """What follows a step without a gradient: → trained, ema, extra, metrics."""
 
@@ -193,6 +200,22 @@ class TokenizerObjective:
             quantized.tokens, ladder, self.model_config.tokenizer.codebook_size
         )
         return loss, (metrics, (quantized.tokens, quantized.queries))
+
+    def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+        images = to_unit(batch["image"])
+        tokenizer = self._networks(trained["tokenizer"]).tokenizer
+        latents = tokenizer.latents(images)
+        quantized = tokenizer.quantizer.quantize(latents)
+        fhats = jnp.cumsum(jnp.stack(quantized.lifts), axis=0)
+        distance = None
+        if self._perceptual is not None:
+            distance = functools.partial(perceptual.perceptual_distance, frozen["perceptual"])
+        reconstruction = tokenizer.decode_latents(fhats[-1])
+        loss, terms = losses.generator_terms(
+            self.weights, 0, reconstruction, images, latents, fhats, perceptual=distance
+        )
+        error = jnp.mean(jnp.square((reconstruction - images) / 2), axis=(1, 2, 3))
+        return terms | {"loss": loss, "psnr": jnp.mean(-10 * jnp.log10(error))}
 
     def _judge(self, params: Tree, images: jax.Array) -> jax.Array:
         module = nnx.eval_shape(lambda: _discriminator(self.weights, self.config.dtype, 0))
@@ -329,6 +352,13 @@ class NextScaleObjective(_TransformerObjective):
         metrics = self._metrics(scores, jnp.ones(tokens.shape))
         return jnp.mean(jnp.sum(scores.entropy * weights, axis=1)), (metrics, ())
 
+    def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+        nets, tokens = self._networks(trained, frozen), batch["tokens"]
+        scores = teacher_forcing.next_scale_scores(nets.transformer, nets.tokenizer.quantizer, batch["label"], tokens)
+        weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
+        loss = jnp.mean(jnp.sum(scores.entropy * weights, axis=1))
+        return self._metrics(scores, jnp.ones(tokens.shape)) | {"loss": loss}
+
 
 class MaskedObjective(_TransformerObjective):
     """Stage 2: mean cross-entropy over masked positions; trains the mask branch and mask_embed, all else is frozen."""
@@ -368,6 +398,22 @@ class MaskedObjective(_TransformerObjective):
         counted = masked.astype(jnp.float32)
         metrics = self._metrics(scores, counted) | {"masked_share": jnp.mean(counted)}
         return jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
+
+    def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+        nets, tokens = self._networks(trained, frozen), batch["tokens"]
+        keys = jax.random.split(key, tokens.shape[0])  # ratios of all sizes in every batch
+        masked = jax.vmap(lambda key: random_masks(key, self.model_config.ladder))(keys)
+        scores = teacher_forcing.masked_scores(
+            nets.transformer,
+            nets.tokenizer.quantizer,
+            batch["label"],
+            tokens,
+            masked,
+            leak_free=self.config.objective.leak_free,
+        )
+        counted = masked.astype(jnp.float32)
+        loss = jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1)
+        return self._metrics(scores, counted) | {"loss": loss}
 
 
 def _same_network(start: TransformerConfig, wanted: TransformerConfig) -> bool:

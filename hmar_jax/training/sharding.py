@@ -89,11 +89,11 @@ def _arranged(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Raises InputError unless every part of a batch divides among the devices that split it."""
-    part, ways = config.batch_size // config.accumulate, _ways(mesh)
-    if part % ways:
+    part, number = config.batch_size // config.accumulate, ways(mesh)
+    if part % number:
         raise InputError(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} parts gives {part} examples to "
-            f"{ways} devices, which does not divide; make it a multiple of {ways * config.accumulate}."
+            f"{number} devices, which does not divide; make it a multiple of {number * config.accumulate}."
         )
 
 
@@ -144,13 +144,13 @@ def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
     Processes whose devices differ in `tensor` alone hold, and read, the same ones.
     """
-    length = batch_size // _ways(mesh)
+    length = batch_size // ways(mesh)
     return [start * length + i for start in _host_parts(mesh) for i in range(length)]
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The `host_rows` of a batch, as this process's part of the global one."""
-    sharding, parts, ways = batch_sharding(mesh), _host_parts(mesh), _ways(mesh)
+    sharding, parts, number = batch_sharding(mesh), _host_parts(mesh), ways(mesh)
 
     def spread(array: np.ndarray) -> jax.Array:
         length = len(array) // len(parts)
@@ -159,19 +159,19 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             here = parts.index((index[0].start or 0) // length) * length
             return array[here : here + length]
 
-        return jax.make_array_from_callback((length * ways, *array.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((length * number, *array.shape[1:]), sharding, part)
 
     return {name: spread(array) for name, array in batch.items()}
 
 
-def _ways(mesh: Mesh) -> int:
+def ways(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _host_parts(mesh: Mesh) -> list[int]:
     """The numbers of those parts that are on devices of this process."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((_ways(mesh),)).values()
+    slices = batch_sharding(mesh).addressable_devices_indices_map((ways(mesh),)).values()
     return sorted({index[0].start or 0 for index in slices if index is not None})
 
 

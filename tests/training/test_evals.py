@@ -1,0 +1,129 @@
+"""Measurements on held-out examples while a stage trains."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_training import CLASSES, LADDER, LOSS, SIZE, stage_config, write_starts
+
+from hmar_jax.config import DataConfig, EvalConfig
+from hmar_jax.data import pipeline
+from hmar_jax.data.tokens import TokenSource, validation_of, write_token_cache
+from hmar_jax.errors import InputError
+from hmar_jax.pretrained import from_pretrained
+from hmar_jax.training import loop, sharding
+from hmar_jax.training.evals import Evals
+from hmar_jax.training.metrics import read_metrics
+
+NAMES = {
+    "tokenizer": {"loss", "pixel", "vq", "psnr"},
+    "next_scale": {"loss", "accuracy", "scale_loss", "scale_accuracy"},
+    "masked": {"loss", "accuracy", "scale_loss", "scale_accuracy"},
+}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """What the stages start from, with a cache of held-out tokens in that for training."""
+    folder = tmp_path_factory.mktemp("held_out")
+    write_starts(folder)
+    train = TokenSource(folder / "tokens")
+    rng = np.random.default_rng(1)
+    batch = rng.integers(0, train.codebook_size, (2, 24, LADDER.length)), rng.integers(0, len(CLASSES), 24)
+    header = {name: getattr(train, name) for name in ("ladder", "codebook_size", "crops", "class_names", "tokenizer")}
+    write_token_cache(validation_of(folder / "tokens"), [batch], source="random", **header)
+    return folder
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_held_out_losses_are_written_when_due_and_at_the_end(starts, tmp_path, stage):
+    config = stage_config(stage, starts, steps=3, log_every=100, evals=(EvalConfig(every=2, count=20),))
+    loop.train(config, tmp_path)
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
+    assert sorted(lines) == [1, 2, 3]
+    for step, line in lines.items():
+        found = {name.removeprefix("eval/loss/") for name in line if name.startswith("eval/")}
+        assert found == (NAMES[stage] if step > 1 else set())
+    assert all(np.all(np.isfinite(lines[2][f"eval/loss/{name}"])) for name in NAMES[stage])
+
+
+def test_the_loss_is_that_of_the_examples_without_dropout(starts):
+    config = stage_config("next_scale", starts, evals=(EvalConfig(count=24),))
+    model = from_pretrained(starts / "next_scale")
+    objective = loop.make_objective(dataclasses.replace(config, init_from=str(starts / "next_scale")), CLASSES)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        measured = Evals(config, objective, mesh)(config.steps, model.params, {})
+    batches = pipeline.batches(config.data, batch_size=24, image_size=SIZE, seed=config.seed, part="validation")
+    batch = next(batches)
+    batches.close()
+    logits = np.asarray(model.next_scale_logits(batch["label"], batch["tokens"]))
+    entropy = np.asarray(jax.nn.logsumexp(logits, axis=-1)) - np.take_along_axis(
+        logits, batch["tokens"][..., None], axis=-1
+    ).squeeze(-1)
+    per_scale = [entropy[:, where].mean() for where in LADDER.slices]
+    np.testing.assert_allclose(measured["eval/loss/scale_loss"], per_scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_the_same_parameters_give_the_same_metrics_every_time(starts, stage):
+    config = stage_config(stage, starts, evals=(EvalConfig(every=1, count=16),))
+    objective = loop.make_objective(config, CLASSES)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        parts = (
+            objective.init([])
+            if stage != "tokenizer"
+            else objective.init([sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)])
+        )
+        evals = Evals(config, objective, mesh)
+        first, second = (evals(step, parts.trained, parts.frozen) for step in (1, 2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_the_adversary_has_no_part_in_the_tokenizers_loss(starts):
+    found = []
+    for adversarial in (0.0, 5.0):
+        loss = dataclasses.replace(LOSS, adversarial=adversarial, adversarial_start=0)
+        config = stage_config("tokenizer", starts, tokenizer_loss=loss, evals=(EvalConfig(count=8),))
+        objective = loop.make_objective(config, CLASSES)
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            parts = objective.init([sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)])
+            found.append(Evals(config, objective, mesh)(config.steps, parts.trained, parts.frozen))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_sample_pictures_of_the_tokenizer_are_of_held_out_pictures(tmp_path):
+    """The two held-out pictures are white, all others black."""
+    names = [f"{i}.png" for i in range(12)]
+    for name in names:
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / name)
+    data = DataConfig("folder", path=str(tmp_path), resize=1.0, held_out=0.1)
+    held_out = pipeline.open_source(data, SIZE, part="validation")
+    for index in range(len(held_out)):
+        Image.new("RGB", (SIZE, SIZE), "white").save(tmp_path / held_out.name(index))
+    config = stage_config("tokenizer", tmp_path, steps=1, data=data, sample_every=1)
+    loop.train(config, tmp_path / "run")
+    with Image.open(tmp_path / "run" / "samples" / "00000001.png") as picture:
+        shown = np.asarray(picture)
+    enlarge = 96 // SIZE
+    first_row = shown[2 * enlarge : (2 + SIZE) * enlarge, 2 * enlarge : (2 + SIZE) * enlarge]
+    np.testing.assert_array_equal(first_row, 255)
+
+
+@pytest.mark.parametrize(
+    ("data", "evals", "said"),
+    [
+        ({}, (EvalConfig(),), r"evals measure held-out examples, and '.*' has none: set data\.held_out"),
+        ({"held_out": 0.5}, (EvalConfig(), EvalConfig(every=3)), "evals has a kind more than once"),
+    ],
+)
+def test_evals_that_cannot_be_are_refused_before_training(tmp_path, data, evals, said):
+    for i in range(4):
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / f"{i}.png")
+    with pytest.raises(InputError, match=said):
+        config = stage_config("tokenizer", tmp_path, data=DataConfig("folder", path=str(tmp_path), **data), evals=evals)
+        loop.train(config, tmp_path / "run")
