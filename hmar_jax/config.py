@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import string
 import types
 import typing
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import ml_collections
 
 from hmar_jax.errors import InputError
+from hmar_jax.files import local_path
 from hmar_jax.scales import Pattern, ScaleLadder
 
 Stage = Literal["tokenizer", "next_scale", "masked"]
@@ -418,6 +420,16 @@ class TrainConfig:
                 "Stage 'tokenizer' trains from pictures, and data.source is 'tokens'; set it to 'folder', 'tfds' or "
                 "'glyphs'."
             )
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raises InputError where a path of a config is a URL, or of a user who is not here.
+
+    A config keeps its paths as they were written, `~` and all, so that a run can be moved to another home; each is
+    expanded (`files.local_path`) where it is opened.
+    """
+    for name in ("init_from", "data.path", "tokenizer_loss.perceptual_weights"):
+        local_path(operator.attrgetter(name)(config), name)
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

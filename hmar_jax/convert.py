@@ -19,11 +19,11 @@ import numpy as np
 from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import writing
+from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
 from hmar_jax.official import Kind
 from hmar_jax.params import check_shapes
-from hmar_jax.pretrained import open_model, write_model
+from hmar_jax.pretrained import WEIGHTS, open_model, write_model
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tensors import Tensor
 
@@ -65,7 +65,9 @@ def convert(
       InputError: the file is not of this kind or not whole, by the names of its entries; it doesn't fit the ladder or
         the tokenizer; or the disk refused.
     """
-    if output.exists():
+    source, output = local_path(source, "--input"), local_path(output, "--output")
+    check_outputs("--output", [output], {"--input": source, "--tokenizer": tokenizer, "--next-scale": next_scale})
+    if is_there(output, "Directory"):
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
     if (tokenizer is None) != (kind == "vae"):
         raise InputError(f"Kind {kind} goes {'without' if tokenizer else 'with'} --tokenizer, a model directory.")
@@ -107,7 +109,9 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
     Raises:
       InputError: the model has no such part, or is nothing that the official code could run.
     """
-    if output.exists():
+    output = local_path(output, "--output")
+    check_outputs("--output", [output], {"--model": model, "the weights of --model": Path(model) / WEIGHTS})
+    if is_there(output, "File"):
         raise InputError(f"{output} exists already; remove it, or choose another output file.")
     if output.suffix not in (".safetensors", *torch_files.SUFFIXES):
         raise InputError(f"Output {output} is no .safetensors or .pth file; give it one of these endings.")

@@ -1,17 +1,32 @@
-"""bytes → files that appear whole or not at all; what a disk refuses to write or to read → one sentence."""
+"""paths as users write them → paths of this machine; bytes → files that appear whole or not at all.
+
+What a disk refuses to write or to read becomes one sentence.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import logging
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from hmar_jax.errors import InputError, TransientError
 
+logger = logging.getLogger(__name__)
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # Path("gs://bucket") has one slash left
+_HERE, _EXCHANGE = -100, 2  # Linux: AT_FDCWD and RENAME_EXCHANGE of renameat2
+# What no later try can mend, as the path itself is wrong, and what to do about it.
+_WRONG_PATHS = {
+    errno.EISDIR: "give a file, not a folder",
+    errno.ELOOP: "a symbolic link leads to itself, so make it anew",
+    errno.ENAMETOOLONG: "check the path, which is too long",
+}
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
@@ -36,6 +51,76 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise InputError(f"{name} is {text!r}, and there is no such user here; write the whole path.") from None
+
+
+def is_there(path: Path, what: str) -> bool:
+    """Whether a file or folder is there. Unlike `Path.exists`, it does not call one absent that may not be looked at.
+
+    Args:
+      what: what a sentence calls it, before the path.
+
+    Raises:
+      InputError: it may not be looked at. TransientError: the disk refuses.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        check_refusal(f"{what} {path}", error)
+        return False
+    return True
+
+
+def check_readable(path: Path, what: str) -> None:
+    """Raises as `check_refusal` where a file may not be read; libraries in Rust and C++ call such a one absent."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        check_refusal(f"{what} {path}", error)
+
+
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one file or folder, perhaps through links, or will once they exist."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def check_outputs(name: str, outputs: Iterable[Path], inputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Raises InputError where a file to be written is one of those that are read.
+
+    Args:
+      name: the option of the outputs, e.g. `--output`. inputs: option → its path or hub id; None where it is not given.
+    """
+    for option, given in inputs.items():
+        for output in outputs if given else ():
+            if same_file(output, os.path.expanduser(given or "")):
+                raise InputError(f"{output} is what {option}={given} names, and would be lost; choose another {name}.")
+
+
+def check_kind(name: str, path: Path, is_kind: Callable[[bytes], bool], kind: str) -> None:
+    """Raises InputError where a file to be written is there already and is something else, which would be lost.
+
+    Args:
+      name: the option, e.g. `--json`. is_kind: (content) → whether it may be replaced; False or any error where it may
+        not. kind: what that is, in words.
+    """
+    if not is_there(path, "File"):
+        return
+    try:
+        replaceable = is_kind(path.read_bytes())
+    except Exception:  # other content may be anything, and is_kind fail anyhow
+        replaceable = False
+    if not replaceable:
+        raise InputError(f"{name} is {path}, which is there already and is not {kind}; choose another file.")
+
+
+def note_replaced(outputs: Iterable[Path]) -> None:
+    """Logs a line that names those files to be written that are there already, where any are."""
+    there = [str(path) for path in outputs if os.path.lexists(path)]
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        logger.info("Replacing %s%s.", ", ".join(there[:3]), more)
 
 
 @contextlib.contextmanager
@@ -82,6 +167,52 @@ def put_in_place(partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
+def swap_in(new: Path, path: Path) -> None:
+    """Renames the folder `new` to `path`, in place of what is there. Killed at any moment, it has lost nothing.
+
+    The two change places in one step, or, on file systems without that, what is there steps aside first, as
+    `.NAME.old/NAME`, from where `put_back` has it.
+    """
+    aside = _aside(path)
+    put_back(path)
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        return
+    if _exchange(new, path):
+        aside = new
+    else:
+        aside.mkdir()
+        try:
+            os.rename(path, aside / path.name)
+            os.rename(new, path)
+        except BaseException:
+            put_back(path)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    if aside.is_symlink():
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Gives a folder its name again where a `swap_in` that was killed in its midst took that away."""
+    old = _aside(path) / path.name
+    if not os.path.lexists(path) and os.path.lexists(old):
+        os.rename(old, path)
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Has two folders change places in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
 def remedy(error: Exception) -> str:
     """What to do about a failed write, as the end of a sentence."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -92,11 +223,14 @@ def check_refusal(what: str, error: Exception) -> None:
     """Raises where the error is that the disk refuses to have `what` read; returns where it is missing or damaged.
 
     Raises:
-      InputError: it may not be read. TransientError: it cannot be, such as from a mount that is lost for a while.
+      InputError: it may not be read, or its path is wrong, such as that of a folder. TransientError: it cannot be,
+        such as from a mount that is lost for a while.
     """
     refused = refusal(error)
-    if refused is None or refused.errno in (None, errno.ENOENT):
+    if refused is None or refused.errno in (None, errno.ENOENT, errno.ENOTDIR):
         return
+    if wrong := _WRONG_PATHS.get(refused.errno):
+        raise InputError(f"{what} could not be read ({refused}); {wrong}.") from error
     if isinstance(refused, PermissionError):
         raise InputError(f"{what} may not be read ({refused}); check its permissions.") from error
     raise TransientError(

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hmar_jax.config import ModelConfig, TransformerConfig
+from hmar_jax.labels import written
 from hmar_jax.sampling.presets import preset_for
 from hmar_jax.tensors import Tensor
 
@@ -108,6 +109,7 @@ def _usage(name: str, config: ModelConfig) -> list[str]:
         ]
     schedule = preset_for(config.ladder, config.transformer)
     labels = [0, config.num_classes - 1]
+    listed = shlex.quote(written(labels, config.class_names))
     return [
         "```python",
         "import hmar_jax",
@@ -118,7 +120,6 @@ def _usage(name: str, config: ModelConfig) -> list[str]:
         "```",
         "",
         "```bash",
-        f"hmar-jax sample --model={shlex.quote(name)} --labels={labels[0]},{labels[1]} --schedule={schedule} "
-        "--output=samples",
+        f"hmar-jax sample --model={shlex.quote(name)} --labels={listed} --schedule={schedule} --output=samples",
         "```",
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole
+from hmar_jax.files import local_path, write_whole
 
 if TYPE_CHECKING:
     from hmar_jax.sampling.trace import Frame
@@ -296,4 +296,4 @@ def save_png(picture: Image.Image, path: Path) -> Path:
     """Writes a picture whole or not at all. Raises InputError where the disk refuses."""
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
-    return write_whole(path, stream.getvalue())
+    return write_whole(local_path(path, "The picture's path"), stream.getvalue())

@@ -8,6 +8,7 @@ parameter names.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,13 +26,15 @@ from hmar_jax import hub, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError, saying
-from hmar_jax.files import reading, remedy
+from hmar_jax.files import is_there, local_path, put_back, reading, remedy, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
 
 FORMAT = 1
+# Names in a config.json → the library whose models have them.
+_OTHER_LIBRARIES = {"_class_name": "diffusers", "model_type": "transformers", "architectures": "transformers"}
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -67,13 +70,13 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
     local = locate(path, revision)
     config, meta = read_config(local)
     weights = local / WEIGHTS
-    if not weights.is_file():
+    if not is_there(weights, "File") or weights.is_dir():
         raise InputError(f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again.")
     with reading(weights), weights.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != meta["sha256"]:
         cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
-        again = "copy or export it again" if local == Path(path) else cached
+        again = "copy or export it again" if local == local_path(path, "The model") else cached
         raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))
@@ -94,23 +97,32 @@ def read_params(
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a model: the path itself, or where the download of a hub id lies."""
-    local, text = Path(path), str(path)
-    if local.exists() or not hub.is_hub_id(text):
+    """The local directory of a model: the path itself, or where the download of a hub id lies.
+
+    What could be either is a hub id where neither it nor a folder of its first name is here.
+    """
+    local, text = local_path(path, "The model"), os.fspath(path)
+    with contextlib.suppress(OSError):  # a reader need not be allowed to
+        put_back(local)
+    there = is_there(local, "Model directory")
+    if there or not hub.is_hub_id(text):
         if revision is not None:
             raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave revision out.")
         return local
+    if local.parent.is_dir():
+        raise InputError(
+            f"{text} does not exist, and was not looked for on the Hugging Face hub, since there is a folder "
+            f"{local.parent} here; check the path, or, for a model of the hub, work in another folder."
+        )
     return hub.download(text, revision, (CONFIG, WEIGHTS))
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The `ModelConfig` of a model directory, and all of its `config.json`."""
     file = path / CONFIG
+    if other := _other_than_model(path):
+        raise InputError(f"{path} is not a model directory: it {other}.")
     with reading(file):
-        if not file.exists():
-            raise InputError(
-                f"{path} is not a model directory: it has no {CONFIG}; `hmar-jax export model` and `convert` write one."
-            )
         content = file.read_bytes()
     try:
         meta = json.loads(content)
@@ -122,6 +134,59 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
             return from_plain(ModelConfig, meta["model"]), meta
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error}); copy or export the model again.") from None
+
+
+def _other_than_model(path: Path) -> str:
+    """What a path is that is no model directory, and what to give instead, as the end of a sentence; else empty.
+
+    Raises:
+      InputError: it may not be looked at.
+    """
+
+    def has(name: str) -> bool:
+        return is_there(path / name, "File")
+
+    if path.is_file() and path.name in (CONFIG, WEIGHTS):
+        return f"is a file; give the directory {path.parent}"
+    if path.is_file():
+        return "is a file; `hmar-jax convert` turns an official checkpoint into a model directory"
+    fields = _fields(path / CONFIG) if has(CONFIG) else {}
+    if "stage" in fields or (not fields and has("checkpoints")):
+        return _work_directory(path)
+    for mark, library in _OTHER_LIBRARIES.items():
+        if mark in fields:
+            return f"is a model of {library}; give one that `hmar-jax convert` or `export model` wrote"
+    if has(CONFIG):
+        return ""
+    if has("model_index.json"):
+        return "is a pipeline of diffusers, which is another kind of model; give one that `hmar-jax convert` wrote"
+    if has("cache.json"):
+        return "is a token cache, for data.path; give the model directory that it was exported with"
+    if has("samples.json") or has("grid.png"):
+        return "holds samples; give the model directory that they were drawn from"
+    if inside := sorted(path.glob(f"*/{CONFIG}")) + sorted(path.glob(f"*/model/{CONFIG}")):
+        return f"has no {CONFIG}; give a model directory in it, such as {inside[-1].parent}"
+    return f"has no {CONFIG}; `hmar-jax export model` and `convert` write one"
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """What a config.json says; nothing where it is damaged, or no object."""
+    with reading(file), contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(file.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _work_directory(path: Path) -> str:
+    """What to give instead of the work directory of a training run, as the end of a sentence."""
+    if is_there(path / "model" / CONFIG, "File"):
+        return f"is the work directory of a training run; give {path / 'model'}"
+    if is_there(path / "checkpoints", "Folder"):
+        return (
+            "is the work directory of a training run that has not ended; `hmar-jax export model "
+            f"--workdir={path} --output=MODEL` writes the model of its newest checkpoint"
+        )
+    return "is the work directory of a training run that has saved no checkpoint yet; train on"
 
 
 def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:
@@ -166,8 +231,10 @@ def write_model(
     Raises:
       InputError: the path exists, or the disk refused.
     """
-    path = Path(path)
-    if path.exists() and not replace:
+    path = local_path(path, "The model's path")
+    with writing(path):
+        put_back(path)
+    if is_there(path, "Directory") and not replace:
         raise InputError(f"{path} exists already; remove it, or choose another output directory.")
     check_entries(config, {name: tensor.shape for name, tensor in parameters.items()}, "The model")
     partial = path.with_name(f".{path.name}.partial")
@@ -187,7 +254,7 @@ def write_model(
             "tokenizer_sha256": _fingerprint(digests.tensors),
         }
         (partial / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        _swap_in(partial, path)
+        swap_in(partial, path)
     except OSError as error:
         raise InputError(f"Could not write the model to {path} ({error}); {remedy(error)}") from None
     finally:
@@ -205,21 +272,3 @@ def _fingerprint(digests: Mapping[str, str]) -> str:
     """Of the tokenizer, from the SHA-256 of each parameter's bytes."""
     of_tokenizer = sorted(item for item in digests.items() if item[0].startswith("tokenizer."))
     return hashlib.sha256(json.dumps(of_tokenizer).encode()).hexdigest()
-
-
-def _swap_in(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; what was there steps aside first, so that no moment has half a directory."""
-    aside = path.with_name(f".{path.name}.old")
-    old = aside / path.name
-    try:
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
-            aside.mkdir()
-            os.rename(path, old)
-        os.rename(new, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -18,6 +18,7 @@ import safetensors
 import tqdm
 
 from hmar_jax.errors import InputError
+from hmar_jax.files import check_readable
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
 
@@ -107,6 +108,7 @@ class File:
 
     def __init__(self, path: Path):
         self._path = path
+        check_readable(path, "File")
         try:
             with self._open() as file:
                 found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

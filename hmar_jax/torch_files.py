@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hmar_jax.errors import InputError
+from hmar_jax.files import check_readable
 from hmar_jax.tensors import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -63,6 +64,7 @@ class File:
 def _load(source: Path) -> tuple[dict[str, Any], bool]:
     """All tensors of a PyTorch file by their path in it, and whether they are mapped into memory, not read."""
     torch, mapped = _torch(str(source)), True
+    check_readable(source, "File")
     try:
         try:
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)

@@ -1,13 +1,24 @@
 """Files appear whole or not at all, and a disk that refuses gets one sentence with the remedy."""
 
 import errno
+import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole, writing
+from hmar_jax import files, tensors, torch_files
+from hmar_jax.commands.train import read_config
+from hmar_jax.data.folder import decode
+from hmar_jax.data.tokens import TokenSource
+from hmar_jax.errors import InputError, TransientError
+from hmar_jax.files import check_refusal, is_there, local_path, put_back, same_file, swap_in, write_whole, writing
+from hmar_jax.pretrained import read_config as read_model_config
+from hmar_jax.sampling.schedule import Schedule
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer.perceptual import load_perceptual
 
 
 def fail_with(number):
@@ -125,3 +136,177 @@ def test_a_refusal_names_path_reason_and_remedy(number, expected):
 def test_what_is_no_refusal_of_the_disk_passes_through(kind):
     with pytest.raises(kind, match=r"a fault of ours\(\) failed"), writing(Path("file")):
         raise kind("a fault of ours() failed: it is")
+
+
+# --- paths as users write them
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "s3://b", "http://h/x", "file:///x", "hdfs://n:9000/x", "GS://b/x"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_path(url, kind):
+    with pytest.raises(InputError, match=r"--output is '.*', a URL; expected a path on this machine, so mount"):
+        local_path(kind(url), "--output")
+
+
+def test_a_tilde_is_a_home_and_other_paths_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path("~", "x") == tmp_path
+    assert local_path(Path("~/a"), "x") == tmp_path / "a"
+    for same in ("a/~", "a:b", "./a", "/a//b", "c.py:masked"):
+        assert local_path(same, "x") == Path(same)
+    with pytest.raises(InputError, match=r"x is '~no-such-user/a', and there is no such user here; write the whole"):
+        local_path("~no-such-user/a", "x")
+
+
+def test_two_paths_of_one_file_are_known_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "soft").symlink_to("a")
+    os.link(tmp_path / "a", tmp_path / "hard")
+    (tmp_path / "folder").mkdir()
+    for other in ("a", "./a", "folder/../a", "soft", "hard", tmp_path / "a"):
+        assert same_file(tmp_path / "a", other)
+    assert same_file("new", tmp_path / "folder" / ".." / "new")  # not there yet
+    (tmp_path / "b").write_text("a")
+    assert not same_file("a", "b")
+    assert not same_file("a", "none")
+
+
+def test_what_may_not_be_looked_at_is_not_called_absent(tmp_path, monkeypatch):
+    assert not is_there(tmp_path / "none", "File")
+    (tmp_path / "file").write_text("")
+    assert is_there(tmp_path / "file", "File")
+    assert not is_there(tmp_path / "file" / "x", "File")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"File .*loop could not be read .*; a symbolic link leads to itself"):
+        is_there(tmp_path / "loop", "File")
+    with pytest.raises(InputError, match="check the path, which is too long"):
+        is_there(tmp_path / ("x" * 300), "File")
+    monkeypatch.setattr(Path, "stat", fail_with(errno.EACCES))
+    with pytest.raises(
+        InputError, match=r"File .*/file may not be read \(.*Permission denied\); check its permissions"
+    ):
+        is_there(tmp_path / "file", "File")
+
+
+READERS = {
+    "safetensors": lambda file: tensors.File(file),
+    "PyTorch": lambda file: torch_files.File(file),
+    "perceptual weights": lambda file: load_perceptual(file),
+    "a picture": lambda file: decode(file, f"Picture {file}"),
+    "a token cache": lambda file: TokenSource(file.parent),
+    "a schedule": lambda file: Schedule.parse(str(file), ScaleLadder((1, 2))),
+    "a config": lambda file: read_config(str(file)),
+    "a model": lambda file: read_model_config(file.parent),
+}
+NAMES = {"a schedule": "s.json", "a token cache": "cache.json", "a model": "config.json", "a config": "c.py"}
+
+
+@pytest.mark.parametrize("how", ["closed", "refused"])  # root may read closed files
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_may_not_be_read_is_not_called_absent(tmp_path, monkeypatch, reader, how):
+    if how == "closed" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    if reader == "PyTorch":
+        pytest.importorskip("torch")
+    file = tmp_path / NAMES.get(reader, "file.safetensors")
+    file.write_bytes(b"x")
+    file.chmod(0)
+    opened = io.open
+
+    def refuse(path, *arguments, **options):
+        if str(path).startswith(str(tmp_path)):
+            fail_with(errno.EACCES)()
+        return opened(path, *arguments, **options)
+
+    if how == "refused":
+        monkeypatch.setattr(io, "open", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError) as error:
+        READERS[reader](file)
+    assert "Permission denied" in str(error.value)
+    assert "does not exist" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "expected"),
+    [
+        (
+            errno.EISDIR,
+            InputError,
+            r"It could not be read \(\[Errno 21\] Is a directory\); give a file, not a folder\.",
+        ),
+        (errno.ELOOP, InputError, "a symbolic link leads to itself, so make it anew"),
+        (errno.ENAMETOOLONG, InputError, "check the path, which is too long"),
+        (errno.EACCES, InputError, "It may not be read"),
+        (errno.EIO, TransientError, "It could not be read"),
+        (errno.ESTALE, TransientError, "It could not be read"),
+    ],
+)
+def test_a_wrong_path_does_not_pass_by_itself(number, kind, expected):
+    with pytest.raises(kind, match=expected):
+        check_refusal("It", OSError(number, os.strerror(number)))
+
+
+# --- folders that take another's place
+
+_SWAP = """
+import os, sys
+from pathlib import Path
+from hmar_jax import files
+new, path, step, exchanges = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+if not exchanges:
+    files._exchange = lambda one, other: False
+calls = 0
+def stop(function):
+    def call(*arguments, **options):
+        global calls
+        if calls == step:
+            os._exit(9)
+        calls += 1
+        result = function(*arguments, **options)
+        if calls == step:
+            os._exit(9)
+        return result
+    return call
+os.rename, os.mkdir, os.unlink, os.rmdir = map(stop, (os.rename, os.mkdir, os.unlink, os.rmdir))
+files._exchange = stop(files._exchange)
+files.swap_in(new, path)
+"""
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two"])
+@pytest.mark.parametrize("step", range(7))
+def test_a_folder_is_there_whole_wherever_its_replacement_is_killed(tmp_path, step, exchanges):
+    path, new = tmp_path / "model", tmp_path / ".model.partial"
+    for folder, content in ((path, "old"), (new, "new")):
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_text(content)
+    command = [sys.executable, "-c", _SWAP, new, path, str(step), str(exchanges)]
+    assert subprocess.run(command, timeout=60, check=False).returncode in (0, 9)
+    if exchanges:
+        assert path.is_dir()
+    put_back(path)  # what every reader and writer does first
+    contents = {(path / name).read_text() for name in ("a", "b")}
+    assert contents in ({"old"}, {"new"})
+    again = tmp_path / ".model.partial"
+    if not again.exists():
+        again.mkdir()
+        (again / "a").write_text("newer")
+    swap_in(again, path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_gives_way_to_a_folder_and_what_it_led_to_stays(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for name in ("elsewhere", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    (tmp_path / "model").symlink_to("elsewhere")
+    swap_in(tmp_path / "new", tmp_path / "model")
+    assert (tmp_path / "model" / "a").read_text() == "new"
+    assert (tmp_path / "elsewhere" / "a").read_text() == "elsewhere"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "model"]

@@ -302,6 +302,18 @@ def test_what_can_only_be_a_path_is_not_asked_for(hub, directory, path):
     assert "huggingface_hub" not in sys.modules
 
 
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_path_into_a_folder_that_is_here_is_not_asked_for(hub, directory, tmp_path, revision):
+    hub.put(directory, "main")
+    (tmp_path / "here" / ID).parent.mkdir()
+    assert refusal(ID, revision=revision) == (
+        f"{ID} does not exist, and was not looked for on the Hugging Face hub, since there is a folder "
+        f"{ID.partition('/')[0]} here; check the path, or, for a model of the hub, work in another folder."
+    )
+    assert "huggingface_hub" not in sys.modules
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_directory_has_no_revisions(hub, directory, there):
     path = directory if there else directory / "nowhere"

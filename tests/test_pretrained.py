@@ -16,7 +16,7 @@ from tiny_models import TINY, lively_model, tiny
 
 import hmar_jax.model_card
 import hmar_jax.tensors
-from hmar_jax import InputError, from_pretrained
+from hmar_jax import InputError, files, from_pretrained
 from hmar_jax import params as trees
 from hmar_jax.model import Model
 from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint, write_model
@@ -28,6 +28,14 @@ FILES = ["README.md", "config.json", "model.safetensors"]
 @pytest.fixture
 def saved(model, tmp_path):
     return save_model(tmp_path / "model", model, "made by a test")
+
+
+@pytest.fixture(params=[True, False], ids=["exchanged", "renamed"])
+def exchanges(request, monkeypatch):
+    """Whether the file system has two folders change places in one step."""
+    if not request.param:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    return request.param
 
 
 def rewrite(saved, change_weights=None, change_config=None):
@@ -125,6 +133,7 @@ def test_an_existing_output_is_refused_and_untouched(saved, model):
     assert {name: (saved / name).read_bytes() for name in listing(saved)} == before
 
 
+@pytest.mark.usefixtures("exchanges")
 def test_replace_swaps_the_whole_directory(saved):
     (saved / "notes.txt").write_text("old")
     save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
@@ -280,6 +289,8 @@ def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, at
 @pytest.mark.parametrize("error", [OSError("no"), Interrupted()], ids=["refused", "interrupted"])
 @pytest.mark.parametrize("replace", [False, True], ids=["anew", "over another"])
 def test_an_interrupted_save_leaves_what_was_there(model, tmp_path, monkeypatch, at, error, replace):
+    if at == RENAME:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     if replace:
         save_model(tmp_path / "model", model, "first")
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path) if (tmp_path / name).is_file()}
@@ -301,6 +312,7 @@ def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
             raise OSError("no")
         rename(source, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_second)
     with pytest.raises(InputError, match="Could not write the model"):
         save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
@@ -309,6 +321,20 @@ def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
     assert listing(saved.parent) == before
 
 
+@pytest.mark.parametrize("reader", [True, False], ids=["read", "saved again"])
+def test_a_model_whose_replacement_was_killed_is_put_back(saved, model, reader):
+    (saved.parent / ".model.old").mkdir()
+    os.rename(saved, saved.parent / ".model.old" / "model")
+    if reader:
+        assert from_pretrained(saved).config == TINY
+    else:
+        with pytest.raises(InputError, match="model exists already"):
+            save_model(saved, model, "second")
+    assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
+    assert read_config(saved)[1]["source"] == "made by a test"
+
+
+@pytest.mark.usefixtures("exchanges")
 def test_a_save_clears_away_what_a_killed_one_left(saved, model):
     partial, old = saved.with_name(".model.partial"), saved.with_name(".model.old")
     for left in (partial, old):
@@ -346,3 +372,90 @@ def test_a_really_refused_write_leaves_nothing(saved, tmp_path):
     assert finished.stdout.startswith("Could not write the model to ")
     assert "make room on that disk" in finished.stdout
     assert listing(tmp_path / "full") == []
+
+
+# --- folders that are something else
+
+
+def work_directory(folder, model):
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    (folder / "config.json").write_text('{"stage": "masked", "steps": 5}')
+    if model:
+        save_model(folder / "model", model, "x")
+
+
+def with_file(name, content="{}"):
+    def make(folder, model):
+        folder.mkdir()
+        (folder / name).write_text(content)
+
+    return make
+
+
+OTHERS = {
+    "a work directory": (work_directory, "is the work directory of a training run; give {path}/model."),
+    "one without a model yet": (
+        lambda folder, model: work_directory(folder, None),
+        "is the work directory of a training run that has not ended; `hmar-jax export model --workdir={path} "
+        "--output=MODEL` writes",
+    ),
+    "one without a checkpoint": (
+        with_file("config.json", '{"stage": "masked"}'),
+        "is the work directory of a training run that has saved no checkpoint yet; train on.",
+    ),
+    "a folder of work directories": (
+        lambda folder, model: work_directory(folder / "masked", model),
+        "has no config.json; give a model directory in it, such as {path}/masked/model.",
+    ),
+    "a pipeline of diffusers": (with_file("model_index.json"), "is a pipeline of diffusers"),
+    "a part of one": (with_file("config.json", '{"_class_name": "VQModel"}'), "is a model of diffusers"),
+    "a model of transformers": (with_file("config.json", '{"model_type": "gpt2"}'), "is a model of transformers"),
+    "a token cache": (with_file("cache.json"), "is a token cache, for data.path; give the model directory"),
+    "samples": (with_file("grid.png"), "holds samples; give the model directory that they were drawn from"),
+    "many samples": (with_file("samples.json"), "holds samples; give the model directory"),
+    "an official file": (
+        lambda folder, model: folder.write_text("x"),
+        "is a file; `hmar-jax convert` turns an official checkpoint into a model directory",
+    ),
+    "nothing": (lambda folder, model: None, "has no config.json; `hmar-jax export model` and `convert` write one"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_no_model_directory_is_called_what_it_is(model, tmp_path, case):
+    make, expected = OTHERS[case]
+    path = tmp_path / "given"
+    make(path, model)
+    with pytest.raises(InputError) as error:
+        from_pretrained(path)
+    said = str(error.value)
+    assert said.startswith(f"{path} is not a model directory: it {expected.format(path=path)}")
+    assert said.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples.json", "grid.png", "cache.json", "model_index.json"])
+def test_what_else_lies_in_a_model_directory_does_not_matter(saved, name):
+    (saved / name).mkdir()
+    assert from_pretrained(saved).config == TINY
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_model_directory_names_the_directory(saved, name):
+    with pytest.raises(
+        InputError, match=rf"{name} is not a model directory: it is a file; give the directory .*/model\."
+    ):
+        from_pretrained(saved / name)
+
+
+@pytest.mark.parametrize("hidden", ["model", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_not_called_absent(saved, monkeypatch, hidden):
+    stat = Path.stat
+
+    def refuse(self, **options):
+        if self.name == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(InputError, match=rf"{hidden} may not be read \(.*Permission denied.*\); check its permissions"):
+        from_pretrained(saved)

@@ -19,6 +19,7 @@ from hmar_jax.commands.bench_rows import versions
 from hmar_jax.commands.bench_sample import add_sample
 from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
+from hmar_jax.commands.options import LocalPath
 from hmar_jax.errors import InputError
 from hmar_jax.files import write_whole, writing
 from hmar_jax.scales import Pattern, ScaleLadder
@@ -76,7 +77,7 @@ def add_attention(subparsers: Any) -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each time (default: %(default)s)")
     parser.add_argument(
         "--output",
-        type=Path,
+        action=LocalPath,
         default=Path("runs/bench"),
         help="folder for attention.{json,md,png} (default: %(default)s)",
     )

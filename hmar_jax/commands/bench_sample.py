@@ -19,6 +19,7 @@ from typing import Any
 
 from hmar_jax.commands import bench_rows
 from hmar_jax.commands.bench_rows import GIB, Kernel
+from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
@@ -77,7 +78,7 @@ def add_sample(subparsers: Any) -> None:
     what = "sampling, label to picture: time, memory, and what the time goes into"
     parser = subparsers.add_parser("sample", help=what, description=f"Measure {what}.")
     parser.set_defaults(run=run)
-    parser.add_argument("--model-dir", help="a model directory, instead of --image and --model")
+    parser.add_argument("--model-dir", action=PathOrName, help="a model directory, instead of --image and --model")
     parser.add_argument(
         "--image", help="pixels: 256, 512 or 1024; with --model, by default the five published settings"
     )
@@ -86,7 +87,10 @@ def add_sample(subparsers: Any) -> None:
     parser.add_argument("--var", action="store_true", help="VAR, with its key-value cache, instead of HMAR")
     parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder for sample.{json,md} (default: %(default)s)"
+        "--output",
+        action=LocalPath,
+        default=Path("runs/bench"),
+        help="folder for sample.{json,md} (default: %(default)s)",
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from hmar_jax.commands import bench_rows
 from hmar_jax.commands.bench_rows import GIB, Kernel
+from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
@@ -61,7 +62,9 @@ def add_train(subparsers: Any) -> None:
     what = "a train step: time, utilisation, memory, and what the time goes into"
     parser = subparsers.add_parser("train", help=what, description=f"Measure {what}.")
     parser.set_defaults(run=run)
-    parser.add_argument("--config", help="a config file, as for hmar-jax train, instead of --image and --model")
+    parser.add_argument(
+        "--config", action=PathOrName, help="a config file, as for hmar-jax train, instead of --image and --model"
+    )
     parser.add_argument(
         "--image", help="pixels: 256, 512 or 1024; with --model, by default the four published settings"
     )
@@ -69,7 +72,10 @@ def add_train(subparsers: Any) -> None:
     parser.add_argument("--batch", type=int, help="of examples")
     parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder for train.{json,md} (default: %(default)s)"
+        "--output",
+        action=LocalPath,
+        default=Path("runs/bench"),
+        help="folder for train.{json,md} (default: %(default)s)",
     )
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import tqdm
 
+from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.train import read_config
 from hmar_jax.compile_check import ENVIRONMENT
 from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole
+from hmar_jax.files import check_kind, note_replaced, write_whole
 
 
 def run(argv: Sequence[str]) -> None:
@@ -29,7 +30,9 @@ def run(argv: Sequence[str]) -> None:
         epilog="Any field of the config can be set: --config.mesh.fsdp=8 --config.remat=all "
         "--config.sides='(1,2,3,4,6,9,13,18,24,32)'",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a config file, as for hmar-jax train")
+    parser.add_argument(
+        "--config", required=True, action=PathOrName, metavar="FILE", help="a config file, as for hmar-jax train"
+    )
     parser.add_argument(
         "--topology", required=True, help="such as v5e:16x16, v5p:4x4x8, v6e:8x8, v5e:16x16*2 (slices), h200, h200:8"
     )
@@ -38,15 +41,19 @@ def run(argv: Sequence[str]) -> None:
         type=int,
         help="pictures that the sampler draws; as many as the config's sample_labels by default, 0 for no sampler",
     )
-    parser.add_argument("--output", type=Path, help="a .json file for all figures, or a .md file for a table of them")
+    parser.add_argument(
+        "--output", action=LocalPath, help="a .json file for all figures, or a .md file for a table of them"
+    )
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if not override.startswith("--config."):
             parser.error(f"unrecognized argument: {override}")
-    if args.output is not None and args.output.suffix not in (".json", ".md"):
+    if args.output is not None and args.output.suffix.lower() not in (".json", ".md"):
         raise InputError(f"--output is {args.output}; expected a file that ends in .json or .md.")
     if args.sample_batch is not None and args.sample_batch < 0:
         raise InputError(f"--sample-batch is {args.sample_batch}; expected pictures, or 0 for no sampler.")
+    if args.output is not None:
+        check_kind("--output", args.output, _is_report, "a report of compile-check")
     config = read_config(args.config, overrides)
     if not check(args, config):
         sys.exit(1)
@@ -75,10 +82,15 @@ def check(args: argparse.Namespace, config: TrainConfig) -> bool:
     print(report.text(setup, topology, found, advice))
     if args.output is not None:
         content = report.markdown(setup, topology, found, Path(args.config).stem)
-        if args.output.suffix == ".json":
+        if args.output.suffix.lower() == ".json":
             content = json.dumps(report.as_json(setup, topology, found, advice), indent=1) + "\n"
+        note_replaced([args.output])
         write_whole(args.output, content.encode())
     return all(program.fits for program in found)
+
+
+def _is_report(content: bytes) -> bool:
+    return content.startswith(b"| config | topology |") or {"topology", "programs"} <= json.loads(content).keys()
 
 
 def sampled(asked: int | None, config: TrainConfig, ways: int) -> int:

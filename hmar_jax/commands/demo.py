@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hmar_jax.commands.options import LocalPath
 from hmar_jax.config import TrainConfig, from_config_dict
 from hmar_jax.errors import InputError
 
@@ -29,7 +30,9 @@ def run(argv: Sequence[str]) -> None:
         prog="hmar-jax demo",
         description="Train tokenizer, next-scale and masked stage on rendered glyphs, from nothing, and sample.",
     )
-    parser.add_argument("--output", type=Path, help="folder for everything (default: runs/demo or runs/demo-quick)")
+    parser.add_argument(
+        "--output", action=LocalPath, help="folder for everything (default: runs/demo or runs/demo-quick)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a minute, to see that all works; the pictures will be poor"
     )

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hmar_jax.commands import schedule
-from hmar_jax.commands.sample import parse_labels
+from hmar_jax.commands import options
 from hmar_jax.data.folder import decode
 from hmar_jax.errors import InputError, device_memory
+from hmar_jax.files import check_outputs, note_replaced
+from hmar_jax.labels import parse_label
 from hmar_jax.sampling import editing
 
+_WHITE = 128  # of 255: from here on a pixel of a mask is to be drawn anew
 _GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and pictures a row
 
 
@@ -26,6 +28,8 @@ def run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
+    *results, grid = files = outputs(args.output, args.variants)
+    check_outputs("--output", files, {"--image": args.image, "--mask": args.mask, "--schedule": args.schedule})
     image, mask = picture_and_mask(args)
 
     from hmar_jax import pictures
@@ -33,20 +37,27 @@ def run(argv: Sequence[str]) -> None:
 
     model = from_pretrained(args.model, args.dtype, args.revision)
     image, mask = to_square(image, mask, model.config.image_size)
-    labels = None if args.label is None else parse_labels(args.label, model.config.class_names)
-    if labels is not None and len(labels) > 1:
-        raise InputError(f"--label is {args.label}; expected one class.")
+    config, labels = model.config, None
+    if args.label is not None:
+        labels = [parse_label(args.label, config.class_names, config.num_classes).number]
     settings = {name: getattr(args, name) for name in ("variants", "composite", "feather", "seed", "greedy")}
     with device_memory("choose fewer --variants"):
-        out = model.edit(image, mask, labels, args.schedule, **settings, **schedule.changes(args))
-    names = [args.output.stem] if args.variants == 1 else [f"{args.output.stem}-{i}" for i in range(args.variants)]
-    for name, result in zip(names, pictures.to_uint8(out.images), strict=True):
-        pictures.save_png(pictures.Image.fromarray(result), args.output.with_name(f"{name}.png"))
+        out = model.edit(image, mask, labels, args.schedule, **settings, **options.changes(args))
+    note_replaced(files)
+    for file, result in zip(results, pictures.to_uint8(out.images), strict=True):
+        pictures.save_png(pictures.Image.fromarray(result), file)
     given = image.astype(np.float32) / 255
     shown = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
-    file = args.output.with_name(f"{args.output.stem}-grid.png")
-    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), file)
-    print(f"{' '.join(f'{name}.png' for name in names)} and {file.name} (input, mask, results) are in {file.parent}")
+    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), grid)
+    print(f"{' '.join(file.name for file in results)} and {grid.name} (input, mask, results) are in {grid.parent}")
+
+
+def outputs(output: Path, variants: int) -> list[Path]:
+    """The files that are written: `output`, or NAME-0.png, … where there are several variants; and NAME-grid.png."""
+    if variants > 10_000:
+        raise InputError(f"--variants is {variants}; expected at most 10000.")
+    numbers = [""] if variants == 1 else [f"-{i}" for i in range(variants)]
+    return [output.with_name(f"{output.stem}{ending}{output.suffix}") for ending in (*numbers, "-grid")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,24 +66,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw a part of a picture anew. Of a picture that is not square the middle is taken; it is resized "
         "to the model's size. Regions are in pixels of the file; a box is left,top,right,bottom.",
     )
-    parser.add_argument("--model", required=True, help="model directory, or id on the Hugging Face hub")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    parser.add_argument("--image", required=True, type=Path, help="picture file")
+    options.add_model(parser)
+    parser.add_argument("--image", required=True, action=options.LocalPath, help="picture file")
     region = parser.add_mutually_exclusive_group(required=True)
-    region.add_argument("--mask", type=Path, help="picture of the same size, white where to draw anew")
+    region.add_argument("--mask", action=options.LocalPath, help="picture of the same size, white where to draw anew")
     region.add_argument("--box", help="draw anew inside this box")
     region.add_argument("--keep", help="draw anew outside this box")
     region.add_argument("--pad", type=int, help="draw so many pixels more on every side")
-    parser.add_argument("--label", help="class, by number or name; without, the surroundings alone decide")
+    parser.add_argument(
+        "--label", help="class, by name, or by number as in `sample`; by default the surroundings decide"
+    )
     parser.add_argument("--variants", type=int, default=1, help="how many edits (default: %(default)s)")
     parser.add_argument("--composite", action="store_true", help="leave the pixels outside the region untouched")
     parser.add_argument("--feather", type=int, help="width of the seam inside the region (default: half a token)")
-    parser.add_argument("--schedule", help=f"{schedule.HELP} (default: small, or what the model can do)")
+    options.add_schedule(parser, "small, or what the model can do")
     parser.add_argument("--seed", type=int, default=0)
-    schedule.add_options(parser)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token everywhere")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--output", required=True, type=Path, help="the .png file to write")
+    parser.add_argument("--output", required=True, action=options.LocalPath, help="the .png file to write")
     return parser
 
 
@@ -90,7 +101,13 @@ def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
         if white.size != (width, height):
             sizes = f"{white.width}x{white.height} pixels, the picture {width}x{height}"
             raise InputError(f"Mask '{args.mask}' has {sizes}; make it as large as the picture.")
-        return image, np.asarray(white) >= 128
+        brightest = int(np.asarray(white).max())
+        if brightest < _WHITE:
+            raise InputError(
+                f"Mask '{args.mask}' leaves nothing to draw: its brightest pixel is {brightest} of 255. What is to be "
+                f"drawn anew is white ({_WHITE} or more), the rest black; save the mask so."
+            )
+        return image, np.asarray(white) >= _WHITE
     if args.pad is not None:
         if args.pad < 1:
             raise InputError(f"--pad is {args.pad}; expected 1 pixel or more.")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tqdm
 
+from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig
 from hmar_jax.errors import InputError
+from hmar_jax.files import check_outputs
 
 if TYPE_CHECKING:
     from hmar_jax.official import Kind
@@ -28,18 +30,28 @@ def run(argv: Sequence[str]) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     model = kinds.add_parser("model", help="the newest checkpoint of a training run as a model directory")
-    model.add_argument("--workdir", required=True, type=Path, help="of the training run")
-    model.add_argument("--output", required=True, type=Path, help="model directory to write; must not exist")
+    model.add_argument("--workdir", required=True, action=LocalPath, help="of the training run")
+    model.add_argument(
+        "--init-from",
+        default="",
+        action=PathOrName,
+        help="where the model that the run started from is now, if it or the run was moved",
+    )
+    model.add_argument("--output", required=True, action=LocalPath, help="model directory to write; must not exist")
     tokens = kinds.add_parser("tokens", help="pictures as tokens, for the two transformer stages to train from")
-    tokens.add_argument("--model", required=True, help="model directory or hub id, with the tokenizer")
-    tokens.add_argument("--config", required=True, help="config file whose `data` names the pictures")
+    tokens.add_argument(
+        "--model", required=True, action=PathOrName, help="model directory or hub id, with the tokenizer"
+    )
+    tokens.add_argument(
+        "--config", required=True, action=PathOrName, help="config file whose `data` names the pictures"
+    )
     tokens.add_argument("--crops", type=int, default=1, help="versions of each picture (default: %(default)s)")
     tokens.add_argument("--count", type=int, help="pictures to take; all by default, needed for glyphs")
     tokens.add_argument("--batch-size", type=int, default=64)
     tokens.add_argument("--seed", type=int, default=0, help="of crops and flips")
-    tokens.add_argument("--output", required=True, type=Path, help="cache directory to write; must not exist")
+    tokens.add_argument("--output", required=True, action=LocalPath, help="cache directory to write; must not exist")
     torch = kinds.add_parser("torch", help="a model directory in the layout of the official PyTorch code")
-    torch.add_argument("--model", required=True, help="model directory or hub id")
+    torch.add_argument("--model", required=True, action=PathOrName, help="model directory or hub id")
     torch.add_argument(
         "--kind",
         dest="layout",
@@ -47,29 +59,35 @@ def run(argv: Sequence[str]) -> None:
         help="vae for the tokenizer; by default the transformer as it was converted, or as what it is",
     )
     torch.add_argument(
-        "--output", required=True, type=Path, help=".safetensors, or .pth where PyTorch is there; must not exist"
+        "--output",
+        required=True,
+        action=LocalPath,
+        help=".safetensors, or .pth where PyTorch is there; must not exist",
     )
     args, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if args.kind != "tokens" or not o.startswith("--config.")]:
         parser.error(f"unrecognized argument: {unknown[0]}")
     if args.kind == "model":
-        _export_model(args.workdir, args.output)
+        _export_model(args.workdir, args.output, args.init_from)
     elif args.kind == "torch":
         _export_torch(args.model, args.output, args.layout)
     else:
         data = read_config(args.config, overrides).data
+        inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
+        check_outputs("--output", [args.output], inputs)
         size = {"crops": args.crops, "count": args.count, "batch_size": args.batch_size, "seed": args.seed}
         written = export_tokens(args.model, data, args.output, **size)
         print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
 
 
-def _export_model(workdir: Path, output: Path) -> None:
+def _export_model(workdir: Path, output: Path, init_from: str) -> None:
     from hmar_jax.pretrained import save_model
     from hmar_jax.training.loop import load_trained
 
+    check_outputs("--output", [output], {"--workdir": workdir, "--init-from": init_from})
     if output.exists():
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
-    model, source, licences = load_trained(workdir)
+    model, source, licences = load_trained(workdir, init_from)
     print(f"The model is in {save_model(output, model, source, licences=licences)}")
 
 

@@ -7,6 +7,7 @@ import functools
 import gc
 import glob
 import importlib
+import io
 import logging
 import os
 import sys
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, 2 for bad input, or 1 for what may pass by itself. argparse itself exits with 2 on a malformed
       command line, and `compile-check` with 1 where a program does not fit.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a class name or path
     args = _arguments(list(sys.argv[1:] if argv is None else argv))
     _prepare(args.command)
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)

@@ -1,11 +1,18 @@
-"""Kinds of options that several commands share."""
+"""Options that several commands share, and how options that are paths are read. Importing this needs no JAX."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hmar_jax.files import local_path
+from hmar_jax.sampling.presets import ORDERS
+
+if TYPE_CHECKING:
+    from hmar_jax.sampling.schedule import Changes
+
+SCHEDULE = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
+MODEL = "model directory, or id on the Hugging Face hub"
 
 
 class LocalPath(argparse.Action):
@@ -22,3 +29,52 @@ class LocalPath(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, local_path(values, option_string or self.dest))
+
+
+class PathOrName(LocalPath):
+    """An option that is a path of this machine or a name, such as a hub id, a preset or FILE:ARGUMENT; gives the text.
+
+    It is checked as a `LocalPath`, but stays as it is written: `./a/b` is a path, while `a/b` may be a hub id. What
+    takes it for a path expands its `~`.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, values)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model to sample from, and its revision."""
+    parser.add_argument("--model", required=True, action=PathOrName, help=MODEL)
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+
+
+def add_schedule(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds a schedule, and what changes it. default: what the help says of a command without `--schedule`."""
+    parser.add_argument("--schedule", action=PathOrName, help=f"{SCHEDULE} (default: {default})")
+    add_changes(parser)
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that change a schedule, one for each that `Schedule.replace` takes."""
+    parser.add_argument("--cfg", type=float, help="guidance of next-scale passes; the schedule's by default")
+    parser.add_argument("--refine-cfg", type=float, help="guidance of masked passes; the schedule's, mostly none")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--noise", type=float, help="noise on the order of commitment by confidence")
+    parser.add_argument("--order", choices=ORDERS, help="of commitment; the schedule's by default")
+
+
+def changes(args: argparse.Namespace) -> Changes:
+    """What the options of `add_changes` ask for, None where they are not given."""
+    asked: Any = {
+        name: getattr(args, name) for name in ("cfg", "temperature", "top_k", "top_p", "noise", "refine_cfg", "order")
+    }
+    return asked

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 
-from hmar_jax.commands import processes, schedule
-from hmar_jax.errors import InputError, device_memory
-from hmar_jax.files import write_whole
+from hmar_jax.commands import options, processes
+from hmar_jax.errors import device_memory
+from hmar_jax.files import check_outputs, note_replaced, write_whole
+from hmar_jax.labels import HELP, every_class, parse_labels
 
 
 def run(argv: Sequence[str]) -> None:
@@ -18,24 +18,23 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hmar-jax sample", description="Sample one picture for each label, or many of each class."
     )
-    parser.add_argument("--model", required=True, help="model directory, or id on the Hugging Face hub")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    options.add_model(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--labels", help="one picture each, by number or name: 3,7 or A,b or 0-9")
+    which.add_argument("--labels", help=f"one picture each, of classes {HELP}")
     which.add_argument("--classes", help="many pictures each, over all devices: all, or some as for --labels")
-    parser.add_argument("--schedule", help=f"{schedule.HELP} (default: next-scale, for a VAR var)")
+    options.add_schedule(parser, "next-scale, for a VAR var")
     parser.add_argument("--seed", type=int, default=0)
-    schedule.add_options(parser)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token everywhere")
     parser.add_argument("--trace", action="store_true", help="beside each picture, how it came about, as PNG and GIF")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--output", required=True, type=Path, help="directory for the pictures")
+    parser.add_argument("--output", required=True, action=options.LocalPath, help="directory for the pictures")
     many = parser.add_argument_group("many pictures", "with --classes. Running again with the same --output goes on.")
     many.add_argument("--per-class", type=int, help="how many of each class (default: 50)")
     many.add_argument("--batch", type=int, help="pictures at a time on each device (default: 16)")
     many.add_argument("--format", choices=["png", "array_record"], help="of the pictures' files (default: png)")
     processes.add_options(parser)
     args = parser.parse_args(argv)
+    check_outputs("--output", [args.output], {"--model": args.model, "--schedule": args.schedule})
     if args.labels is not None:
         of_many = ("per_class", "batch", "format", "coordinator", "processes", "process")
         if given := [f"--{name.replace('_', '-')}" for name in of_many if getattr(args, name) is not None]:
@@ -54,12 +53,15 @@ def _sample_labels(args: argparse.Namespace) -> None:
     from hmar_jax.sampling import trace
 
     model = from_pretrained(args.model, args.dtype, args.revision)
-    labels = parse_labels(args.labels, model.config.class_names)
+    labels = parse_labels(args.labels, model.config.class_names, model.config.num_classes)
     settings = {"seed": args.seed, "greedy": args.greedy, "record": args.trace}
     with device_memory("choose fewer labels"):
-        out = model.sample(labels, args.schedule, **settings, **schedule.changes(args))
-    for i, (label, image) in enumerate(zip(labels, pictures.to_uint8(out.images), strict=True)):
-        name = f"{i:05d}-class{label}-seed{args.seed}"
+        out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))
+    names = [f"{i:05d}-class{_in_file_names(label.name)}-seed{args.seed}" for i, label in enumerate(labels)]
+    endings = (".png", "-trace.png", "-trace.gif") if args.trace else (".png",)
+    files = [args.output / f"{name}{ending}" for name in names for ending in endings]
+    note_replaced([*files, args.output / "grid.png"])
+    for i, (name, image) in enumerate(zip(names, pictures.to_uint8(out.images), strict=True)):
         pictures.save_png(pictures.Image.fromarray(image), args.output / f"{name}.png")
         if args.trace:
             frames = trace.frames(model, out, i)
@@ -90,37 +92,31 @@ def _sample_classes(args: argparse.Namespace) -> None:
             weights=opened.meta["sha256"],
             model=opened.config,
             dtype=args.dtype,
-            schedule=model.schedule(args.schedule, **schedule.changes(args)),
+            schedule=model.schedule(args.schedule, **options.changes(args)),
             seed=args.seed,
             greedy=args.greedy,
             pictures=args.format or "png",
         )
         classes, names = opened.config.num_classes, opened.config.class_names
-        every = args.classes == "all" and "all" not in names
-        labels = parse_labels(f"0-{classes - 1}" if every else args.classes, names)
+        if args.classes == "all" and "all" not in names:
+            labels = every_class(names, classes)
+        else:
+            labels = parse_labels(args.classes, names, classes)
+        numbers = sorted({label.number for label in labels})
         per_class = 50 if args.per_class is None else args.per_class
         batch = 16 if args.batch is None else args.batch
         with device_memory("choose a smaller --batch"):
-            drawn = bulk.sample_classes(model, settings, labels, per_class, args.output, batch=batch)
+            drawn = bulk.sample_classes(model, settings, numbers, per_class, args.output, batch=batch)
     if distributed.is_first():
-        before = f", {total - drawn} of them from before" if (total := per_class * len(set(labels))) > drawn else ""
-        print(f"{total} pictures, {per_class} of each of {len(set(labels))} classes, are in {args.output}{before}")
+        before = f", {total - drawn} of them from before" if (total := per_class * len(numbers)) > drawn else ""
+        print(f"{total} pictures, {per_class} of each of {len(numbers)} classes, are in {args.output}{before}")
+        if names and settings.pictures == "png":
+            folders = {bulk.folder_of(label.number, classes): label.name for label in labels}
+            some = ", ".join(f"{folder} has {name}" for folder, name in list(folders.items())[:12])
+            print(f"Folders have the numbers of classes: {some}{', …' if len(folders) > 12 else ''}")
 
 
-def parse_labels(text: str, class_names: Sequence[str]) -> list[int]:
-    """Labels from `3,7` or `0-9` or, where the model names its classes, from names, which go before numbers."""
-    labels: list[int] = []
-    for word in text.split(","):
-        if word.strip() in class_names:
-            labels.append(class_names.index(word.strip()))
-            continue
-        if (ends := re.fullmatch(r"\s*(\d+)-(\d+)\s*", word)) and int(ends[1]) <= int(ends[2]):
-            labels.extend(range(int(ends[1]), int(ends[2]) + 1))
-            continue
-        try:
-            labels.append(int(word))
-        except ValueError:
-            some = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
-            known = f"a number or one of {some}" if class_names else "a number"
-            raise InputError(f"Label {word.strip()!r} is not a class of this model; expected {known}.") from None
-    return labels
+def _in_file_names(name: str) -> str:
+    """A class as a part of a file's name: what no file's name may have becomes _, and much too long a name is cut."""
+    kept = "".join("_" if character == "/" or not character.isprintable() else character for character in name)
+    return os.fsencode(kept)[:150].decode(errors="ignore")

@@ -8,21 +8,20 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
+from hmar_jax.commands import options
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole
-from hmar_jax.sampling import orders
-from hmar_jax.sampling.schedule import SCALARS, Changes, Plan, Schedule
+from hmar_jax.files import check_kind, check_outputs, note_replaced, write_whole
 from hmar_jax.scales import ScaleLadder
 
-HELP = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
+if TYPE_CHECKING:
+    from hmar_jax.sampling.schedule import Plan, Schedule
+
 LIST = """presets
   official-256   published, for the ladder of 256 pixels: masked steps on the sides 2 and 3
   official-512   published, for the ladder of 512 pixels: masked steps on the sides 2, 3 and 4
@@ -40,23 +39,6 @@ files
   F.json         as `hmar-jax schedule show SCHEDULE --json=F.json` writes it"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that change a schedule, one for each that `Schedule.replace` takes."""
-    parser.add_argument("--cfg", type=float, help="guidance of next-scale passes; the schedule's by default")
-    parser.add_argument("--refine-cfg", type=float, help="guidance of masked passes; the schedule's, mostly none")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--noise", type=float, help="noise on the order of commitment by confidence")
-    parser.add_argument("--order", choices=orders.ORDERS, help="of commitment; the schedule's by default")
-
-
-def changes(args: argparse.Namespace) -> Changes:
-    """What the options of `add_options` ask for, None where they are not given."""
-    asked: Any = {name: getattr(args, name) for name in Changes.__annotations__}
-    return asked
-
-
 def run(argv: Sequence[str]) -> None:
     """Shows one schedule, or lists what there is."""
     parser = argparse.ArgumentParser(
@@ -65,17 +47,19 @@ def run(argv: Sequence[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="presets and curves")
     show = actions.add_parser("show", help="passes, work and order of commitment of one schedule")
-    show.add_argument("schedule", help=HELP)
+    show.add_argument("schedule", action=options.PathOrName, help=options.SCHEDULE)
     ladder = show.add_mutually_exclusive_group()
     ladder.add_argument("--pixels", default="256", help="the published ladder for so many (default: %(default)s)")
     ladder.add_argument("--sides", help="of the token maps: 1,2,3,4,5,6,8,10,13,16")
-    ladder.add_argument("--model", help="model directory, or id on the Hugging Face hub")
+    ladder.add_argument("--model", action=options.PathOrName, help=options.MODEL)
     show.add_argument(
         "--depth", default="16", help="without --model, of the transformer, or its name: 24, d24, var-d24"
     )
-    add_options(show)
-    show.add_argument("--json", type=Path, help="the .json file to write the schedule to")
-    show.add_argument("--output", type=Path, help="the .png file for a picture of when each token is committed")
+    options.add_changes(show)
+    show.add_argument("--json", action=options.LocalPath, help="the .json file to write the schedule to")
+    show.add_argument(
+        "--output", action=options.LocalPath, help="the .png file for a picture of when each token is committed"
+    )
     args = parser.parse_args(argv)
     if args.action == "list":
         print(LIST)
@@ -84,19 +68,34 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from hmar_jax.sampling.schedule import Schedule
+
     for option, file, suffix in (("--json", args.json, ".json"), ("--output", args.output, ".png")):
-        if file is not None and file.suffix != suffix:
+        if file is not None and file.suffix.lower() != suffix:
             raise InputError(f"{option} is {file}; expected a file that ends in {suffix}.")
+    given = {"the schedule": args.schedule, "--model": args.model}
+    check_outputs("--json", [args.json] if args.json else [], given)
+    check_outputs("--output", [args.output] if args.output else [], given)
+    if args.json is not None:
+        check_kind("--json", args.json, _is_schedule, "a schedule")
     model = _model(args)
     assert model.transformer is not None
-    schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **changes(args))
+    schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **options.changes(args))
     print(report(schedule, model))
+    note_replaced(file for file in (args.json, args.output) if file is not None)
     if args.json is not None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())
     if args.output is not None:
         from hmar_jax import pictures
 
         pictures.save_png(pictures.commitment(*commitment(schedule)), args.output)
+
+
+def _is_schedule(content: bytes) -> bool:
+    from hmar_jax.sampling.schedule import Schedule
+
+    Schedule.from_json(content.decode())
+    return True
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
@@ -116,6 +115,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
 def report(schedule: Schedule, model: ModelConfig) -> str:
     """A line for each scale, then passes, FLOPs, order and digest."""
     from hmar_jax.compile_check.work import sample_flops
+    from hmar_jax.sampling.schedule import SCALARS
 
     assert model.transformer is not None
     plan, work = schedule.plan, sample_flops(model, schedule.plan)
@@ -174,6 +174,10 @@ def commitment(schedule: Schedule) -> tuple[list[tuple[str, np.ndarray]], str]:
 
 def _places(plan: Plan, scale: int, side: int) -> np.ndarray:
     """The place of each token, row by row, in the order of its scale: (p²,) int from 0."""
+    import jax
+
+    from hmar_jax.sampling import orders
+
     if plan.order == "halton":
         return orders.halton(side)
     if plan.order == "random":

@@ -12,8 +12,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from hmar_jax.commands import processes
-from hmar_jax.config import TrainConfig, from_config_dict
+from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.config import TrainConfig, check_paths, from_config_dict
 from hmar_jax.errors import InputError
+from hmar_jax.files import check_outputs, check_readable, check_refusal, is_there, local_path
 
 
 def run(argv: Sequence[str]) -> None:
@@ -24,9 +26,13 @@ def run(argv: Sequence[str]) -> None:
         epilog="Any field of the config can be set: --config.batch_size=32 --config.optimizer.base_lr=2e-4",
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a config file, such as configs/glyphs_tokenizer.py"
+        "--config",
+        required=True,
+        action=PathOrName,
+        metavar="FILE",
+        help="a config file, such as configs/glyphs_tokenizer.py",
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="where checkpoints, metrics and samples go")
+    parser.add_argument("--workdir", required=True, action=LocalPath, help="where checkpoints, metrics and samples go")
     parser.add_argument(
         "--profile", type=_steps, default=range(0), metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile"
     )
@@ -36,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
         if not override.startswith("--config."):
             parser.error(f"unrecognized argument: {override}")
     config = read_config(args.config, overrides)
+    check_outputs("--workdir", [args.workdir / "model"], {"init_from": config.init_from})
 
     from hmar_jax.training import distributed  # after the arguments are known to be good: these import for seconds
     from hmar_jax.training.loop import train
@@ -60,8 +67,10 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
       InputError: no such file, a field that does not exist, or a value of the wrong type or range.
     """
-    if not Path(file.split(":")[0]).is_file():
+    file = str(local_path(file, "--config"))
+    if not is_there(Path(file.split(":")[0]), "Config file"):
         raise InputError(f"Config file {file} does not exist; those that come with the project are in configs/.")
+    check_readable(Path(file.split(":")[0]), "Config file")
     sys.modules.pop("config_config", None)  # where ml_collections loads a file: one without get_config sees the last
     argv = ["train", f"--config={file}", *overrides]
     values = flags.FlagValues()
@@ -77,6 +86,9 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InputError(f"Config file {file} is not Python ({error.msg}, line {error.lineno}).") from None
     except ImportError as error:
         raise InputError(f"Config file {file} cannot be loaded: {_sentence(error)}") from None
+    except OSError as error:
+        check_refusal(f"Config file {file}", error)
+        raise InputError(f"Config file {file} cannot be loaded: {_sentence(error)}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"A config value is not usable: {_sentence(error)}") from None
     config = holder.value
@@ -84,7 +96,9 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InputError(
             f"get_config() of {file} returns {type(config).__name__}; expected an ml_collections.ConfigDict."
         )
-    return from_config_dict(TrainConfig, config)
+    made = from_config_dict(TrainConfig, config)
+    check_paths(made)
+    return made
 
 
 def _sentence(error: Exception) -> str:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import re
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 from hmar_jax import params as trees
 from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
+from hmar_jax.files import local_path
 from hmar_jax.networks import held_dtypes, structure
 from hmar_jax.params import Tree
 from hmar_jax.pretrained import read_config
@@ -119,8 +119,8 @@ def start_model(config: TrainConfig) -> ModelConfig:
     Raises:
       InputError: `init_from` is a directory, but of no model.
     """
-    if config.init_from and Path(config.init_from).is_dir():
-        return read_config(Path(config.init_from))[0]
+    if config.init_from and (start := local_path(config.init_from, "init_from")).is_dir():
+        return read_config(start)[0]
     transformer = config.transformer if config.stage == "masked" else None
     return ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
 

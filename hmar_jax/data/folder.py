@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal
+from hmar_jax.files import check_refusal, is_there, local_path
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -35,8 +35,8 @@ class FolderSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        root = Path(path)
-        if not path or not os.path.isdir(root):
+        root = local_path(path, "data.path")
+        if not path or not is_there(root, "Folder") or not root.is_dir():
             raise InputError(f"Folder {str(path)!r} does not exist; set data.path to a folder of pictures.")
         loose = _pictures(root)
         folders = [Path(entry) for entry in _visible(root) if entry.is_dir()]

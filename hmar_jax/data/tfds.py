@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 
 from hmar_jax.data.folder import decode
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal
+from hmar_jax.files import check_refusal, local_path
 
 
 class TfdsSource:
@@ -40,6 +40,7 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, path: str = "", split: str = "train") -> None:
+        path = str(local_path(path, "data.path")) if path else ""
         self._arguments = name, path, split
         builder = _builder(name, path)
         features = builder.info.features

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax.config import from_plain, to_plain
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, writing
+from hmar_jax.files import check_refusal, local_path, writing
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1
@@ -76,7 +76,7 @@ def write_token_cache(
     Raises:
       InputError: something is there already, a batch does not fit the above, or the disk refuses.
     """
-    path = Path(path)
+    path = local_path(path, "The token cache's path")
     if not 1 <= codebook_size <= 2**16:
         raise InputError(f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {2**16}.")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -108,7 +108,7 @@ def write_token_cache(
 
 def validation_of(path: str | os.PathLike[str]) -> Path:
     """Where a token cache has that of the held-out pictures, if it has one."""
-    return Path(path) / "validation"
+    return local_path(path, "data.path") / "validation"
 
 
 class TokenSource:
@@ -126,13 +126,14 @@ class TokenSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = local_path(path, "data.path")
         self.path = str(path)
-        header = _read_header(Path(path))
+        header = _read_header(path)
         self.ladder = ScaleLadder(header.sides)
         self.codebook_size, self.crops = header.codebook_size, header.crops
         self.class_names, self.tokenizer, self.source = header.class_names, header.tokenizer, header.source
         with self._whole():
-            self._records = ArrayRecordDataSource([Path(path) / name for name in _shard_names(header.shards)])
+            self._records = ArrayRecordDataSource([path / name for name in _shard_names(header.shards)])
             if len(self._records) != header.count:
                 raise ValueError(f"{len(self._records)} of {header.count} images")
 

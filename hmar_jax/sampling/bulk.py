@@ -45,7 +45,7 @@ from PIL import Image
 
 from hmar_jax.config import ModelConfig, to_plain
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_refusal, put_in_place, write_whole, writing
+from hmar_jax.files import check_refusal, is_there, local_path, put_in_place, reading, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import program
@@ -57,9 +57,9 @@ FORMAT = 2  # to be raised whenever a sample of the same settings becomes anothe
 MANIFEST = "samples.json"
 _PART = re.compile(r"tokens/\d{10}\.npz")
 # Names of files that are ours, and so may be removed: parts, pictures, and what a killed process was writing.
-_OURS = re.compile(
-    rf"{_PART.pattern}|pictures/(\d+/\d+\.png|\d+\.array_record)|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial"
-)
+_PICTURE = re.compile(r"pictures/(\d+/\d+\.png|\d+\.array_record)")
+_OURS = re.compile(rf"{_PART.pattern}|{_PICTURE.pattern}|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial")
+_PNG_END = b"IEND\xaeB`\x82"  # a PNG file's last chunk and its checksum
 _LOG_SECONDS = 60
 
 logger = logging.getLogger(__name__)
@@ -248,23 +248,28 @@ def _own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.concatenate([parts[start] for start in sorted(parts)])
 
 
+def folder_of(label: int, num_classes: int) -> str:
+    """The name of the folder of a class's pictures: its number, with zeros before it so that names sort as numbers."""
+    return f"{label:0{len(str(num_classes - 1))}}"
+
+
 class _Folder:
     """The files. `check` is for every process, `open`, before any `write`, and `look` for the first."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
+        self.path = local_path(path, "The samples' directory")
         self._manifest = json.loads(json.dumps(to_plain(settings)))
         self._records = settings.pictures == "array_record"
         self._classes = settings.model.num_classes
-        self._digits = len(str(self._classes - 1))
 
     def check(self) -> None:
         """Raises InputError where what is there are not samples of these settings."""
         try:
             there = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-            if names - {MANIFEST, f".{MANIFEST}.partial"}:  # which process 0 may be writing
+            names = {entry.name for entry in self.path.iterdir()} if is_there(self.path, "Directory") else set()
+            # Hidden files are no samples; process 0 may be writing the manifest.
+            if any(name != MANIFEST and not name.startswith(".") for name in names):
                 raise InputError(f"{self.path} has files but no {MANIFEST}; choose a new directory.") from None
             return
         except (OSError, ValueError) as error:
@@ -288,10 +293,14 @@ class _Folder:
     def look(self) -> tuple[np.ndarray, list[str]]:
         """The numbers (N,) uint32 of samples that are there whole, and the names of other files that are ours."""
         found = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
+        names = list(filter(_PICTURE.fullmatch, found))
+        with ThreadPoolExecutor(16) as pool:
+            whole_ones = pool.map(_is_whole, (self.path / name for name in names))
+        cut = {name for name, is_whole in zip(names, whole_ones, strict=True) if not is_whole}
         numbers, whole = [np.zeros(0, np.int64)], set()
         for name in sorted(filter(_PART.fullmatch, found)):
             labels, indices = self._read(self.path / name)
-            if labels.size and found.issuperset(pictures := self._pictures(labels, indices)):
+            if labels.size and (found - cut).issuperset(pictures := self._pictures(labels, indices)):
                 numbers.append(indices * self._classes + labels)
                 whole.update([name, *pictures])
         rest = [name for name in found - whole if _OURS.fullmatch(name)]
@@ -313,6 +322,7 @@ class _Folder:
         """Labels and indices of a part; none where it is damaged, or gone since it was seen."""
         try:
             with file.open("rb") as stream, np.load(stream) as part:
+                part["tokens"]  # whose checksum is checked as they are read
                 return part["labels"], part["indices"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             check_refusal(str(file), error)
@@ -322,10 +332,22 @@ class _Folder:
         """Names of the files of a part's pictures."""
         if self._records:
             return [f"pictures/{self._name(labels, indices)}.array_record"]
-        return [f"pictures/{label:0{self._digits}}/{i:05}.png" for label, i in zip(labels, indices, strict=True)]
+        folders = [folder_of(label, self._classes) for label in labels]
+        return [f"pictures/{folder}/{i:05}.png" for folder, i in zip(folders, indices, strict=True)]
 
     def _name(self, labels: np.ndarray, indices: np.ndarray) -> str:
         return f"{indices[0] * self._classes + labels[0]:010}"
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a picture's file has an end: a disk that was full, or lost its power, may leave it empty or cut short."""
+    with reading(file), contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if file.suffix != ".png":
+            return size > 0
+        stream.seek(max(size - len(_PNG_END), 0))
+        return stream.read() == _PNG_END
+    return False  # gone since it was seen
 
 
 def _png(image: np.ndarray) -> bytes:

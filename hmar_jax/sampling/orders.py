@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Order = Literal["confidence", "random", "halton"]
-ORDERS: tuple[Order, ...] = get_args(Order)
+from hmar_jax.sampling.presets import ORDERS as ORDERS
 
 
 def confident(confidence: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:

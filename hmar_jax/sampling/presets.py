@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
+logger = logging.getLogger(__name__)
+
 Counts = tuple[tuple[int, ...], ...]
+Order = Literal["confidence", "random", "halton"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 # The published sampling settings by depth, (cfg, top-k); top-p is 0.99 for all. VAR's are the same for all depths.
 _GUIDANCE = {16: (1.7, 1000), 20: (1.9, 950), 24: (2.1, 900), 30: (1.6, 650)}
@@ -42,11 +49,39 @@ def counts(name: str, ladder: ScaleLadder) -> Counts:
 
 
 def guidance(depth: int, name: str = "") -> dict[str, Any]:
-    """The published cfg, top-k and perhaps top-p of a transformer depth (16 where it has none), or VAR's for `var`."""
+    """The published cfg, top-k and perhaps top-p: VAR's for `var`, else those of a transformer depth.
+
+    A depth that was not published has those of the published depth that is nearest to it, the smaller of two.
+    """
     if name == "var":
         return _VAR
-    cfg, top_k = _GUIDANCE.get(depth, _GUIDANCE[16])
+    cfg, top_k = _GUIDANCE[_published(depth)]
     return {"cfg": cfg, "top_k": top_k}
+
+
+def note_unpublished(depth: int, given: Mapping[str, Any]) -> None:
+    """Logs, once a depth, whose guidance is taken where a depth has none and cfg and top_k are not both given."""
+    if depth not in _GUIDANCE and any(given.get(name) is None for name in ("cfg", "top_k")):
+        _note(depth)
+
+
+@functools.cache
+def _note(depth: int) -> None:
+    nearest = _published(depth)
+    cfg, top_k = _GUIDANCE[nearest]
+    logger.info(
+        "No guidance was published for depth %d; cfg %g and top-k %d are those of depth %d, the nearest. Other values "
+        "may give better pictures (cfg, top_k).",
+        depth,
+        cfg,
+        top_k,
+        nearest,
+    )
+
+
+def _published(depth: int) -> int:
+    """The published depth nearest to a depth."""
+    return min(_GUIDANCE, key=lambda other: (abs(other - depth), other))
 
 
 def preset_for(ladder: ScaleLadder, transformer: TransformerConfig) -> str:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hmar_jax.sampling import filters, orders
-from hmar_jax.sampling.orders import Order
+from hmar_jax.sampling.presets import Order
 from hmar_jax.sampling.schedule import Controls, Pass, Plan
 from hmar_jax.tokenizer.quantizer import Quantizer
 

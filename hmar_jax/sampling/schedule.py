@@ -15,7 +15,6 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -24,8 +23,9 @@ import numpy as np
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
+from hmar_jax.files import local_path
 from hmar_jax.sampling import generators, presets
-from hmar_jax.sampling.orders import ORDERS, Order
+from hmar_jax.sampling.presets import ORDERS, Order
 from hmar_jax.scales import ScaleLadder
 
 Nested = tuple[tuple[float, ...], ...]
@@ -163,7 +163,8 @@ class Schedule:
 
     @classmethod
     def preset(cls, name: str, ladder: ScaleLadder, depth: int = 16) -> Schedule:
-        """A named schedule for a ladder, with the published guidance of the given transformer depth.
+        """A named schedule for a ladder, with the published guidance of the given transformer depth, or of the nearest
+        depth that has one.
 
         `official-256`, `official-512`, `official-1024` are published, each for its ladder. `small` has their masked
         steps on whichever of the sides 2, 3 and 4 a ladder has; `next-scale` and `var` have no masked step, the latter
@@ -204,10 +205,11 @@ class Schedule:
         Curves are `curve:steps@first-last`, as in `generate`: `single`, `equal:2`, `power2:4@3-10`, `arccos:8@10`. They
         have, like the presets, the published guidance of the given transformer depth.
         """
-        if text.endswith(".json"):
+        path = local_path(text, "The schedule")
+        if path.suffix.lower() == ".json":
             file = f"Schedule file {text}"
             try:
-                schedule = cls.from_json(Path(text).read_text(encoding="utf-8"))
+                schedule = cls.from_json(path.read_text(encoding="utf-8"))
             except InputError as error:
                 raise InputError(f"{file}: {error}") from None
             except (OSError, UnicodeDecodeError) as error:
@@ -235,6 +237,8 @@ class Schedule:
         if schedule is None:
             schedule = "var" if model.pattern == "block_causal" else "next-scale"
         if isinstance(schedule, str):
+            if schedule != "var" and not schedule.lower().endswith(".json"):
+                presets.note_unpublished(model.depth, changes)
             schedule = cls.parse(schedule, ladder, model.depth)
         schedule = schedule.replace(**changes)
         schedule.check_ladder(ladder)
@@ -325,10 +329,10 @@ class Schedule:
     def _check_ranges(self) -> None:
         rules = {
             "cfg": (-math.inf, math.inf, "a finite number"),
-            "temperature": (1e-6, math.inf, "above 0"),
+            "temperature": (1e-6, math.inf, "above 0, and finite"),
             "top_k": (0, 2**31 - 1, "a whole number, 0 (off) or more"),
             "top_p": (1e-6, 1, "above 0 and at most 1 (off)"),
-            "noise": (0, math.inf, "0 or more"),
+            "noise": (0, math.inf, "0 or more, and finite"),
         }
         for name, (low, high, rule) in rules.items():
             for value in (value for steps in getattr(self, name) for value in steps):
@@ -354,6 +358,8 @@ def _ramped(number: Any, cfg: Nested, refine: bool) -> Nested:
     """Guidance with number·k/(K-1) on the masked passes of scale k (from 0), or else on its next-scale pass."""
     if not isinstance(number, Real):
         raise InputError(f"refine_cfg is {number!r}; expected a number.")
+    if not abs(float(number)) < _LARGEST:
+        raise InputError(f"{'refine_cfg' if refine else 'cfg'} is {number}; expected a finite number.")
     last = max(len(cfg) - 1, 1)
     return tuple(
         tuple(float(number) * k / last if (step > 0) == refine else value for step, value in enumerate(steps))

@@ -25,6 +25,7 @@ import safetensors
 from flax import nnx
 
 from hmar_jax.errors import InputError
+from hmar_jax.files import check_readable, local_path
 from hmar_jax.params import check_shapes
 
 PerceptualParams = dict[str, jax.Array]
@@ -63,6 +64,8 @@ def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
     Raises:
       InputError: no such file, not a safetensors file, or missing, unexpected or misshapen entries.
     """
+    path = local_path(path, "tokenizer_loss.perceptual_weights")
+    check_readable(path, "Perceptual weights")
     expected, remedy = file_shapes(), "hmar_jax/tokenizer/perceptual.py says how to make one."
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:

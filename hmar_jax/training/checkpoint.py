@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from hmar_jax.config import TrainConfig, from_plain, to_plain
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, refusal, remedy
+from hmar_jax.files import check_refusal, local_path, refusal, remedy
 from hmar_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Checkpoints:
           keep: how many of the newest to keep, and that this is the run that writes them: what a killed one left half
             is removed. None only reads, perhaps while another process writes.
         """
-        self.folder = workdir.absolute() / "checkpoints"
+        self.folder = local_path(workdir, "workdir").absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
         )

@@ -7,6 +7,7 @@ and, once done, `model/`. Running again goes on from the newest checkpoint, bit 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -21,11 +22,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hmar_jax import pictures
-from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, to_plain
+from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole, writing
+from hmar_jax.files import is_there, local_path, write_whole, writing
 from hmar_jax.model import Model, on_host
 from hmar_jax.params import Tree, flatten
 from hmar_jax.pretrained import save_model
@@ -61,6 +62,8 @@ def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Pat
       InputError: config, data or disk don't allow it; or the loss is not finite.
       SystemExit: code 0, where SIGTERM asked to stop; a checkpoint of the last step done is saved.
     """
+    workdir = local_path(workdir, "workdir")
+    check_paths(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     with jax.set_mesh(mesh):
@@ -163,17 +166,20 @@ def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = No
     return OBJECTIVES[config.stage](config, cache.class_names)
 
 
-def load_trained(workdir: Path) -> tuple[Model, str, list[str]]:
+def load_trained(workdir: Path, init_from: str = "") -> tuple[Model, str, list[str]]:
     """The model at the newest checkpoint of a work directory, averaged where it has averages; its source and licences,
     as `save_model` takes them.
+
+    Args:
+      init_from: where the model that the run started from is now; by default where the run found it.
     """
-    if not (workdir / "checkpoints").is_dir():
+    workdir = local_path(workdir, "workdir")
+    if not is_there(workdir / "checkpoints", "Folder"):
         raise InputError(f"{workdir} has no checkpoints; give the --workdir of a training run.")
     checkpoints = Checkpoints(workdir)
     if checkpoints.latest() is None:
         raise InputError(f"{workdir} has no whole checkpoint yet; train until the first is saved.")
-    config = checkpoints.config()
-    _check_same_start(checkpoints, config, workdir)
+    config = _with_start(checkpoints, init_from, workdir)
     objective = make_objective(unjudged(config), tuple(checkpoints.position()["class_names"]))
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -279,6 +285,24 @@ def _check_same_start(checkpoints: Checkpoints, config: TrainConfig, workdir: Pa
             f"{config.init_from or 'A start from nothing'} is not what the run in {workdir} started from; set "
             "init_from back to that model, or choose another --workdir."
         )
+
+
+def _with_start(checkpoints: Checkpoints, init_from: str, workdir: Path) -> TrainConfig:
+    """The config of the newest checkpoint, with an `init_from` whose checksum is that of the run's start."""
+    config, start = checkpoints.config(), checkpoints.position()["start"]
+    if init_from and not start:
+        raise InputError(f"The run in {workdir} started from no model; leave --init-from={init_from} out.")
+    config = dataclasses.replace(config, init_from=init_from or config.init_from)
+    try:
+        reason = "" if _start_of(config) == start else "its weights have another checksum"
+    except InputError as error:
+        reason = str(error).partition(";")[0].rstrip(".")
+    if reason:
+        raise InputError(
+            f"{config.init_from} is not the model that the run in {workdir} started from ({reason}); give that model's "
+            "directory as --init-from."
+        )
+    return config
 
 
 class _FiniteCheck:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tqdm
 
-from hmar_jax.files import writing
+from hmar_jax.files import local_path, writing
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, steps: int, start: int, name: str):
+        workdir = local_path(workdir, "workdir")
         self._main = jax.process_index() == 0
         self._board = _tensorboard(workdir) if self._main else None
         self._path = workdir / "metrics.jsonl"

@@ -33,6 +33,8 @@ def run(model_directory, tmp_path, capsys):
     for name, pixels in {
         "p.png": PICTURE,
         "wide.png": WIDE,
+        "ones.png": BOX.astype(np.uint8),
+        "black.png": np.zeros((SIZE, SIZE), np.uint8),
         "mask.png": np.where(BOX, 255, 0).astype(np.uint8),
     }.items():
         Image.fromarray(pixels).save(tmp_path / name)
@@ -86,6 +88,16 @@ def test_variants_have_a_file_each_and_one_grid(run, model_directory, tmp_path):
         np.testing.assert_array_equal(written[f"e-{i}.png"], np.floor(out.images[i] * 255 + 0.5))
         np.testing.assert_array_equal(cell, written[f"e-{i}.png"])
     assert (written["e-0.png"] != written["e-1.png"]).any()
+
+
+def test_results_have_the_name_that_was_given_and_replacing_them_is_said(run, tmp_path, caplog):
+    options = ["p.png", "--box=2,3,12,9", "--label=B", "--cfg=2", "--output={tmp}/out/o.PNG"]
+    code, said, _ = run(*options)
+    assert (code, said) == (0, f"o.PNG and o-grid.PNG (input, mask, results) are in {tmp_path / 'out'}\n")
+    assert read(tmp_path).keys() == {"o.PNG", "o-grid.PNG"}
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        assert run(*options)[0] == 0
+    assert f"Replacing {tmp_path}/out/o.PNG, {tmp_path}/out/o-grid.PNG." in caplog.messages
 
 
 def region(tmp_path, pixels, **given):
@@ -170,6 +182,29 @@ BAD = {
     "an unknown schedule": ("p.png", ["--box=0,0,4,4", "--schedule=quick"], "quick"),
     "masked steps": ("p.png", ["--box=0,0,4,4", "--schedule=small"], "needs a mask branch"),
     "another format": ("p.png", ["--box=0,0,4,4", "--output=e.jpg"], "--output is e.jpg; pictures are written as PNG"),
+    "a folder for a picture": ("", ["--box=0,0,4,4"], "; give a file, not a folder."),
+    "a folder for a mask": (
+        "p.png",
+        ["--mask={tmp}"],
+        "Mask '{tmp}' could not be read ([Errno 21] Is a directory: '{tmp}'); give a file, not a folder.",
+    ),
+    "a mask of 0 and 1": (
+        "p.png",
+        ["--mask={tmp}/ones.png"],
+        "Mask '{tmp}/ones.png' leaves nothing to draw: its brightest pixel is 1 of 255. What is to be drawn anew is "
+        "white (128 or more), the rest black; save the mask so.",
+    ),
+    "a black mask": ("p.png", ["--mask={tmp}/black.png"], "its brightest pixel is 0 of 255. What is to be"),
+    "too many variants": (
+        "p.png",
+        ["--box=0,0,4,4", "--variants=30000000"],
+        "--variants is 30000000; expected at most",
+    ),
+    "no finite guidance": (
+        "p.png",
+        ["--box=0,0,4,4", "--label=B", "--cfg=inf"],
+        "cfg is inf; expected a finite number",
+    ),
     "no such model": ("p.png", ["--box=0,0,4,4", "--model={tmp}/none"], "none is not a model directory"),
 }
 

@@ -1,19 +1,21 @@
 """`hmar-jax sample --classes`: many pictures of each class in one directory, gone on with by the same command."""
 
+import dataclasses
 import logging
 import signal
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_models import TINY, lively_model, tiny
 
-from hmar_jax.commands import sample
+from hmar_jax import from_pretrained
 from hmar_jax.commands.main import main
-from hmar_jax.errors import InputError
 from hmar_jax.pretrained import save_model
 from hmar_jax.sampling import bulk
 from hmar_jax.sampling.schedule import Schedule
+from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import distributed
 
 
@@ -38,10 +40,13 @@ def drawn(folder):
 def test_classes_are_drawn_and_the_same_command_goes_on(command, tmp_path, capsys):
     options = ["--output", tmp_path, "--batch=4", "--seed=3", "--cfg=2"]
     assert command("--classes=b,3-4", "--per-class=2", *options) == 0
-    assert capsys.readouterr().out == f"6 pictures, 2 of each of 3 classes, are in {tmp_path}\n"
+    shown = "Folders have the numbers of classes: 1 has b, 3 has 3, 4 has 4"
+    assert capsys.readouterr().out == f"6 pictures, 2 of each of 3 classes, are in {tmp_path}\n{shown}\n"
     assert drawn(tmp_path) == [(1, 0), (1, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
     assert command("--classes=all", "--per-class=2", *options) == 0
-    assert capsys.readouterr().out == f"10 pictures, 2 of each of 5 classes, are in {tmp_path}, 6 of them from before\n"
+    shown = "Folders have the numbers of classes: 0 has a, 1 has b, 2 has c, 3 has d, 4 has e"
+    said = f"10 pictures, 2 of each of 5 classes, are in {tmp_path}, 6 of them from before\n{shown}\n"
+    assert capsys.readouterr().out == said
     assert len(drawn(tmp_path)) == len(list(tmp_path.glob("pictures/?/0000?.png"))) == 10
 
 
@@ -148,9 +153,52 @@ def test_too_little_memory_is_a_sentence_with_the_remedy(
     assert capsys.readouterr().err == expected
 
 
-def test_labels_are_read_by_name_first_then_by_number_and_range():
-    assert sample.parse_labels("3, b,0-2", "abc") == [3, 1, 0, 1, 2]
-    assert sample.parse_labels("0-1,1", ["x", "0-1"]) == [1, 1]
-    for wrong in ("2-1", "1-", "a-b", "-", "1--2"):
-        with pytest.raises(InputError, match=f"Label '{wrong}' is not a class"):
-            sample.parse_labels(wrong, "abc")
+NAMES = ("10", "11", "9", "fox, red", "a/b")
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A model directory whose classes have the names `NAMES`."""
+    config = dataclasses.replace(TINY, class_names=NAMES, ladder=ScaleLadder((1,)))
+    config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, depth=1))
+    return save_model(tmp_path_factory.mktemp("named") / "model", lively_model(config), "a test")
+
+
+def test_pictures_have_the_names_that_were_asked_for(named, tmp_path, caplog):
+    options = ["sample", f"--model={named}", '--labels=9-11,"fox, red",a/b', f"--output={tmp_path}"]
+    assert main(options) == 0
+    names = ["00000-class9", "00001-class10", "00002-class11", "00003-classfox, red", "00004-classa_b"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*(f"{name}-seed0.png" for name in names), "grid.png"]
+    out = from_pretrained(named).sample([2, 0, 1, 3, 4])
+    for name, image in zip(names, out.images, strict=True):
+        shown = np.asarray(Image.open(tmp_path / f"{name}-seed0.png"))
+        np.testing.assert_array_equal(shown, np.floor(image * 255 + 0.5))
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        assert main(options) == 0
+    first, second, third = (f"{tmp_path}/{name}-seed0.png" for name in names[:3])
+    assert f"Replacing {first}, {second}, {third} and 3 more." in caplog.messages
+
+
+def test_folders_of_many_pictures_are_told_by_name(named, tmp_path, capsys):
+    options = ["--per-class=1", "--batch=1", f"--output={tmp_path}"]
+    assert main(["sample", f"--model={named}", "--classes=9-10", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "Folders have the numbers of classes: 2 has 9, 0 has 10"
+    assert drawn(tmp_path) == [(0, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("which", ["--labels", "--classes"])
+def test_how_classes_are_read_is_in_the_help(which, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert "by name, or by number from 0 where no class has a number for a name" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize("which", ["--labels", "--classes"])
+def test_a_class_number_is_refused_where_names_are_numbers(named, which, tmp_path, capsys):
+    assert main(["sample", f"--model={named}", f"{which}=0", f"--output={tmp_path / 'out'}"]) == 2
+    assert (
+        "Label '0' is not a class of this model; expected one of 10, 11, 9, \"fox, red\", a/b; as some of these are"
+        in (capsys.readouterr().err)
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.data.tokens import TokenSource, write_token_cache
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
 LADDER = ScaleLadder((1, 2, 3))
@@ -174,7 +174,7 @@ def replace_by_a_folder(path):
 def test_what_the_disk_refuses_is_not_called_damage(tmp_path, file):
     write(tmp_path / "cache", shard_size=3)
     replace_by_a_folder(tmp_path / "cache" / file)  # a refusal that root gets too
-    with pytest.raises(TransientError, match=r"Token cache .*cache' could not be read \(\[Errno 21\] Is a directory"):
+    with pytest.raises(InputError, match=r"Token cache .*cache' could not be read \(\[Errno 21\] Is a directory"):
         list(TokenSource(tmp_path / "cache"))
 
 

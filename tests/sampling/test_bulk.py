@@ -246,10 +246,24 @@ def test_samples_whose_files_are_gone_or_damaged_are_drawn_again(model, whole, t
         tokens[1].unlink()
         tokens[2].write_bytes(tokens[2].read_bytes()[:100])
         tokens[3].write_bytes(b"")
+        flipped = bytearray(tokens[4].read_bytes())
+        flipped[flipped.index(b"tokens.npy") + 150] ^= 1
+        tokens[4].write_bytes(flipped)
         pictures[-1].unlink()
-        assert draw(model, folder, pictures=kind) == 3 * 4 + 1
+        assert draw(model, folder, pictures=kind) == 4 * 4 + 1
         assert read(folder) == whole[kind]
         assert (folder / "samples.json").stat().st_ino == manifest  # that is not written again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_picture_is_drawn_again(model, whole, tmp_path, kind):
+    draw(model, tmp_path, pictures=kind)
+    first, second = sorted(file for file in (tmp_path / "pictures").rglob("*.*"))[:2]
+    first.write_bytes(b"")
+    if kind == "png":
+        second.write_bytes(second.read_bytes()[:-5])  # cut short
+    assert 4 <= draw(model, tmp_path, pictures=kind) <= 8
+    assert read(tmp_path) == whole[kind]
 
 
 def test_samples_that_are_gone_in_the_end_are_missed(model, whole, tmp_path, monkeypatch):
@@ -342,6 +356,14 @@ def test_a_directory_with_other_things_is_refused(model, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_directory_with_hidden_files_only_is_empty(model, tmp_path):
+    for name in (".DS_Store", ".nfs000000000000001", ".gitkeep"):
+        (tmp_path / name).write_text("theirs")
+    (tmp_path / ".cache").mkdir()
+    assert draw(model, tmp_path, per_class=1) == 5
+    assert (tmp_path / ".DS_Store").read_text() == "theirs"
+
+
 def test_what_cannot_be_read_is_named_and_notes_are_left_alone(model, tmp_path):
     draw(model, tmp_path, per_class=1)
     for note in ("notes.txt", "pictures/grid.png", "tokens/README", "tokens/best.npz", "pictures/0/best.png"):
@@ -349,7 +371,7 @@ def test_what_cannot_be_read_is_named_and_notes_are_left_alone(model, tmp_path):
     draw(model, tmp_path, per_class=1)
     assert (tmp_path / "pictures" / "0" / "best.png").read_text() == (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "tokens" / "1234567890.npz").mkdir()
-    with pytest.raises(InputError, match=r"1234567890.npz could not be read .*; see whether its disk is there"):
+    with pytest.raises(InputError, match=r"1234567890.npz could not be read .*; give a file, not a folder"):
         draw(model, tmp_path, per_class=1)
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(InputError, match=r"samples\.json cannot be read"):

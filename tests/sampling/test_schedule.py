@@ -1,5 +1,6 @@
 """Schedules as data: checked when made, equal after JSON, the presets, read from a line, named by what they do."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.sampling import presets
 from hmar_jax.sampling.orders import ORDERS
@@ -23,6 +25,33 @@ CUSTOM = {
     "top_p": [[1.0], [0.9, 0.9], [0.8, 0.7, 0.6]],
     "noise": [[0.0], [1.0, 2.0], [3.0, 4.0, 5.0]],
 }
+
+
+@pytest.mark.parametrize(
+    ("depth", "nearest"), [(1, 16), (16, 16), (17, 16), (18, 16), (19, 20), (22, 20), (27, 24), (28, 30), (36, 30)]
+)
+def test_a_depth_without_guidance_of_its_own_has_that_of_the_nearest(depth, nearest):
+    assert presets.guidance(depth) == presets.guidance(nearest)
+    assert (
+        presets.guidance(depth, "var") == presets.guidance(nearest, "var") == {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    )
+
+
+@pytest.mark.parametrize("schedule", [None, "small", "equal:2"])
+def test_it_is_said_once_whose_guidance_a_depth_has(caplog, schedule):
+    ladder, published = ScaleLadder((1, 2, 3)), TransformerConfig.preset("d16")
+    other = dataclasses.replace(published, depth=28, branch_depth=8)
+    presets._note.cache_clear()
+    with caplog.at_level("INFO", "hmar_jax"):
+        Schedule.resolve(schedule, ladder, published)
+        Schedule.resolve(schedule, ladder, other, cfg=2, top_k=5)
+        Schedule.resolve("var", ladder, other)
+        Schedule.resolve(Schedule.preset("small", ladder), ladder, other)
+        assert caplog.messages == []
+        Schedule.resolve(schedule, ladder, other, cfg=2)
+        Schedule.resolve(schedule, ladder, other)
+    (said,) = caplog.messages
+    assert said.startswith("No guidance was published for depth 28; cfg 1.6 and top-k 650 are those of depth 30")
 
 
 def test_official_guidance_is_a_ramp_on_next_scale_passes():
@@ -97,7 +126,13 @@ def test_counts_that_are_no_schedule_are_refused(counts, names):
         ({"top_k": math.inf}, "top_k is inf; expected a whole number"),
         ({"noise": -0.5}, "noise is -0.5; expected 0 or more"),
         ({"cfg": math.nan}, "cfg is nan; expected a finite number"),
-        ({"cfg": math.inf}, "cfg is (inf|nan)"),
+        ({"cfg": math.inf}, "^cfg is inf; expected a finite number"),
+        ({"cfg": -math.inf}, "^cfg is -inf; expected a finite number"),
+        ({"cfg": 1e39}, r"^cfg is 1e\+39; expected a finite number"),
+        ({"refine_cfg": math.inf}, "^refine_cfg is inf; expected a finite number"),
+        ({"temperature": math.inf}, "^temperature is inf; expected above 0, and finite"),
+        ({"noise": math.inf}, "^noise is inf; expected 0 or more, and finite"),
+        ({"top_p": math.nan}, "^top_p is nan; expected above 0"),
         ({"cfg": [[0], [1e39, 0], [0, 0, 0]]}, r"cfg is 1e\+39; expected a finite number"),
         ({"refine_cfg": math.nan}, "cfg is nan; expected a finite number"),
         ({"refine_cfg": [[0], [1, 1], [1, 1, 1]]}, r"refine_cfg is \[\[0\].*; expected a number"),

@@ -239,6 +239,33 @@ def test_a_run_starts_from_a_hub_id_and_its_model_is_exported(starts, tmp_path, 
     assert_bit_equal(loop.load_trained(tmp_path)[0].params["tokenizer"], start)
 
 
+def test_the_model_of_a_moved_run_is_exported_once_its_start_is_given(starts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(starts / "tokenizer", here / "tokenizer")
+    model = loop.train(stage_config("next_scale", starts, steps=1, init_from=str(here / "tokenizer")), here / "run")
+    expected = from_pretrained(model)
+    here.rename(there)
+    export = ["export", "model", f"--workdir={there / 'run'}", f"--output={tmp_path / 'out'}"]
+    assert main(export) == 2
+    said = capsys.readouterr().err
+    assert f"{here / 'tokenizer'} is not the model that the run in {there / 'run'} started from (" in said
+    assert said.endswith("give that model's directory as --init-from.\n")
+    assert main([*export, f"--init-from={starts / 'next_scale'}"]) == 2
+    assert "(its weights have another checksum); give that model's directory as --init-from." in capsys.readouterr().err
+    assert main([*export, f"--init-from={there / 'tokenizer'}"]) == 0
+    exported = from_pretrained(tmp_path / "out")
+    assert_bit_equal(exported.params, expected.params)
+    assert exported.config == expected.config
+
+
+def test_a_run_that_started_from_nothing_needs_no_start(starts, straight, tmp_path, capsys):
+    _, workdir, _ = straight("tokenizer")
+    options = [f"--workdir={workdir}", f"--output={tmp_path / 'out'}", f"--init-from={starts / 'tokenizer'}"]
+    assert main(["export", "model", *options]) == 2
+    assert "started from no model; leave --init-from=" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "next_scale"])
 def test_a_model_is_exported_when_the_data_and_perceptual_weights_are_gone(starts, tmp_path, monkeypatch, stage):
     data = tmp_path / "data"
