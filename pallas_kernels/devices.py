@@ -16,6 +16,14 @@ from jax.sharding import AxisType
 # Mesh axes that a batch and heads may be split over; no kernel needs more than its own part of both.
 BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
 
+# Triton joins a product and a sum into one instruction, which rounds once. Triton 3.10 stops doing so by default, which
+# would change results, so that every compilation of a kernel states it.
+FP_FUSION = True
+
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+# Compute capability by a part of the kind's name, for GPUs that are not here to be asked.
+_CAPABILITIES = dict.fromkeys(_HOPPER, "9.0") | {"A100": "8.0", "L4": "8.9", "B200": "10.0"}
+
 
 def device() -> tuple[str, str]:
     """Platform and kind of what is compiled for: devices of the mesh in use, real or not, else the first one here."""
@@ -35,7 +43,22 @@ def _target() -> Any:
 
 def is_hopper(platform: str, kind: str) -> bool:
     """Whether a device, as `device` names it, runs the kernels in Mosaic GPU: H100, H200 and their kin."""
-    return platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+    return platform == "gpu" and any(name in kind for name in _HOPPER)
+
+
+def compute_capability() -> str:
+    """That of the NVIDIA GPU that is compiled for, such as 9.0; empty for other devices.
+
+    The devices of a mesh may be absent, as those of a topology are, and the mesh tells their kind alone: then it is that
+    of the first device here, if that is of the same kind, or else what is known of the kind.
+    """
+    target = _target()
+    if isinstance(target, jax.sharding.AbstractDevice):
+        here = jax.devices()[0]
+        if here.device_kind != target.device_kind:
+            return next((known for name, known in _CAPABILITIES.items() if name in target.device_kind), "")
+        target = here
+    return getattr(target, "compute_capability", "")
 
 
 def automatic_axes(among: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -86,9 +109,14 @@ def vary_as[T](array: jax.Array, tree: T) -> T:
 
 
 def has_triton() -> bool:
-    """Whether jax_triton is installed and the GPU here has tensor cores that Triton uses: since Ampere, 8.0."""
-    major, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
-    return major.isdigit() and int(major) >= 8 and is_installed("jax_triton")
+    """Whether Triton serves the GPU that is compiled for, and jax_triton is installed."""
+    return is_served_by_triton() and is_installed("jax_triton")
+
+
+def is_served_by_triton() -> bool:
+    """Whether what is compiled for has tensor cores that Triton uses: NVIDIA GPUs since Ampere, 8.0."""
+    major, _, _ = compute_capability().partition(".")
+    return major.isdigit() and int(major) >= 8
 
 
 def is_installed(package: str) -> bool:
@@ -97,7 +125,9 @@ def is_installed(package: str) -> bool:
 
 
 def triton_call(*arrays: jax.Array, **options: Any) -> Any:
-    """`jax_triton.triton_call`, imported when first used: without JAX's CUDA plugin that fails."""
-    import jax_triton
+    """`jax_triton.triton_call` for the GPU that is compiled for, here or not."""
+    import jax_triton  # when first used: it cannot be imported without JAX's CUDA plugin
 
-    return vary_as(arrays[0], jax_triton.triton_call(*arrays, **options))
+    capability = int(compute_capability().replace(".", ""))  # by itself jax_triton asks a GPU that may not be here
+    stated = {"compute_capability": capability, "enable_fp_fusion": FP_FUSION}
+    return vary_as(arrays[0], jax_triton.triton_call(*arrays, **stated, **options))

@@ -101,7 +101,8 @@ def gelu_kernel(z, dy, value, dz, sums, spec: tl.constexpr):
         given = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         square = given * given
-        gate = tl.rsqrt(1 + tl.exp(-GELU_SCALE * given * (1 + GELU_CUBE * square)))
+        # Tensor first: Triton 3.9's interpreter makes a constexpr of a constexpr times a tensor, and exp refuses that.
+        gate = tl.rsqrt(1 + tl.exp(given * -GELU_SCALE * (1 + square * GELU_CUBE)))
         gate = gate * gate
         slope = gate + given * gate * (1 - gate) * GELU_SCALE * (1 + 3 * GELU_CUBE * square)
         tl.store(value + at, (given * gate).to(z.dtype.element_ty), mask=mask)

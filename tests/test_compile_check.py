@@ -3,6 +3,8 @@
 (Over 400 lines, a quarter of them the text of one program.)
 """
 
+import importlib.util
+import re
 import types
 
 import jax
@@ -14,6 +16,7 @@ from hmar_jax.compile_check.hlo import Program
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
+from pallas_kernels import devices
 
 # As libtpu 0.0.48 writes it, shortened: a scan of 5 layers that gathers a weight and keeps the layer's output.
 TPU = """HloModule jit_step, is_scheduled=true
@@ -411,6 +414,39 @@ class TestReport:
     def test_a_refusal_is_what_does_not_fit(self, prepared, here):
         found = report.report(prepared, here, programs.Compiled(None, 1.0, 200.0))
         assert (found.fits, found.memory.total, found.bound) == (False, 200.0, None)
+
+
+    @pytest.mark.parametrize(
+        ("capability", "installed", "expected"),
+        [
+            ("", True, ""),
+            ("7.5", True, ""),
+            ("9.0", True, "2 calls"),
+            ("9.0", False, r"none, for jax_triton is not installed here; .*`pip install .*\[triton\]'`"),
+        ],
+    )
+    def test_it_says_which_triton_kernels_the_program_has(
+        self, prepared, here, monkeypatch, capability, installed, expected
+    ):
+        call = '  %t{} = f32[2] custom-call(%p), custom_call_target="triton_kernel_call"'
+        lines = [call.format(i) for i in range(2)] if expected == "2 calls" else ["  ROOT %a = f32[2] negate(%p)"]
+        text = "\n".join(["HloModule m", "", "ENTRY %main (p: f32[2]) -> f32[2] {", *lines, "}"])
+        monkeypatch.setattr(devices, "compute_capability", lambda: capability)
+        monkeypatch.setattr(devices, "is_installed", lambda _: installed)
+        found = report.report(prepared, here, stub(text))
+        assert re.fullmatch(expected, found.triton)
+        shown = [line for line in report.text(prepared, here, [found], []).splitlines() if "Triton" in line]
+        assert shown == ([f"  Triton kernels: {found.triton}"] if expected else [])
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("jax_triton") and importlib.util.find_spec("jax_plugins")),
+    reason="needs the extras cuda and triton, no GPU",
+)
+def test_the_step_for_an_h200_has_the_triton_kernels_whatever_device_is_here():
+    at = topology.open_topology("h200:2")
+    text = programs.lower_train_step(programs.prepare(config(dtype="bfloat16"), at)).as_text()
+    assert text.count("custom_call @triton_kernel_call") >= 4  # gradients of norms and GELU, of a trunk and a branch
 
 
 def tight(usable, **changes):

@@ -18,6 +18,7 @@ from hmar_jax.compile_check import costs, work
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.programs import Compiled, Setup, schedule_of
 from hmar_jax.compile_check.topology import Topology
+from pallas_kernels import devices
 
 GIB = 2.0**30
 _LISTED = 8
@@ -81,7 +82,8 @@ class ProgramReport:
 
     Attributes:
       name: `train step` or `sampler`. images: that one run of it is about. seconds: that compiling took.
-      attention: how it runs. flops: of products, Pallas kernels' too. traffic: bytes to and from memory.
+      attention: how it runs. triton: which Triton kernels are in it, or why there are none; empty for devices that
+        Triton does not serve. flops: of products, Pallas kernels' too. traffic: bytes to and from memory.
       model_flops: by part, see `work.model_flops`; empty where no formula is.
     """
 
@@ -91,6 +93,7 @@ class ProgramReport:
     fits: bool
     memory: Memory
     attention: str = ""
+    triton: str = ""
     flops: float = 0.0
     traffic: float = 0.0
     model_flops: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -109,8 +112,10 @@ def report(setup: Setup, topology: Topology, compiled: Compiled, sampled: int = 
     base = ProgramReport(name, images, compiled.seconds, fits, memory)
     if compiled.executable is None:
         return base
-    program = Program(compiled.executable.as_text())
+    text = compiled.executable.as_text()
+    program = Program(text)
     with jax.set_mesh(setup.mesh):
+        triton = _triton(text)
         if sampled:
             plan, dtype = schedule_of(setup).plan, setup.config.dtype
             attention, in_kernels = work.sample_kernel_flops(setup.model, plan, dtype, sampled)
@@ -125,6 +130,7 @@ def report(setup: Setup, topology: Topology, compiled: Compiled, sampled: int = 
     return dataclasses.replace(
         base,
         attention=attention,
+        triton=triton,
         flops=flops,
         traffic=traffic,
         model_flops=model_flops,
@@ -133,6 +139,19 @@ def report(setup: Setup, topology: Topology, compiled: Compiled, sampled: int = 
         collectives=collectives,
         largest=tuple(costs.largest(program, _LISTED)),
         unknown_loops=len(program.unknown_loops),
+    )
+
+
+def _triton(text: str) -> str:
+    """The Triton kernels of a program (its text) for the mesh in use, or why it has none."""
+    if not devices.is_served_by_triton():
+        return ""
+    if devices.has_triton():
+        calls = text.count('custom_call_target="triton_kernel_call"')
+        return f"{calls} calls" if calls else "none"
+    return (
+        "none, for jax_triton is not installed here; where it is, another program runs, which can be checked after "
+        "`pip install -c constraints.txt -e '.[triton]'`"
     )
 
 
@@ -333,6 +352,8 @@ def _program_lines(program: ProgramReport, devices: int, chip: Any) -> list[str]
     lines.append(f"  collectives: {', '.join(sums) or 'none'}")
     if program.attention:
         lines.append(f"  attention runs as {program.attention}")
+    if program.triton:
+        lines.append(f"  Triton kernels: {program.triton}")
     if program.model_flops:
         parts = ", ".join(f"{name} {flops / 1e12:.4g}" for name, flops in program.model_flops.items())
         lines.append(f"  model TFLOPs: {sum(program.model_flops.values()) / 1e12:.4g} ({parts})")

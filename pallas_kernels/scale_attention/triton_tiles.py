@@ -9,9 +9,10 @@ import dataclasses
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import devices
 
 # What the table says of a tile of rows: the first and the one behind the last; the columns from the first that some row
 # sees to the one behind the last; those of them, whole tiles, that all rows see.
@@ -212,8 +213,8 @@ def _place(head_size: int, dtype: Any) -> tuple[int, int]:
 
 
 def shared_bytes() -> int:
-    """What a thread block may use of shared memory on the GPU here."""
-    return SHARED_BYTES.get(getattr(jax.devices()[0], "compute_capability", ""), LEAST_SHARED_BYTES)
+    """What a thread block may use of shared memory on the GPU that is compiled for."""
+    return SHARED_BYTES.get(devices.compute_capability(), LEAST_SHARED_BYTES)
 
 
 def candidates(key_ranges: np.ndarray, head_size: int, dtype: Any, norm: bool) -> list[TritonBlocks]:

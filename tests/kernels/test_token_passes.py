@@ -193,7 +193,7 @@ def seen(monkeypatch):
         return jax.pure_callback(lambda *_: None, out_shape, *arrays)
 
     monkeypatch.setattr(devices, "triton_call", record)
-    monkeypatch.setattr(devices, "has_triton", lambda: True)
+    monkeypatch.setattr(devices, "is_installed", lambda _: True)
     monkeypatch.setattr(token_passes, "FEWEST_TO_ADD", 1)
     return calls
 
@@ -243,7 +243,7 @@ def test_few_tokens_of_a_device_are_left_to_xla(seen, monkeypatch, ways):
 
 @pytest.mark.parametrize("function", [loss, GRADIENT], ids=["forward", "backward"])
 def test_without_jax_triton_xla_does_it(seen, monkeypatch, function):
-    monkeypatch.setattr(devices, "has_triton", lambda: False)
+    monkeypatch.setattr(devices, "is_installed", lambda _: False)
     with on_mesh():
         jax.make_jaxpr(function)(*LOSS_CASE)
     assert not seen

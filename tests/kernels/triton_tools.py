@@ -84,7 +84,20 @@ def interpret(function, *arguments):
             scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
         interpreter._patch_lang_tensor = patch_with_index
+        for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+            take_masks_of_numbers(interpreter.InterpreterBuilder, name, place)
     return jax.tree.map(np.asarray, function(*arguments))
+
+
+def take_masks_of_numbers(builder, name, place):
+    """Triton 3.9 refuses the int32 masks that its interpreter makes of a comparison of scalars joined to a block."""
+    access = getattr(builder, name)
+
+    def with_bool(self, *operands):
+        operands[place].data = operands[place].data.astype(bool)
+        return access(self, *operands)
+
+    setattr(builder, name, with_bool)
 
 
 @contextlib.contextmanager
@@ -112,6 +125,7 @@ def compile_kernel(kernel, capability, dtype, spec, others, **options):
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}  # as jax_triton says of all arrays
     source = triton.compiler.ASTSource(kernel, signature | {"spec": "constexpr"}, {"spec": spec}, aligned)
     with triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
+        options["enable_fp_fusion"] = devices.FP_FUSION
         return triton.compile(source, triton.backends.compiler.GPUTarget("cuda", capability, 32), options)
 
 
