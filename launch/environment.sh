@@ -7,6 +7,11 @@
 #
 # sets $checkout, $environment and $python. The environment is .venv in the checkout, or $HMAR_VENV. A stamp inside it
 # holds a checksum of what was installed, so that later runs start at once and a changed pin is picked up.
+#
+#   prepare_newest [PYTHON]
+#
+# does so beside it, in .venv-newest-3.N, without the pins: the newest versions that setup.py allows, of the newest Python
+# here or of PYTHON.
 
 checkout="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 environment="${HMAR_VENV:-$checkout/.venv}"
@@ -29,20 +34,22 @@ if not (find_spec("venv") and find_spec("ensurepip")):
     sys.exit(3)
 '
 
-candidates() { # Every Python worth a try, one per line, the tested versions first.
+candidates() { # candidates NAME…: every Python worth a try, one per line.
     local name file
-    for name in python3.12 python3.13 python3.14 python3 python; do
+    for name; do
         type -P "$name" || true
+        for file in "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/${name#python}".*/bin/python; do
+            [[ ! -x "$file" ]] || printf '%s\n' "$file"
+        done
     done
-    for file in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python; do
-        [[ ! -x "$file" ]] || printf '%s\n' "$file"
-    done
+    type -P python3 || true
+    type -P python || true
     if type -P uv >/dev/null; then
         uv python find --system '>=3.12,<3.15' 2>/dev/null || true
     fi
 }
 
-find_python() { # Sets $base_python. Names prove nothing (pyenv's shims may fail), so each candidate is run.
+find_python() { # find_python NAME…: sets $base_python. Names prove nothing (pyenv's shims may fail), so each is run.
     local candidate status without_venv=""
     while IFS= read -r candidate; do
         status=0
@@ -52,7 +59,7 @@ find_python() { # Sets $base_python. Names prove nothing (pyenv's shims may fail
             return
         fi
         ((status != 3)) || without_venv="${without_venv:-$candidate}"
-    done < <(candidates)
+    done < <(candidates "$@")
     if [[ -n "$without_venv" ]]; then
         stop "$without_venv cannot make virtual environments: install its venv package (on Debian and Ubuntu: apt install python3-venv), then run this again."
     fi
@@ -69,7 +76,7 @@ make_environment() { # Leaves a good environment alone, replaces a broken one, r
     elif [[ -e "$environment" && -n "$(ls -A "$environment")" ]]; then
         stop "$environment exists and is not a virtual environment: move it away, or name another place in HMAR_VENV."
     fi
-    find_python
+    [[ -n "${base_python-}" ]] || find_python python3.12 python3.13 python3.14
     if [[ -n "$clear" ]]; then
         printf 'Replacing %s: its Python is missing, broken or not one of 3.12, 3.13 and 3.14.\n' "$environment"
     fi
@@ -85,8 +92,9 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 ' "$checkout/setup.py" "$checkout/constraints.txt" "$checkout" "$environment"
 }
 
-install() { # install EXTRAS, quietly; the whole output goes to install.log in the environment.
-    local project="$checkout" log="$environment/install.log" name
+install() { # install PINS EXTRAS OPTION…: quietly; the whole output goes to install.log in the environment.
+    local pins="$1" extras="$2" project="$checkout" log="$environment/install.log" name
+    shift 2
     if [[ ! -w "$checkout" ]]; then
         # An editable install writes metadata beside setup.py; in a read-only checkout, beside links to it instead.
         project="$environment/checkout"
@@ -97,8 +105,8 @@ install() { # install EXTRAS, quietly; the whole output goes to install.log in t
     fi
     # Relative paths, because pip splits PIP_CONSTRAINT at spaces; that variable also pins the tools of isolated builds.
     if ! (
-        cd "$project" && PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-            "$python" -m pip install --disable-pip-version-check --no-input -e ".[$1]"
+        cd "$project" && PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" \
+            "$python" -m pip install --disable-pip-version-check --no-input "$@" -e ".[$extras]"
     ) </dev/null >"$log" 2>&1; then
         tail -n 15 "$log" >&2
         printf 'The installation failed; all of its output is in %s.\n' "$log" >&2
@@ -117,7 +125,22 @@ prepare_environment() {
     fi
     printf 'Installing the pinned packages into %s (about a minute, once) …\n' "$environment"
     rm -f "$stamp" # Written again only after all is in, and by a rename: an interrupted install leaves none.
-    install "$extras"
+    install constraints.txt "$extras"
     printf '%s\n' "$wanted $extras" >"$stamp.new"
     mv "$stamp.new" "$stamp"
+}
+
+prepare_newest() {
+    if [[ -n "${1-}" ]]; then
+        "$1" -I -c "$probe" </dev/null >/dev/null 2>&1 ||
+            stop "'$1' is no Python 3.12, 3.13 or 3.14 that can make virtual environments: name one, or leave it out for the newest here."
+        base_python="$1"
+    else
+        find_python python3.14 python3.13 python3.12
+    fi
+    environment="$environment-newest-$("$base_python" -I -c 'import sys; print(*sys.version_info[:2], sep=".")')"
+    python="$environment/bin/python"
+    make_environment
+    printf 'Installing the newest versions that setup.py allows into %s …\n' "$environment"
+    install "" demo,test --upgrade --upgrade-strategy=eager
 }

@@ -266,6 +266,34 @@ def test_failing_stage_is_named(machine: Machine, module: str, stage: str) -> No
     assert machine.calls[-1].startswith(f"-m {module}")
 
 
+@pytest.mark.parametrize(("argument", "version"), [("--newest", "3.13"), ("--newest=python3.12", "3.12")])
+def test_newest_tests_without_the_pins_in_an_environment_of_its_own(
+    machine: Machine, argument: str, version: str
+) -> None:
+    machine.add_python("python3.12", "3, 12, 9")
+    machine.add_python("python", "3, 13, 0", machine.home / ".pyenv/versions/3.13.0/bin")
+    assert machine.run("test.sh").returncode == 0
+    for _ in range(2):  # what is newest is looked for every time
+        before = len(machine.calls)
+        done = machine.run("test.sh", argument, "-k", "glyphs")
+        assert (done.returncode, done.stderr) == (0, "")
+        calls = machine.calls[before:]
+        upgrade = "--upgrade --upgrade-strategy=eager -e .[demo,test]"
+        assert f"-m pip install --disable-pip-version-check --no-input {upgrade}" in calls
+        assert f"constraints:  in {machine.checkout}" in calls
+        assert not any(call.startswith(("-m ruff", "-m mypy")) for call in calls)
+        assert calls[-1].startswith("-m pytest") and calls[-1].endswith("-k glyphs")
+        assert f"{machine.checkout}/.venv-newest-{version}/cache/pytest" in calls[-1]
+    assert machine.stamp.exists()
+
+
+@pytest.mark.parametrize("asked", ["python3.11", "nowhere/python"])
+def test_newest_of_a_python_that_does_not_fit(machine: Machine, asked: str) -> None:
+    machine.add_python("python3.11", "3, 11, 7")
+    machine.add_python("python3.12")
+    assert_one_sentence(machine.run("test.sh", f"--newest={asked}"), f"'{asked}' is no Python 3.12, 3.13 or 3.14")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_bash_reads_it(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
