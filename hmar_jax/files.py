@@ -39,9 +39,11 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
       name: what a sentence calls the path, e.g. `--output`, `data.path`.
 
     Raises:
-      InputError: it is a URL such as `gs://bucket/x`, or begins with the `~` of a user who does not exist.
+      InputError: it is no path, a URL such as `gs://bucket/x`, or begins with the `~` of a user who does not exist.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise InputError(f"{name} is {repr(path)[:80]}; expected a path, as a str or a Path.")
     if _URL.match(text):
         raise InputError(
             f"{name} is {text!r}, a URL; expected a path on this machine, so mount the storage (gcsfuse, s3fs) and "

@@ -49,8 +49,8 @@ def is_hopper(platform: str, kind: str) -> bool:
 def compute_capability() -> str:
     """That of the NVIDIA GPU that is compiled for, such as 9.0; empty for other devices.
 
-    The devices of a mesh may be absent, as those of a topology are, and the mesh tells their kind alone: then it is that
-    of the first device here, if that is of the same kind, or else what is known of the kind.
+    The devices of a mesh may be absent, as those of a topology are, and the mesh tells their kind alone: then it is
+    that of the first device here, if that is of the same kind, or else what is known of the kind.
     """
     target = _target()
     if isinstance(target, jax.sharding.AbstractDevice):
