@@ -415,7 +415,6 @@ class TestReport:
         found = report.report(prepared, here, programs.Compiled(None, 1.0, 200.0))
         assert (found.fits, found.memory.total, found.bound) == (False, 200.0, None)
 
-
     @pytest.mark.parametrize(
         ("capability", "installed", "expected"),
         [
