@@ -75,6 +75,8 @@ class _Classes:
 
     def read(self, word: str) -> list[Label]:
         """The classes that a word stands for: one, or those of a range."""
+        if not word.isascii() and not word.isprintable():  # UTF-8 of a command line whose locale is ASCII
+            word = word.encode(errors="surrogateescape").decode(errors="surrogateescape")
         for text in (word, word.strip()):
             if text in self._names:
                 return [Label(self._number(text), text)]
@@ -143,6 +145,8 @@ class _Classes:
     def _expected(self, word: str) -> str:
         """What a word that is no class could have been, as a part of a sentence."""
         some = ", ".join(map(_quoted, self._names[:12])) + (", …" if len(self._names) > 12 else "")
+        if any("," in name for name in self._names):
+            some += " (names and ranges that have a comma in double quotes)"
         if not self._names:
             return "a number"
         if not self._whole:

@@ -32,6 +32,8 @@ READ = {
     "a range from a name with dashes": ("black-and-tan coonhound-fox", DOGS, [(1, DOGS[1]), (2, DOGS[2]), (3, "fox")]),
     "a name is read before a range": ("a-b", DASHES, [(3, "a-b")]),
     "letters of other scripts": ("Žába,ねこ", ["ねこ", "Žába"], [(1, "Žába"), (0, "ねこ")]),
+    "such letters where the locale is ASCII": ("\udcc5\udcbdaba", ["Žaba"], [(0, "Žaba")]),
+    "a range to a name with a comma": ('"fox-1, 2"', ["fox", "1, 2"], [(0, "fox"), (1, "1, 2")]),
     "spaces at the ends of a name": ("' x',\" y \"", ["' x'", " y "], [(0, "' x'"), (1, " y ")]),
 }
 

@@ -199,6 +199,6 @@ def test_how_classes_are_read_is_in_the_help(which, capsys):
 def test_a_class_number_is_refused_where_names_are_numbers(named, which, tmp_path, capsys):
     assert main(["sample", f"--model={named}", f"{which}=0", f"--output={tmp_path / 'out'}"]) == 2
     assert (
-        "Label '0' is not a class of this model; expected one of 10, 11, 9, \"fox, red\", a/b; as some of these are"
-        in (capsys.readouterr().err)
+        "Label '0' is not a class of this model; expected one of 10, 11, 9, \"fox, red\", a/b (names and "
+        "ranges that have a comma in double quotes); as some of these are" in (capsys.readouterr().err)
     )
