@@ -73,11 +73,16 @@ def is_there(path: Path, what: str) -> bool:
 
 
 def check_readable(path: Path, what: str) -> None:
-    """Raises as `check_refusal` where a file may not be read; libraries in Rust and C++ call such a one absent."""
+    """Raises InputError where a file may not be read; libraries in Rust and C++ call such a one absent.
+
+    What else is wrong with it they say themselves.
+    """
     try:
         path.open("rb").close()
-    except OSError as error:
+    except PermissionError as error:
         check_refusal(f"{what} {path}", error)
+    except OSError:
+        pass
 
 
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -37,9 +37,9 @@ from official_files import (
 )
 
 from hmar_jax import InputError, from_pretrained, official
-from hmar_jax.commands.sample import parse_labels
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.convert import convert, export_torch
+from hmar_jax.labels import parse_labels
 from hmar_jax.pretrained import read_config, save_model
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training.objectives import OBJECTIVES
@@ -165,7 +165,8 @@ def test_a_thousand_classes_have_the_names_of_imagenet(tmp_path, small_tokenizer
     names = read_config(convert("var", file, LADDER, tmp_path / "var", tokenizer=tokenizer))[0].class_names
     assert len(set(names)) == 1000
     assert not [name for name in names if "," in name or name != name.strip()]
-    assert parse_labels("tench,golden retriever,88,macaw,7-9,toilet tissue", names) == [0, 207, 88, 88, 7, 8, 9, 999]
+    labels = parse_labels("tench,golden retriever,88,macaw,7-9,toilet tissue", names, 1000)
+    assert [label.number for label in labels] == [0, 207, 88, 88, 7, 8, 9, 999]
 
 
 # --- stage 2

@@ -354,7 +354,7 @@ module, name, calls = {
     "among the arrays": (tensors, "_bytes", 20),
     "before the model card": (model_card, "write", 1),
     "in the config": (Path, "write_text", 2),
-    "before the renaming": (pretrained, "_swap_in", 1),
+    "before the renaming": (pretrained, "swap_in", 1),
 }[point]
 original = getattr(module, name)
 

@@ -196,6 +196,6 @@ def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch, what, number, kin
 
     monkeypatch.setattr(os, "scandir", lambda path: unless_refused(path, scandir))
     monkeypatch.setattr(Image, "open", lambda path: unless_refused(path, opened))
-    with pytest.raises(InputError, match=f"'{refused}' {message}") as caught:
+    with pytest.raises(kind, match=f"'{refused}' {message}") as caught:
         only(tmp_path)
     assert type(caught.value) is kind
