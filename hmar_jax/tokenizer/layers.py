@@ -26,7 +26,10 @@ class GroupNorm(nnx.GroupNorm):
     """Group normalisation (Wu & He 2018) with statistics and arithmetic in float32.
 
     The map is read once for its statistics and once to be normalised, by a factor and a summand for each channel.
-    Squares are summed about the pixel in the middle, so that a mean far from zero costs the variance no digits.
+    Squares are summed about a channel's pixel p in the middle, by E[(x-m)²] = E[(x-p)²] - E[x-p]² + (E[x]-m)² with m
+    the mean of the group. So a mean far from zero costs the variance no digits. An outlier at p costs some: the N
+    pixels of a channel have |p - E[x]| ≤ σ·sqrt(N-1) (Samuelson's inequality), so that the relative error is at most N
+    times that of float32, 0.4% for one bright pixel in a flat map of 256x256.
     """
 
     def __call__(self, x: jax.Array, activation: Activation = lambda y: y) -> jax.Array:  # type: ignore[override]

@@ -62,7 +62,8 @@ class Quantizer(nnx.Module):
         """The code with the least squared distance: (…,Z) float32 → (…) int32."""
         codebook = self.codebook[...]
         dots = jnp.einsum("...z,vz->...v", latents, codebook, precision="highest")
-        # |latent|² is the same for all codes, so that it need not be added.
+        # |x - e|² = |x|² - 2x·e + |e|², and |x|² is the same for all codes. Rounding may swap codes whose distances
+        # differ by less than 1e-7 (|x|² + |e|²); the published models' tokens come from this formula.
         return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * dots, axis=-1).astype(jnp.int32)
 
     @jax.named_scope("quantizer")

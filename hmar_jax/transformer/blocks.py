@@ -149,8 +149,8 @@ class Block(nnx.Module):
         out_init = weight_init(width, 1 / math.sqrt(2 * config.depth))
         self.fc2 = nnx.Linear(hidden, width, kernel_init=out_init, dtype=dtype, rngs=rngs)
         rows = jnp.asarray([config.gate_init] * 2 + [0.5] * 4)[:, None]
-        if config.shared_adaln:
-            self.adaln_offset = nnx.Param(weight_init(width)(rngs.params(), (6, width)) * rows)
+        if config.shared_adaln:  # an offset has no fan-in to add up: a deviation of 1/√C before the factors
+            self.adaln_offset = nnx.Param(weight_init(width, math.sqrt(3))(rngs.params(), (6, width)) * rows)
         else:
             init = weight_init(width)(rngs.params(), (width, 6, width)) * rows
             self.adaln = nnx.Linear(width, 6 * width, dtype=jnp.float32, rngs=rngs)

@@ -112,26 +112,33 @@ gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
 @jax.custom_vjp
 def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """LN(x)(1+scale)+shift without affine parameters, eps 1e-6: (B,L,C), twice (B,1,C) float32 → (B,L,C)."""
-    n = _wide(x)
-    n = n - n.mean(axis=-1, keepdims=True)
-    n = n * jax.lax.rsqrt(jnp.mean(n * n, axis=-1, keepdims=True) + EPS)
-    return (n * (1 + scale) + shift).astype(x.dtype)
+    return _modulated_norm_forward(x, scale, shift)[0]
 
 
-def _modulated_norm_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, ...]:
-    """One pass for four sums of each row; one for dx and the sums over the tokens of each sample."""
-    given, scale = kept
-    x, dn = _wide(given), dy * (1 + scale)
-    sums = [jnp.mean(of_row, axis=-1, keepdims=True) for of_row in (x, x * x, dn, dn * x)]
-    dy, (mean, square, dn_mean, dn_x) = optimization_barrier((dy, sums))
-    inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPS)
-    n = (x - mean) * inverse
-    dx = inverse * (dy * (1 + scale) - dn_mean - n * (inverse * (dn_x - mean * dn_mean)))
+def _modulated_norm_forward(x: jax.Array, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, Any]:
+    """Stored for the gradient: x, and two float32 numbers for each token, the mean and 1/σ of its channels."""
+    mean = jnp.mean(_wide(x), axis=-1, keepdims=True)
+    centred = _wide(x) - mean
+    # About the mean: E[x²] - E[x]² would cancel where the mean is large.
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPS)
+    return (centred * inverse * (1 + scale) + shift).astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _modulated_norm_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
+    """With n = (x-mean)/σ and dn = dy(1+scale): dx = (dn - E[dn] - n·E[n·dn])/σ, dscale = Σ n·dy, dshift = Σ dy.
+
+    One pass for two means E over the channels of each token; one for dx and the sums Σ over the tokens of each sample.
+    """
+    x, scale, mean, inverse = kept
+    n, dn = (_wide(x) - mean) * inverse, dy * (1 + scale)
+    means = [jnp.mean(of_token, axis=-1, keepdims=True) for of_token in (dn, n * dn)]
+    dy, (dn_mean, n_dn_mean) = optimization_barrier((dy, means))
+    dx = inverse * (dy * (1 + scale) - dn_mean - n * n_dn_mean)
     dscale, dshift = (jnp.sum(of_token, axis=1, keepdims=True, dtype=jnp.float32) for of_token in (dy * n, dy))
-    return dx.astype(given.dtype), dscale, dshift
+    return dx.astype(x.dtype), dscale, dshift
 
 
-modulated_norm.defvjp(lambda x, scale, shift: (modulated_norm(x, scale, shift), (x, scale)), _modulated_norm_backward)
+modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
 
 
 @jax.custom_vjp

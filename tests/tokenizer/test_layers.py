@@ -74,6 +74,29 @@ def test_a_mean_far_from_zero_costs_the_variance_no_digits():
     assert abs(np.var(given[0, ..., 0]) / np.var(expected[0, ..., 0]) - 1) < 1e-5
 
 
+def test_an_outlier_that_squares_are_summed_about_costs_a_flat_map_little():
+    layer = lively(GroupNorm, 8, 4, epsilon=1e-6)
+    maps = np.float32(1e-3 * np.random.default_rng(0).normal(size=(1, 64, 64, 8)))
+    maps[:, 32, 32] += 50
+    np.testing.assert_allclose(layer(maps), normed(layer, maps), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_group_norm_are_exact_on_maps_far_from_zero():
+    """Sums of gradient·x less the mean times sums of gradients lose as many digits as the mean exceeds the spread."""
+    layer = lively(GroupNorm, 8, 4, epsilon=1e-6)
+    maps, dy = np.float64(normal((2, 16, 16, 8))), np.float64(normal((2, 16, 16, 8), 1))
+    maps = np.float64(np.float32(maps + 300))
+    groups = maps.reshape(2, 16, 16, 4, 2)
+    centred = groups - groups.mean((1, 2, 4), keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean((1, 2, 4), keepdims=True) + 1e-6)
+    n, dn = centred / deviation, (dy * np.asarray(layer.scale[...], np.float64)).reshape(groups.shape)
+    means = [of_pixel.mean((1, 2, 4), keepdims=True) for of_pixel in (dn, n * dn)]
+    expected = ((dn - means[0] - n * means[1]) / deviation).reshape(maps.shape)
+    _, pull = jax.vjp(jax.jit(lambda x: layer(x)), jnp.float32(maps))
+    (given,) = pull(jnp.float32(dy))
+    assert np.linalg.norm(given - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 def test_a_constant_map_is_normalised_to_the_bias():
     layer = lively(GroupNorm, 8, 4, epsilon=1e-6)
     given = layer(jnp.full((1, 5, 5, 8), 7.0))

@@ -1,5 +1,6 @@
 """The transformer: equal to the official outputs, Markov in scales, blind to what is masked, free in size."""
 
+import dataclasses
 import functools
 
 import jax
@@ -388,6 +389,14 @@ def test_initial_gates_are_nearly_closed(fresh):
     for rows, factor in ((slice(0, 2), 1e-3), (slice(2, 6), 0.5)):
         kernel = np.asarray(fresh["trunk.blocks.adaln.kernel"]).reshape(2, 64, 6, 64)[:, :, rows]
         assert kernel.std() == pytest.approx(factor * (1 / (3 * 64)) ** 0.5, rel=0.05)
+
+
+def test_offsets_of_a_shared_adaln_start_with_one_over_the_root_of_the_width():
+    config = dataclasses.replace(FRESH, masked=False, shared_adaln=True)
+    offsets = trees.flatten(initial(config, jax.random.key(7)))["trunk.blocks.adaln_offset"]  # (2,6,64)
+    for rows, factor in ((slice(0, 2), 1e-3), (slice(2, 6), 0.5)):
+        chosen = np.asarray(offsets)[:, rows]
+        assert chosen.std() == pytest.approx(factor * 64**-0.5, rel=4 / np.sqrt(2 * chosen.size))
 
 
 def test_initial_biases_are_zero_and_temperatures_four(fresh):
