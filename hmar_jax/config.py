@@ -222,8 +222,8 @@ class OptimizerConfig:
       warmup, flat: shares of training that warm up from `warmup_from`·peak, and that then stay at the peak.
       final_lr: ratio of the peak that the linear decay ends at.
       weight_decay, final_weight_decay: the ends of its cosine.
-      clip: global norm the gradient is clipped to. 0 turns it off.
-      ema: decay of the averaged parameters, less in the first steps; 0 keeps none.
+      clip: norm the gradient is clipped to, that of the tokenizer's discriminator by itself. 0 turns it off.
+      ema: decay of the averaged parameters, less in the first steps; 0 keeps none. A discriminator has no averages.
     """
 
     base_lr: float = 1e-4
@@ -266,7 +266,9 @@ class TokenizerLossConfig:
       l1, l2: pixel terms, in [-1,1] units. vq, commitment: codebook term and commitment's share of it.
       perceptual: weight of LPIPS, on only with `perceptual_weights`, a .safetensors file of VGG16 and LPIPS weights.
       adversarial: weight of the generator's term, before the adaptive factor; 0 builds no discriminator.
-      adversarial_start: step at which it starts. discriminator_channels, discriminator_layers: PatchGAN size.
+      adversarial_start: step at which the discriminator starts to train, with a warm-up of its own; before it nothing
+        is computed of it. adversarial_ramp: steps over which the generator's term then rises to its weight.
+      discriminator_channels, discriminator_layers: PatchGAN size.
       kmeans_batches: batches whose latents, pooled to every scale, start the codebook; 0 keeps the random one.
       dead_below: a code drawn less than this share of its fair share (1/V) is re-initialised; 0 never.
       usage_decay: decay per step of the drawn shares that decide it. revive_every: steps between re-initialisations.
@@ -281,6 +283,7 @@ class TokenizerLossConfig:
     perceptual_weights: str = ""
     adversarial: float = 0.1
     adversarial_start: int = 20_000
+    adversarial_ramp: int = 1000
     discriminator_channels: int = 64
     discriminator_layers: int = 3
     kmeans_batches: int = 4
@@ -304,7 +307,9 @@ class ObjectiveConfig:
 
     Attributes:
       scale_weights: of stage 1: `log_normal` (published), `uniform` over tokens (VAR) or `equal` over scales.
-      per_sample_masks: stage 2 draws ratio and positions for each sample instead of once for the batch.
+      per_sample_masks: stage 2 draws ratio and positions for each sample instead of once for the batch: for the global
+        batch, whatever `accumulate` and the devices, so that a run does not depend on them. The published code draws
+        once in each of its processes; for masks as diverse as those of many processes, set this.
       leak_free: stage 2 trains on masked inputs that show nothing of masked tokens; recorded in the model's config.
     """
 

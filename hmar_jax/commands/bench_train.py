@@ -189,7 +189,9 @@ def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
     start = start_model(config)
     objective = OBJECTIVES[config.stage](dataclasses.replace(config, init_from="nothing"), (), start)
     parts = objective.init([], _made_up_params(start, sharding.shardings_in_use))
-    optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
+    optimizer = make_optimizer(
+        config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
+    )
     return objective, TrainState.create(config, parts, optimizer), parts.frozen, optimizer
 
 

@@ -82,7 +82,9 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
     def create(params: Tree) -> tuple[TrainState, Tree]:
         # Weights that are only passed on need not be here.
         parts: Parts = build(unjudged(config)).init([], params)
-        optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
+        optimizer = make_optimizer(
+            config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
+        )
         return TrainState.create(config, parts, optimizer), parts.frozen
 
     state, frozen = jax.eval_shape(create, params)
@@ -128,7 +130,9 @@ def start_model(config: TrainConfig) -> ModelConfig:
 def lower_train_step(setup: Setup) -> jax.stages.Lowered:
     """The step that `hmar-jax train` jits: objective, optimizer and all, with the state donated."""
     config, mesh = setup.config, setup.mesh
-    optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, setup.state.params)
+    optimizer = make_optimizer(
+        config.optimizer, config.steps, config.batch_size, setup.state.params, config.tokenizer_loss.adversarial_start
+    )
     step = make_train_step(config, setup.objective, optimizer)
     with jax.set_mesh(mesh):
         return jit_train_step(step, setup.state, mesh).lower(setup.state, setup.frozen, _batch(setup))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jax.lax import stop_gradient
 
 from hmar_jax.config import TokenizerLossConfig
 from hmar_jax.errors import InputError
+from hmar_jax.params import Tree
 
-Loss = Callable[[jax.Array], jax.Array]
+Metrics = dict[str, jax.Array]
 
 
 class Discriminator(nnx.Module):
@@ -58,7 +59,8 @@ class Discriminator(nnx.Module):
         )
         # Groups divide the width and hold two channels or more: alone, a channel of a 1x1 map would normalise to 0.
         self.norms = nnx.List(
-            nnx.GroupNorm(width, math.gcd(32, width // 2), dtype=dtype, rngs=rngs) for width in widths[1:]
+            nnx.GroupNorm(width, math.gcd(32, width // 2), use_fast_variance=False, dtype=dtype, rngs=rngs)
+            for width in widths[1:]  # the fast variance is E[x²] - E[x]², which cancels
         )
         self.last = conv(widths[-1], 1, 1, True)
 
@@ -96,33 +98,26 @@ def generator_loss(fake_logits: jax.Array) -> jax.Array:
     return -jnp.mean(fake_logits)
 
 
-def adversarial_factor(step: jax.Array | int, start: int, weight: float) -> jax.Array:
-    """`weight` from step `start` on, 0 before: the picture comes first, its texture later. Float32 scalar."""
-    return jnp.where(jnp.asarray(step) >= start, jnp.float32(weight), 0.0)
+def adversarial_factor(step: jax.Array | int, config: TokenizerLossConfig) -> jax.Array:
+    """Weight of the generator's term at a step, float32 scalar: 0 before `adversarial_start`, then a linear rise.
+
+    During the rise the discriminator, which knew nothing at the start, learns what its gradients are to mean.
+    """
+    risen = (jnp.asarray(step) - config.adversarial_start + 1) / (config.adversarial_ramp + 1)
+    return config.adversarial * jnp.clip(risen, 0, 1).astype(jnp.float32)
 
 
-def adaptive_weight(
-    reconstruction_loss_of_kernel: Loss, adversarial_loss_of_kernel: Loss, kernel: jax.Array
-) -> jax.Array:
+def adaptive_weight(reconstruction_gradient: jax.Array, adversarial_gradient: jax.Array) -> jax.Array:
     """Weight that makes both losses pull equally hard on the decoder's last layer (Esser et al. 2021, VQGAN eq. 7).
 
-    ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 1e-4), between 0 and 1e4; a constant to the gradient. As functions of that
-    one kernel, the losses are differentiated again down to the last convolution only: let their other inputs, the
-    activations below it above all, be constants (`stop_gradient`), which spares the tracing of second derivatives.
-
     Args:
-      reconstruction_loss_of_kernel, adversarial_loss_of_kernel: kernel → scalar.
-      kernel: of the decoder's last convolution.
+      reconstruction_gradient, adversarial_gradient: of the losses by the kernel of the decoder's last convolution.
 
     Returns:
-      float32 scalar.
+      ‖reconstruction‖ / (‖adversarial‖ + 1e-4), between 0 and 1e4: float32 scalar.
     """
-    kernel = stop_gradient(kernel)
-    reconstruction, adversarial = (
-        jnp.linalg.norm(jax.grad(loss)(kernel).astype(jnp.float32).ravel())
-        for loss in (reconstruction_loss_of_kernel, adversarial_loss_of_kernel)
-    )
-    return stop_gradient(jnp.clip(reconstruction / (adversarial + 1e-4), 0.0, 1e4))
+    norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel()) for g in (reconstruction_gradient, adversarial_gradient)]
+    return jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, 1e4)
 
 
 def pixel_loss(reconstruction: jax.Array, images: jax.Array, *, l1: float, l2: float) -> jax.Array:
@@ -173,59 +168,114 @@ def _mse(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(a - b))
 
 
+class Adversary(NamedTuple):
+    """The discriminator of a training step.
+
+    Attributes:
+      judge: its parameters, pictures (B,S,S,3) → logits. params: those parameters.
+      to_kernel: gradient of a loss by the reconstruction (B,S,S,3) → by the kernel of the decoder's last convolution.
+      step: of training, which decides whether the adversarial terms are on yet.
+    """
+
+    judge: Callable[[Tree, jax.Array], jax.Array]
+    params: Tree
+    to_kernel: Callable[[jax.Array], jax.Array]
+    step: jax.Array | int
+
+
+def adversarial_terms(
+    config: TokenizerLossConfig,
+    adversary: Adversary,
+    reconstruction: jax.Array,
+    images: jax.Array,
+    reconstruction_gradient: jax.Array,
+) -> tuple[Metrics, jax.Array, jax.Array, Tree]:
+    """What generator and discriminator learn from each other, gradients and all; nothing is computed before the start.
+
+    One `lax.cond` decides, and computes the gradients inside, so that it hands over neither activations nor zeros in
+    place of them, but a gradient by the reconstruction and the discriminator's own. It is preferred to two programs,
+    one for before and one for after the start: the second would be compiled, and may first be out of memory, hours
+    into a run.
+
+    Args:
+      reconstruction, images: (B,S,S,3), constants.
+      reconstruction_gradient: of the picture terms by the reconstruction.
+
+    Returns:
+      `generator`, `discriminator` and `adaptive_weight`, 0 before the start; the weighted term of the generator; its
+      gradient by the reconstruction; the gradient of the discriminator's loss by its parameters.
+    """
+    judge, params, to_kernel, step = adversary
+
+    def on() -> tuple[Metrics, jax.Array, jax.Array, Tree]:
+        term, gradient = jax.value_and_grad(lambda picture: generator_loss(judge(params, picture)))(reconstruction)
+        weight = adaptive_weight(to_kernel(reconstruction_gradient), to_kernel(gradient))
+
+        def own_loss(params: Tree) -> jax.Array:
+            return hinge_discriminator_loss(judge(params, images), judge(params, reconstruction))
+
+        loss, own_gradient = jax.value_and_grad(own_loss)(params)
+        metrics = {"generator": term, "discriminator": loss, "adaptive_weight": weight}
+        factor = adversarial_factor(step, config) * weight
+        return metrics, factor * term, factor * gradient, own_gradient
+
+    def off() -> tuple[Metrics, jax.Array, jax.Array, Tree]:
+        return jax.tree.map(lambda made: jnp.zeros(made.shape, made.dtype), jax.eval_shape(on))
+
+    return jax.lax.cond(jnp.asarray(step) >= config.adversarial_start, on, off)
+
+
+@jax.custom_vjp
+def _with_gradient(value: jax.Array, inputs: Any, gradient: Any) -> jax.Array:
+    """`value`, whose gradient by the tree `inputs` is `gradient`, which has been computed with it."""
+    return value
+
+
+_with_gradient.defvjp(
+    lambda value, inputs, gradient: (value, gradient),
+    lambda gradient, d: (None, jax.tree.map(lambda g: d * g, gradient), None),
+)
+
+
 def generator_terms(
     config: TokenizerLossConfig,
-    step: jax.Array | int,
     reconstruction: jax.Array,
     images: jax.Array,
     latents: jax.Array,
     fhats: jax.Array | Sequence[jax.Array],
     *,
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    discriminate: Callable[[jax.Array], jax.Array] | None = None,
-    last_layer: Callable[[jax.Array], jax.Array] | None = None,
-    kernel: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    adversary: Adversary | None = None,
+) -> tuple[jax.Array, Metrics]:
     """The tokenizer's whole loss: pixels + vq + perceptual + adversarial, each with its weight from `config`.
 
     Args:
-      config: the weights. step: of training, which decides whether the adversarial term is on yet.
+      config: the weights.
       reconstruction, images: (B,S,S,3), the first one differentiable.
       latents, fhats: see `vq_loss`.
       perceptual: (reconstruction, images) → (B,) distances; None leaves the term out.
-      discriminate: pictures → logits, its parameters constant (`stop_gradient`); None leaves the adversarial term out.
-      last_layer: kernel → reconstruction, the decoder's last convolution on constant activations; with `discriminate`.
-      kernel: that convolution's; with `discriminate`.
+      adversary: None leaves the adversarial terms out. The gradient of the loss by its parameters is that of the
+        discriminator's own loss, which is no part of the value.
 
     Returns:
       loss, and the terms before weighting by name: `pixel`, `vq`, and where on `perceptual`, `generator`,
-      `adaptive_weight`. All float32 scalars.
-
-    Raises:
-      InputError: `discriminate` without `last_layer` and `kernel`.
+      `discriminator`, `adaptive_weight`. All float32 scalars.
     """
 
-    def picture_terms(picture: jax.Array) -> dict[str, jax.Array]:
+    def picture_loss(picture: jax.Array) -> tuple[jax.Array, Metrics]:
         terms = {"pixel": pixel_loss(picture, images, l1=config.l1, l2=config.l2)}
-        return terms | ({"perceptual": jnp.mean(perceptual(picture, images))} if perceptual else {})
+        if perceptual is None:
+            return terms["pixel"], terms
+        terms["perceptual"] = jnp.mean(perceptual(picture, images))
+        return terms["pixel"] + config.perceptual * terms["perceptual"], terms
 
-    def picture_loss(terms: dict[str, jax.Array]) -> jax.Array:
-        return terms["pixel"] + config.perceptual * terms.get("perceptual", jnp.float32(0))
-
-    metrics = picture_terms(reconstruction)
+    if adversary is None:
+        loss, metrics = picture_loss(reconstruction)
+    else:
+        picture, still = stop_gradient(reconstruction), adversary._replace(params=stop_gradient(adversary.params))
+        (loss, metrics), gradient = jax.value_and_grad(picture_loss, has_aux=True)(picture)
+        terms, term, more, own = adversarial_terms(config, still, picture, images, gradient)
+        loss = _with_gradient(loss + term, (reconstruction, adversary.params), (gradient + more, own))
+        metrics |= terms
     metrics["vq"] = vq_loss(latents, fhats, config.commitment)
-    loss = picture_loss(metrics) + config.vq * metrics["vq"]
-    if discriminate is None:
-        return loss, metrics
-    if last_layer is None or kernel is None:
-        raise InputError(
-            "generator_terms with a discriminator also needs last_layer and kernel for the adaptive weight."
-        )
-    metrics["generator"] = generator_loss(discriminate(reconstruction))
-    metrics["adaptive_weight"] = adaptive_weight(
-        lambda kernel: picture_loss(picture_terms(last_layer(kernel))),
-        lambda kernel: generator_loss(discriminate(last_layer(kernel))),
-        kernel,
-    )
-    factor = adversarial_factor(step, config.adversarial_start, config.adversarial)
-    return loss + factor * metrics["adaptive_weight"] * metrics["generator"], metrics
+    return loss + config.vq * metrics["vq"], metrics

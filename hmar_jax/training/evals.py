@@ -15,6 +15,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.params import Tree
 from hmar_jax.training import sharding
 from hmar_jax.training.objectives import Objective
+from hmar_jax.training.weights_and_masks import joined
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Evals:
         return number // size, size
 
     def _run(self, eval_config: EvalConfig, trained: Tree, frozen: Tree) -> dict[str, np.ndarray]:
-        """Means over the batches."""
+        """Means over all examples of the batches."""
         config, (number, size) = self._config, self._batches[eval_config]
         batches = pipeline.batches(
             config.data,
@@ -82,7 +83,7 @@ class Evals:
                 measured.append(self._measure(trained, frozen, batch, jax.random.fold_in(key, i)))
         finally:
             batches.close()
-        return jax.tree.map(lambda *values: np.mean(values, axis=0), *jax.device_get(measured))
+        return jax.device_get(joined(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(measured))))
 
     @functools.cached_property
     def _image_size(self) -> int:

@@ -220,7 +220,9 @@ def _initial_state(
         first = [sharding.put_batch(next(start), mesh) for _ in range(objective.start_batches)]
         start.close()
     parts = objective.init(first)
-    optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
+    optimizer = make_optimizer(
+        config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
+    )
     create = functools.partial(TrainState.create, config, optimizer=optimizer)
     changing = parts._replace(frozen={})
     layout = sharding.tree_shardings(jax.eval_shape(create, changing), mesh)
@@ -318,7 +320,10 @@ class _FiniteCheck:
     def __call__(self, step: int, metrics: dict[str, jax.Array], examples: int) -> None:
         """Has the metrics of a step checked; `examples` of the data were read up to its end."""
         self.finish()
-        self._pending = step, examples, {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]}
+        values = {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]}
+        if "discriminator_gradient_norm" in metrics:
+            values["discriminator's gradient"] = metrics["discriminator_gradient_norm"]
+        self._pending = step, examples, values
 
     def finish(self) -> None:
         """Checks what is still pending."""

@@ -26,11 +26,11 @@ from hmar_jax.pretrained import locate, open_model, read_config, read_params
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
 from hmar_jax.training import sharding
-from hmar_jax.training.weights_and_masks import per_scale, random_masks, scale_weights
+from hmar_jax.training.weights_and_masks import Mean, per_scale, random_masks, scale_weights
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.fused import Scores
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, jax.Array | Mean]
 Batch = dict[str, jax.Array]
 
 
@@ -63,7 +63,14 @@ class Objective(Protocol):
         """
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-        """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch)."""
+        """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch).
+
+        Parts of a batch are alike but for what is a `Mean` among the metrics, and for the loss itself where `loss` is a
+        `Mean` there: these are joined by their weights.
+
+        Args:
+          batch: as the data has it; of a part of a batch also `keys`, see `example_keys`.
+        """
 
     def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
         """The loss as `loss`, and its terms, of examples that are not trained on: no dropout of any kind, no adversary.
@@ -100,7 +107,7 @@ def _read(config: TrainConfig, only: str = "") -> Tree:
 class TokenizerObjective:
     """Pixels, VQ, perceptual and adversarial terms; the codebook is kept alive by k-means, revival and scale dropout.
 
-    One scalar trains tokenizer and discriminator: `stop_gradient` keeps each from the other's terms.
+    One scalar trains tokenizer and discriminator, each by its own terms (`losses.generator_terms`).
 
     Args:
       start: config of the model in `init_from`; read from there when None.
@@ -174,28 +181,17 @@ class TokenizerObjective:
         chosen = fhats[kept - 1, jnp.arange(images.shape[0])]
         features = tokenizer.features(latents + stop_gradient(chosen - latents))
         reconstruction = tokenizer.render(features)
-        adversary = trained.get("discriminator")
-        judge = None if adversary is None else functools.partial(self._judge, stop_gradient(adversary))
         distance = None
         if self._perceptual is not None:
             distance = functools.partial(perceptual.perceptual_distance, parts.frozen["perceptual"])
+        adversary = None
+        if "discriminator" in trained:
+            kernel, constant = stop_gradient((tokenizer.decoder.conv_out.kernel[...], features))
+            _, pull = jax.vjp(functools.partial(tokenizer.render, constant), kernel)
+            adversary = losses.Adversary(self._discriminate, trained["discriminator"], lambda g: pull(g)[0], step)
         loss, metrics = losses.generator_terms(
-            self.weights,
-            step,
-            reconstruction,
-            images,
-            latents,
-            fhats,
-            perceptual=distance,
-            discriminate=judge,
-            last_layer=functools.partial(tokenizer.render, stop_gradient(features)),
-            kernel=tokenizer.decoder.conv_out.kernel[...],
+            self.weights, reconstruction, images, latents, fhats, perceptual=distance, adversary=adversary
         )
-        if adversary is not None:
-            on = losses.adversarial_factor(step, self.weights.adversarial_start, 1.0)
-            fake = self._judge(adversary, stop_gradient(reconstruction))
-            metrics["discriminator"] = losses.hinge_discriminator_loss(self._judge(adversary, images), fake)
-            loss = loss + on * metrics["discriminator"]
         metrics["codes_in_use"] = codebook.codes_in_use(
             quantized.tokens, ladder, self.model_config.tokenizer.codebook_size
         )
@@ -211,13 +207,11 @@ class TokenizerObjective:
         if self._perceptual is not None:
             distance = functools.partial(perceptual.perceptual_distance, frozen["perceptual"])
         reconstruction = tokenizer.decode_latents(fhats[-1])
-        loss, terms = losses.generator_terms(
-            self.weights, 0, reconstruction, images, latents, fhats, perceptual=distance
-        )
+        loss, terms = losses.generator_terms(self.weights, reconstruction, images, latents, fhats, perceptual=distance)
         error = jnp.mean(jnp.square((reconstruction - images) / 2), axis=(1, 2, 3))
-        return terms | {"loss": loss, "psnr": jnp.mean(-10 * jnp.log10(error))}
+        return {**terms, "loss": loss, "psnr": jnp.mean(-10 * jnp.log10(error))}
 
-    def _judge(self, params: Tree, images: jax.Array) -> jax.Array:
+    def _discriminate(self, params: Tree, images: jax.Array) -> jax.Array:
         module = nnx.eval_shape(lambda: _discriminator(self.weights, self.config.dtype, 0))
         graphdef, state = nnx.split(module)
         nnx.replace_by_pure_dict(state, params)
@@ -293,10 +287,10 @@ class _TransformerObjective:
         params = self.model_params(trained, frozen)
         return networks(self.model_config, params, self.config.dtype, self.config.remat, self.config.scan_layers)
 
-    def _drop_classes(self, labels: jax.Array, key: jax.Array) -> jax.Array:
+    def _drop_classes(self, labels: jax.Array, keys: jax.Array) -> jax.Array:
         transformer = self.model_config.transformer
         assert transformer is not None
-        dropped = jax.random.bernoulli(key, transformer.class_dropout, labels.shape)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, transformer.class_dropout))(keys)
         return jnp.where(dropped, transformer.num_classes, labels)
 
     def _metrics(self, scores: Scores, counted: jax.Array) -> Metrics:
@@ -306,7 +300,7 @@ class _TransformerObjective:
         return {
             "scale_loss": per_scale(entropy, counted, ladder),
             "scale_accuracy": per_scale(correct, counted, ladder),
-            "accuracy": jnp.sum(correct * counted) / jnp.maximum(jnp.sum(counted), 1),
+            "accuracy": Mean.of(correct, counted),
         }
 
     def after_update(self, trained: Tree, ema: Tree, extra: Tree, seen: Any, key: jax.Array, step: jax.Array) -> Any:
@@ -344,8 +338,8 @@ class NextScaleObjective(_TransformerObjective):
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
-        class_key, key = jax.random.split(key)
-        labels = self._drop_classes(batch["label"], class_key)
+        key, class_keys, _ = _keys(batch, key)
+        labels = self._drop_classes(batch["label"], class_keys)
         quantizer = nets.tokenizer.quantizer
         scores = teacher_forcing.next_scale_scores(nets.transformer, quantizer, labels, tokens, key)
         weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
@@ -383,21 +377,21 @@ class MaskedObjective(_TransformerObjective):
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         nets, tokens = self._networks(trained, parts.frozen), batch["tokens"]
         ladder, objective = self.model_config.ladder, self.config.objective
-        class_key, mask_key, key = jax.random.split(key, 3)
-        labels = self._drop_classes(batch["label"], class_key)
+        key, class_keys, mask_keys = _keys(batch, key)
+        labels = self._drop_classes(batch["label"], class_keys)
         if objective.per_sample_masks:
-            keys = jax.random.split(mask_key, tokens.shape[0])
-            masked = jax.vmap(lambda key: random_masks(key, ladder))(keys)
+            masked = jax.vmap(lambda key: random_masks(key, ladder))(mask_keys)
         else:
-            # One mask for the whole batch, also where it is worked off in parts: `key` differs between them.
+            # One mask for the whole batch, also where it is worked off in parts, whose `key` differs: see
+            # `ObjectiveConfig.per_sample_masks`.
             step_key = jax.random.fold_in(jax.random.key(self.config.seed + 1), step)
             masked = jnp.broadcast_to(random_masks(step_key, ladder), tokens.shape)
         scores = teacher_forcing.masked_scores(
             nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, key, leak_free=objective.leak_free
         )
         counted = masked.astype(jnp.float32)
-        metrics = self._metrics(scores, counted) | {"masked_share": jnp.mean(counted)}
-        return jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1), (metrics, ())
+        loss = Mean.of(scores.entropy, counted)
+        return loss.value, (self._metrics(scores, counted) | {"masked_share": jnp.mean(counted), "loss": loss}, ())
 
     def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
         nets, tokens = self._networks(trained, frozen), batch["tokens"]
@@ -412,8 +406,21 @@ class MaskedObjective(_TransformerObjective):
             leak_free=self.config.objective.leak_free,
         )
         counted = masked.astype(jnp.float32)
-        loss = jnp.sum(scores.entropy * counted) / jnp.maximum(jnp.sum(counted), 1)
-        return self._metrics(scores, counted) | {"loss": loss}
+        return self._metrics(scores, counted) | {"loss": Mean.of(scores.entropy, counted)}
+
+
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+    """(count,2) keys, two for each example of a batch whose loss gets `key`."""
+    return jax.random.split(jax.random.fold_in(key, 1), (count, 2))
+
+
+def _keys(batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A key for what is drawn once, and twice keys (B,) for what each example draws by itself.
+
+    A part of a batch comes with its examples' keys, so that these draws are the same in parts of any number.
+    """
+    keys = batch["keys"] if "keys" in batch else example_keys(key, batch["label"].shape[0])
+    return jax.random.fold_in(key, 0), keys[:, 0], keys[:, 1]
 
 
 def _same_network(start: TransformerConfig, wanted: TransformerConfig) -> bool:

@@ -33,14 +33,25 @@ def weight_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decays(params: Tree) -> Tree:
-    """Which parameters decay: kernels and the class embedding; no bias, norm, position, level, scale or codebook."""
-    return trees.unflatten({n: n.endswith((".kernel", ".embedding")) for n in trees.flatten(params)})
+    """Which parameters decay: kernels, the class embedding and the embedding of masked tokens.
+
+    No bias, norm, position, level, scale or codebook does.
+    """
+    return trees.unflatten({n: n.endswith((".kernel", ".embedding", ".mask_embed")) for n in trees.flatten(params)})
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, params: Tree) -> optax.GradientTransformation:
-    """AdamW for a tree of networks; each top-level entry is clipped and updated by itself."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, batch_size: int, params: Tree, adversarial_start: int = 0
+) -> optax.GradientTransformation:
+    """AdamW for a tree of networks; each top-level entry is clipped and updated by itself.
 
-    def chain() -> optax.GradientTransformation:
+    Args:
+      steps: of the whole training.
+      params: by network. That of `discriminator` is not touched before the step `adversarial_start`, and has its own
+        schedules, warm-up and all, over the steps from there on.
+    """
+
+    def chain(steps: int) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
             optax.scale_by_adam(config.b1, config.b2),
@@ -48,5 +59,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, params:
             optax.scale_by_learning_rate(learning_rate(config, steps, batch_size)),
         )
 
+    chains: dict[str, optax.GradientTransformation] = {name: chain(steps) for name in params}
+    if "discriminator" in params:
+        late = chain(max(steps - adversarial_start, 1))
+        chains["discriminator"] = optax.conditionally_transform(late, lambda step: step >= adversarial_start)
     labels = {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-    return optax.partition({name: chain() for name in params}, labels)
+    return optax.partition(chains, labels)

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from hmar_jax.config import TrainConfig
 from hmar_jax.params import Tree
 from hmar_jax.platform import COMPILER_OPTIONS
-from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts
+from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts, example_keys
 from hmar_jax.training.sharding import replicated
+from hmar_jax.training.weights_and_masks import Mean, joined
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,7 @@ class TrainState:
 
     Attributes:
       step: int32, steps done. key: random key data, from the seed; a step folds its number in.
-      params: trained, float32. ema: their moving average, or empty. opt: of the optimizer.
+      params: trained, float32. ema: their moving average, but for a discriminator's, or empty. opt: of the optimizer.
       extra: state no gradient moves, such as the codebook's usage.
     """
 
@@ -43,7 +44,7 @@ class TrainState:
         # stored in bfloat16 trains in float32.
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), parts.trained)
         extra = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), parts.extra)
-        ema = jax.tree.map(jnp.array, params) if config.optimizer.ema else {}
+        ema = jax.tree.map(jnp.array, of_model(params)) if config.optimizer.ema else {}
         key = jax.random.key_data(jax.random.key(config.seed))
         return cls(jnp.zeros((), jnp.int32), key, params, ema, optimizer.init(params), extra)
 
@@ -51,6 +52,11 @@ class TrainState:
     def best(self) -> Tree:
         """The averaged parameters where there are any, else the trained ones."""
         return self.ema or self.params
+
+
+def of_model(trained: Tree) -> Tree:
+    """A tree by network without the discriminator, which is no part of the model."""
+    return {name: tree for name, tree in trained.items() if name != "discriminator"}
 
 
 def make_train_step(
@@ -62,30 +68,40 @@ def make_train_step(
         parts = Parts(state.params, frozen, state.extra)
         grad = jax.value_and_grad(objective.loss, has_aux=True)
         (loss, (metrics, seen)), grads = grad(state.params, parts, batch, key, state.step)
-        return grads, metrics | {"loss": loss}, seen
+        return grads, {"loss": Mean(loss, jnp.float32(1))} | metrics, seen
+
+    def whole(state: TrainState, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
+        """Gradients, metrics and what `after_update` wants to see of a batch."""
+        grads, metrics, seen = gradients(state, frozen, batch, key)
+        return grads, {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}, seen
 
     def accumulated(state: TrainState, frozen: Tree, batch: Batch, key: jax.Array) -> Any:
-        """Gradients and metrics as means over equal parts of the batch, worked off one after the other.
+        """As `whole`, from equal parts of the batch, worked off one after the other.
 
-        Part i has examples i, i + parts, …: so each device's examples are spread over all parts, and none moves.
+        The gradient of sum/count over the batch is the mean of the parts' gradients, weighted by their counts: a part's
+        ratio of sums has the gradient sum_i'/count_i. Part i has examples i, i + parts, …: so each device's examples
+        are spread over all parts, and none moves.
         """
         parts = config.accumulate
+        batch = batch | {"keys": example_keys(key, config.batch_size)}
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(total: Any, part: Any) -> tuple[Any, Any]:
             batch, index = part
             grads, metrics, seen = gradients(state, frozen, batch, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, grads), (metrics, seen)
+            weight = metrics["loss"].weight
+            return jax.tree.map(lambda t, g: t + weight * g, total, grads), (metrics, seen)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         total, (metrics, seen) = jax.lax.scan(one, zeros, (split, jnp.arange(parts)))
-        mean = jax.tree.map(lambda x: x / parts, total)
+        weight = jnp.maximum(jnp.sum(metrics["loss"].weight), 1)
+        mean = jax.tree.map(lambda x: x / weight, total)
         seen = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), seen)  # as the batch has it
-        return mean, jax.tree.map(lambda x: x.mean(axis=0), metrics), seen
+        return mean, joined(metrics), seen
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         key, after_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
-        run = gradients if config.accumulate == 1 else accumulated
+        run = whole if config.accumulate == 1 else accumulated
         grads, metrics, seen = run(state, frozen, batch, key)
         with jax.named_scope("optimizer"):  # as profiles call it
             updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -93,9 +109,11 @@ def make_train_step(
         ema = state.ema
         if config.optimizer.ema:  # follows closely at first: after n steps it reaches back over about n/9 of them
             decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, of_model(params))
         params, ema, extra, more = objective.after_update(params, ema, state.extra, seen, after_key, state.step)
-        metrics |= more | {"gradient_norm": optax.tree.norm(grads)}
+        metrics |= more | {"gradient_norm": optax.tree.norm(of_model(grads))}
+        if "discriminator" in grads:
+            metrics["discriminator_gradient_norm"] = optax.tree.norm(grads["discriminator"])
         return TrainState(state.step + 1, state.key, params, ema, opt, extra), metrics
 
     return train_step

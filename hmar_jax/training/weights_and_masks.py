@@ -5,12 +5,17 @@ Axis letters: B batch, K scales, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
+
+_LEAST = 1e-9  # that is divided by
 
 
 def scale_weights(ladder: ScaleLadder, kind: str) -> np.ndarray:
@@ -46,7 +51,35 @@ def random_masks(key: jax.Array, ladder: ScaleLadder) -> jax.Array:
     return jnp.concatenate(masks)
 
 
-def per_scale(values: jax.Array, weights: jax.Array, ladder: ScaleLadder) -> jax.Array:
-    """Weighted mean of (B,L) values in each scale: (K,) float32, 0 where all weights are 0."""
-    sums = [(jnp.sum((values * weights)[:, s]), jnp.sum(weights[:, s])) for s in ladder.slices]
-    return jnp.stack([total / jnp.maximum(weight, 1e-9) for total, weight in sums])
+class Mean(NamedTuple):
+    """A weighted mean over some of a batch's tokens, which may be fewer in one part of a batch than in another.
+
+    Attributes:
+      value: scalar or (K,) float32, 0 where all weights are 0. weight: their sum, of the same shape.
+    """
+
+    value: jax.Array
+    weight: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
+        """Of all values with weights of the same shape."""
+        total = jnp.sum(weights)
+        return cls(jnp.sum(values * weights) / jnp.maximum(total, _LEAST), total)
+
+
+def joined(metrics: Mapping[str, jax.Array | Mean]) -> dict[str, jax.Array]:
+    """Metrics of parts of a batch, along a leading axis, → of the whole: `Mean`s by their weights, others alike."""
+
+    def join(part: jax.Array | Mean) -> jax.Array:
+        if not isinstance(part, Mean):
+            return jnp.mean(part, axis=0)
+        return jnp.sum(part.value * part.weight, axis=0) / jnp.maximum(jnp.sum(part.weight, axis=0), _LEAST)
+
+    return {name: join(part) for name, part in metrics.items()}
+
+
+def per_scale(values: jax.Array, weights: jax.Array, ladder: ScaleLadder) -> Mean:
+    """Weighted means of (B,L) values in each scale, (K,)."""
+    means = [Mean.of(values[:, where], weights[:, where]) for where in ladder.slices]
+    return Mean(*map(jnp.stack, zip(*means, strict=True)))

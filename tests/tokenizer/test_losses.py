@@ -1,5 +1,7 @@
 """Losses against numpy by hand, and LPIPS against a plain numpy VGG16 on random weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,17 @@ def test_even_a_single_logit_depends_on_the_picture(rng, discriminate):
     assert len(np.unique(logits)) == 3
 
 
+def test_the_discriminators_norms_see_the_spread_of_maps_whose_mean_is_large(rng):
+    norm = nnx.GroupNorm(8, 2, use_fast_variance=False, rngs=nnx.Rngs(0))
+    built = nnx.eval_shape(lambda: make_discriminator(2)).norms[0]
+    assert built.use_fast_variance == norm.use_fast_variance
+    maps = np.asarray(3000 + rng.normal(size=(1, 6, 6, 8)), np.float32)
+    groups = maps.astype(np.float64).reshape(1, 6, 6, 2, 4)
+    centred = groups - groups.mean((1, 2, 4), keepdims=True)
+    expected = centred / np.sqrt(np.square(centred).mean((1, 2, 4), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(maps), expected.reshape(maps.shape), atol=2e-3)  # 3000 rounds to 1.2e-4
+
+
 def test_pictures_too_small_for_the_layers_are_refused():
     with pytest.raises(InputError, match="at least 24"):
         nnx.eval_shape(lambda: make_discriminator(3)(jnp.zeros((1, 23, 23, 3))))
@@ -92,9 +105,11 @@ def test_hinge_losses_match_numpy(rng):
     np.testing.assert_allclose(losses.generator_loss(jnp.asarray(fake)), -fake.mean(), rtol=1e-6)
 
 
-def test_adversarial_factor_is_off_before_its_start_also_when_traced():
-    factor = jax.jit(lambda step: losses.adversarial_factor(step, 10, 0.25))
-    np.testing.assert_array_equal([factor(step) for step in (0, 9, 10, 11)], [0, 0, 0.25, 0.25])
+@pytest.mark.parametrize(("ramp", "expected"), [(0, [0, 0, 0.25, 0.25, 0.25]), (3, [0, 0, 1 / 16, 1 / 8, 0.25])])
+def test_the_adversarial_factor_is_off_before_its_start_and_rises_from_there(ramp, expected):
+    config = TokenizerLossConfig(adversarial=0.25, adversarial_start=10, adversarial_ramp=ramp)
+    factor = jax.jit(lambda step: losses.adversarial_factor(step, config))
+    np.testing.assert_allclose([factor(step) for step in (0, 9, 10, 11, 100)], expected)
 
 
 def test_pixel_loss_matches_numpy(rng):
@@ -134,74 +149,90 @@ def test_vq_loss_refuses_no_scales_and_other_shapes():
 # --- adaptive weight
 
 
-def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_a_constant(rng):
-    a, b, kernel = normal(rng, 3, 4), normal(rng, 3, 4), normal(rng, 3, 4)
-
-    def weight(kernel):
-        return losses.adaptive_weight(lambda k: jnp.sum(a * k**2), lambda k: jnp.sum(b * k), kernel)
-
-    expected = np.linalg.norm(2 * a * kernel) / (np.linalg.norm(b) + 1e-4)
-    np.testing.assert_allclose(weight(kernel), expected, rtol=1e-5)
-    assert weight(kernel).shape == ()
-    np.testing.assert_array_equal(jax.jit(jax.grad(weight))(kernel), 0)
+def test_adaptive_weight_is_the_ratio_of_gradient_norms(rng):
+    a, b = normal(rng, 3, 3, 4), normal(rng, 3, 3, 4)
+    expected = np.linalg.norm(np.ravel(a)) / (np.linalg.norm(np.ravel(b)) + 1e-4)
+    np.testing.assert_allclose(losses.adaptive_weight(a, b), expected, rtol=1e-5)
+    assert losses.adaptive_weight(a.astype(jnp.bfloat16), b).dtype == jnp.float32
 
 
 def test_adaptive_weight_stays_between_0_and_10000():
-    kernel = jnp.ones(3)
-    assert losses.adaptive_weight(lambda k: 1e6 * k.sum(), lambda k: 0 * k.sum(), kernel) == 1e4
-    assert losses.adaptive_weight(lambda k: 0 * k.sum(), lambda k: k.sum(), kernel) == 0
+    assert losses.adaptive_weight(1e6 * jnp.ones(3), jnp.zeros(3)) == 1e4
+    assert losses.adaptive_weight(jnp.zeros(3), jnp.ones(3)) == 0
 
 
 # --- all together
 
 
-def generator_case(rng, step):
-    """`generator_terms` on a decoder that is one matrix, and its parts by hand."""
-    config = TokenizerLossConfig(l1=0.3, l2=1.0, vq=0.5, perceptual=0.7, adversarial=0.2, adversarial_start=10)
+@pytest.fixture
+def case(rng):
+    """`generator_terms` on a decoder that is one matrix and a discriminator that is a vector; their parts by hand."""
+    config = TokenizerLossConfig(
+        l1=0.3, vq=0.5, perceptual=0.7, adversarial=0.2, adversarial_start=10, adversarial_ramp=3
+    )
     hidden, kernel, images = normal(rng, 2, 4, 4, 5), normal(rng, 5, 3), normal(rng, 2, 4, 4, 3)
-    latents, fhats = normal(rng, 2, 2, 2, 4), normal(rng, 3, 2, 2, 2, 4)
+    latents, fhats, judge = normal(rng, 2, 2, 2, 4), normal(rng, 3, 2, 2, 2, 4), normal(rng, 3)
 
-    def distance(a, b):
-        return jnp.mean((a - b) ** 4, axis=(1, 2, 3))
+    def judged(judge, picture):
+        return jnp.tanh(picture @ judge)
 
-    def loss(kernel, hidden):
-        return losses.generator_terms(
-            config, step, hidden @ kernel, images, latents, fhats, perceptual=distance, discriminate=jnp.tanh,
-            last_layer=lambda k: jax.lax.stop_gradient(hidden) @ k, kernel=kernel,
-        )  # fmt: skip
+    @functools.partial(jax.jit, static_argnames="config")
+    def run(kernel, judge, step, config=config):
+        def loss(kernel, judge):
+            adversary = losses.Adversary(
+                judged, judge, lambda gradient: jnp.einsum("bijc,bijd->cd", hidden, gradient), step
+            )
+            return losses.generator_terms(
+                config, hidden @ kernel, images, latents, fhats, adversary=adversary,
+                perceptual=lambda a, b: jnp.mean((a - b) ** 4, axis=(1, 2, 3)),
+            )  # fmt: skip
 
-    def reconstruction_loss(kernel):
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(kernel, judge)
+
+    def reconstruction(kernel):
         d = hidden @ kernel - images
         return 0.3 * jnp.mean(jnp.abs(d)) + jnp.mean(d**2) + 0.7 * jnp.mean(d**4)
 
-    def adversarial_loss(kernel):
-        return -jnp.mean(jnp.tanh(hidden @ kernel))
+    def adversarial(kernel):
+        return -jnp.mean(judged(judge, hidden @ kernel))
+
+    def own(judge):
+        return losses.hinge_discriminator_loss(judged(judge, images), judged(judge, hidden @ kernel))
 
     codes = 0.5 * 1.25 * jnp.mean((latents - fhats) ** 2)
-    return loss, kernel, hidden, reconstruction_loss, adversarial_loss, codes
+    return run, kernel, judge, reconstruction, adversarial, own, codes
 
 
-@pytest.mark.parametrize(("step", "factor"), [(9, 0.0), (10, 0.2)])
-def test_generator_terms_add_up_and_the_weight_is_no_path_for_gradients(rng, step, factor):
-    loss, kernel, hidden, reconstruction_loss, adversarial_loss, codes = generator_case(rng, step)
-    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(kernel, hidden)
-    to_reconstruction, to_adversarial = jax.grad(reconstruction_loss)(kernel), jax.grad(adversarial_loss)(kernel)
-    weight = jnp.linalg.norm(to_reconstruction) / (jnp.linalg.norm(to_adversarial) + 1e-4)
+@pytest.mark.parametrize(("step", "factor"), [(10, 0.05), (12, 0.15), (99, 0.2)])
+def test_each_network_learns_from_its_own_terms_and_the_weight_is_no_path_for_gradients(case, step, factor):
+    run, kernel, judge, reconstruction, adversarial, own, codes = case
+    (value, metrics), gradients = run(kernel, judge, step)
+    to_picture, to_adversary = jax.grad(reconstruction)(kernel), jax.grad(adversarial)(kernel)
+    weight = jnp.linalg.norm(to_picture) / (jnp.linalg.norm(to_adversary) + 1e-4)
 
-    assert set(metrics) == {"pixel", "perceptual", "vq", "generator", "adaptive_weight"}
+    assert set(metrics) == {"pixel", "perceptual", "vq", "generator", "discriminator", "adaptive_weight"}
     np.testing.assert_allclose(metrics["adaptive_weight"], weight, rtol=1e-4)
-    expected = reconstruction_loss(kernel) + codes + factor * weight * adversarial_loss(kernel)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(gradient, to_reconstruction + factor * weight * to_adversarial, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(metrics["discriminator"], own(judge), rtol=1e-5)
+    np.testing.assert_allclose(value, reconstruction(kernel) + codes + factor * weight * adversarial(kernel), rtol=1e-4)
+    np.testing.assert_allclose(gradients[0], to_picture + factor * weight * to_adversary, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(gradients[1], jax.grad(own)(judge), rtol=1e-4, atol=1e-6)
+
+
+def test_before_the_start_nothing_is_computed_of_the_discriminator(case):
+    """NaN parameters would be in whatever is computed from them, were it multiplied by 0."""
+    run, kernel, judge, reconstruction, _, _, codes = case
+    (value, metrics), gradients = run(kernel, jnp.nan * judge, 9)
+    np.testing.assert_allclose(value, reconstruction(kernel) + codes, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], jax.grad(reconstruction)(kernel), rtol=1e-5)
+    np.testing.assert_array_equal(gradients[1], 0)
+    assert metrics["generator"] == metrics["discriminator"] == metrics["adaptive_weight"] == 0
 
 
 def test_terms_that_are_off_are_left_out(rng):
     images, f = normal(rng, 1, 4, 4, 3), normal(rng, 1, 2, 2, 4)
-    loss, metrics = losses.generator_terms(TokenizerLossConfig(), 0, images, images, f, [f])
+    loss, metrics = losses.generator_terms(TokenizerLossConfig(), images, images, f, [f])
     assert loss == 0
     assert set(metrics) == {"pixel", "vq"}
-    with pytest.raises(InputError, match="last_layer"):
-        losses.generator_terms(TokenizerLossConfig(), 0, images, images, f, [f], discriminate=jnp.tanh)
 
 
 # --- perceptual

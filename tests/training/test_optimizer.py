@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_training import LADDER, TOKENIZER, TRANSFORMER
+from tiny_training import LADDER, TOKENIZER, TRANSFORMER, assert_bit_equal
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, OptimizerConfig
@@ -44,16 +44,16 @@ def test_weight_decay_follows_half_a_cosine(step, expected):
     np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
-def test_kernels_and_the_class_embedding_decay_and_nothing_else():
+def test_kernels_and_the_embeddings_of_classes_and_masked_tokens_decay_and_nothing_else():
     transformer = dataclasses.replace(TRANSFORMER, masked=True)
     _, state = structure(ModelConfig(LADDER, TOKENIZER, transformer))
     names = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     names = trees.flatten(decays(trees.unflatten(names)))
     decayed, rest = ({n for n, on in names.items() if on is kind} for kind in (True, False))
-    assert {n.rsplit(".", 1)[1] for n in decayed} == {"kernel", "embedding"}
+    assert {n.rsplit(".", 1)[1] for n in decayed} == {"kernel", "embedding", "mask_embed"}
     assert "transformer.class_embed.embedding" in decayed
     assert "transformer.masked.head.linear.kernel" in decayed
-    for name in ("pos", "pos_start", "level", "mask_embed", "word_bias"):
+    for name in ("pos", "pos_start", "level", "word_bias"):
         assert f"transformer.{name}" in rest
     for name in ("log_scale", "q_bias", "v_bias"):
         assert f"transformer.trunk.blocks.attention.{name}" in rest
@@ -100,3 +100,27 @@ def test_each_network_is_clipped_by_itself():
     _, state = optimizer.update(grads, optimizer.init(params), params)
     moments = sorted(float(leaf[0]) for leaf in jax.tree.leaves(state) if leaf.shape == (1,))
     np.testing.assert_allclose(moments[-2:], [0.05, 0.1], rtol=1e-5)  # first moments: a tenth of 0.5 and of 1
+
+
+def test_the_discriminator_is_left_alone_before_its_start_and_warms_up_by_itself_from_there():
+    """Its moments, bias corrections and learning rate are those of a training that begins at the start."""
+    config = OptimizerConfig(base_lr=0.1, warmup=0.5, weight_decay=0.2, final_weight_decay=0.1)
+    params = {name: {"kernel": jnp.array([2.0, -1.0])} for name in ("tokenizer", "discriminator")}
+    gradients = [{name: {"kernel": jnp.array([0.3, -0.1 * i])} for name in params} for i in range(5)]
+
+    def run(optimizer, params, gradients):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return params
+
+    quiet = [gradient | {"discriminator": {"kernel": jnp.zeros(2)}} for gradient in gradients[:3]]
+    late = make_optimizer(config, 7, 256, params, adversarial_start=3)
+    before, after = run(late, params, quiet), run(late, params, quiet + gradients[3:])
+    assert_bit_equal(before["discriminator"], params["discriminator"])
+    for name, steps, seen in (("tokenizer", 7, gradients), ("discriminator", 4, gradients[3:])):
+        alone = {"net": params[name]}
+        expected = run(make_optimizer(config, steps, 256, alone), alone, [{"net": gradient[name]} for gradient in seen])
+        assert not np.array_equal(after[name]["kernel"], params[name]["kernel"])
+        np.testing.assert_allclose(after[name]["kernel"], expected["net"]["kernel"], rtol=1e-6)

@@ -1,6 +1,7 @@
 """The tokenizer's training: it learns, its terms reach whom they should, and what keeps its codebook alive is used."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -17,9 +18,11 @@ from hmar_jax.data import pipeline
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import from_pretrained
 from hmar_jax.tokenizer.perceptual import file_shapes
-from hmar_jax.training import loop, objectives
+from hmar_jax.training import loop
 from hmar_jax.training.loop import make_objective
 from hmar_jax.training.metrics import read_metrics
+from hmar_jax.training.optimizer import make_optimizer
+from hmar_jax.training.state import TrainState, make_train_step
 
 KEY = jax.random.key(0)
 PLAIN = dataclasses.replace(LOSS, adversarial=0.0, scale_dropout=0.0)
@@ -121,44 +124,60 @@ def test_scale_dropout_leaves_scales_out_of_the_reconstruction(forward):
 
 
 @pytest.fixture(scope="module")
-def gradients(batch):
-    """step → gradients of the whole loss, and of one without the discriminator's own term."""
-    config = tokenizer_config(tokenizer_loss=dataclasses.replace(LOSS, scale_dropout=0.0, adversarial_start=3))
+def trained_at(batch):
+    """(step, factor on the discriminator's initial parameters) → state before and after a step, and its metrics."""
+    loss = dataclasses.replace(LOSS, scale_dropout=0.0, adversarial_start=2)
+    config = tokenizer_config(tokenizer_loss=loss, optimizer=OptimizerConfig(base_lr=0.1, ema=0.9, clip=0.0))
     objective = make_objective(config)
     parts = objective.init([batch])
+    optimizer = make_optimizer(config.optimizer, 5, 8, parts.trained, loss.adversarial_start)
+    state = TrainState.create(config, parts, optimizer)
+    run = jax.jit(make_train_step(config, objective, optimizer))
 
-    def of(step):
-        return jax.grad(lambda trained: objective.loss(trained, parts, batch, KEY, step)[0])(parts.trained)
+    @functools.cache
+    def of(step, factor=1.0):
+        judge = jax.tree.map(lambda x: factor * x, state.params["discriminator"])
+        before = dataclasses.replace(state, params=state.params | {"discriminator": judge})
+        for _ in range(step):
+            before, _ = run(before, {}, batch)
+        after, metrics = run(before, {}, batch)
+        return before, after, jax.device_get(metrics)
 
-    whole = jax.jit(of)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives.losses, "hinge_discriminator_loss", lambda real, fake: jnp.float32(0))
-        without = jax.jit(lambda step: of(step)).lower(jnp.int32(0)).compile()
-    return lambda step: (whole(jnp.int32(step)), without(jnp.int32(step)))
-
-
-def test_the_discriminator_learns_from_its_own_term_only(gradients):
-    whole, without = gradients(3)
-    kernels = [leaf for leaf in jax.tree.leaves(whole["discriminator"]) if leaf.ndim == 4]
-    assert all(np.any(leaf) for leaf in kernels)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(without["discriminator"]))
+    return of
 
 
-def test_the_tokenizer_learns_nothing_from_the_discriminators_term(gradients):
-    whole, without = gradients(3)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole["tokenizer"]))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale),
-        whole["tokenizer"],
-        without["tokenizer"],
-    )
+def first_moments(state, network):
+    """The norm of Adam's first moments of a network."""
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(state.opt)]
+    return np.sqrt(sum(np.square(leaf).sum() for name, leaf in leaves if ".mu" in name and f"['{network}']" in name))
 
 
-def test_the_adversarial_terms_wait_for_their_step(gradients):
-    before, after = gradients(2)[0], gradients(3)[0]
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(before["discriminator"]))
-    kernel = [np.asarray(g["tokenizer"]["decoder"]["conv_out"]["kernel"]) for g in (before, after)]
-    assert np.abs(kernel[0] - kernel[1]).max() > 1e-3 * np.abs(kernel[0]).max()
+def test_before_its_start_the_discriminator_is_neither_computed_nor_changed(trained_at):
+    """Parameters that are not finite would spoil whatever is computed from them."""
+    (before, after, metrics), (_, plain, _) = trained_at(1, np.nan), trained_at(1)
+    assert metrics["discriminator_gradient_norm"] == metrics["generator"] == metrics["discriminator"] == 0
+    assert_bit_equal(after.params["discriminator"], before.params["discriminator"])
+    assert_bit_equal(after.params["tokenizer"], plain.params["tokenizer"])
+    assert first_moments(after, "discriminator") == 0
+
+
+def test_from_its_start_on_the_discriminator_learns_and_the_tokenizer_learns_from_it(trained_at):
+    before, after, metrics = trained_at(2)
+    kernels = {name for name in trees.flatten(before.params["discriminator"]) if name.endswith("kernel")}
+    assert kernels <= differing(after.params["discriminator"], before.params["discriminator"])
+    assert metrics["adaptive_weight"] > 0
+    other = trained_at(2, 0.5)
+    assert_bit_equal(other[0].params["tokenizer"], before.params["tokenizer"])
+    assert other[2]["gradient_norm"] != metrics["gradient_norm"]
+
+
+def test_each_network_has_a_gradient_norm_of_its_own_and_the_tokenizer_alone_is_averaged(trained_at):
+    _, first, metrics = trained_at(0)
+    np.testing.assert_allclose(first_moments(first, "tokenizer"), 0.1 * metrics["gradient_norm"], rtol=1e-4)
+    _, third, metrics = trained_at(2)
+    norm = metrics["discriminator_gradient_norm"]
+    np.testing.assert_allclose(first_moments(third, "discriminator"), 0.1 * norm, rtol=1e-4)
+    assert set(third.ema) == {"tokenizer"}
 
 
 def test_perceptual_weights_from_a_file_turn_the_term_on(forward, tmp_path_factory):

@@ -24,7 +24,7 @@ from hmar_jax.training.loop import make_objective
 from hmar_jax.training.objectives import OBJECTIVES, Parts
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
-from hmar_jax.training.weights_and_masks import scale_weights
+from hmar_jax.training.weights_and_masks import Mean, scale_weights
 from hmar_jax.transformer.fused import Scores
 
 STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
@@ -60,6 +60,7 @@ def seen(starts, monkeypatch):
         parts = objective.init([])
         examples = batch(size)
         loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(step))
+        metrics = {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}
         return {"loss": loss, "metrics": metrics, "batch": examples} | asked
 
     return run
@@ -211,15 +212,19 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(descend):
 
 @pytest.fixture(scope="module")
 def steady_start(starts, tmp_path_factory):
-    """The next-scale model of `starts` as stage 2 starts from it, but that training drops nothing."""
+    """The next-scale model of `starts` as stage 2 starts from it, but that training drops classes alone."""
     start = from_pretrained(starts / "next_scale")
-    config = dataclasses.replace(start.config, transformer=STEADY)
+    config = dataclasses.replace(start.config, transformer=dataclasses.replace(STEADY, class_dropout=0.3))
     return save_model(tmp_path_factory.mktemp("steady") / "model", Model(config, start.params), "made for a test")
 
 
-def test_masked_training_in_parts_gives_the_gradient_of_the_whole_batch(starts, steady_start):
+@pytest.mark.parametrize("per_sample", [False, True], ids=["one mask for all", "a mask each"])
+def test_masked_training_in_parts_gives_the_gradient_of_the_whole_batch(starts, steady_start, per_sample):
+    """The ratio of sums over the batch, not the mean of its parts' ratios, whose numbers of masked tokens differ."""
+
     def descended(accumulate):
-        config = stage_config("masked", starts, init_from=str(steady_start), accumulate=accumulate)
+        wanted = ObjectiveConfig(per_sample_masks=per_sample)
+        config = stage_config("masked", starts, init_from=str(steady_start), accumulate=accumulate, objective=wanted)
         objective, optimizer = make_objective(config), optax.sgd(1.0)
         parts = objective.init([])
         before = TrainState.create(config, parts, optimizer)
@@ -227,13 +232,16 @@ def test_masked_training_in_parts_gives_the_gradient_of_the_whole_batch(starts, 
         after, metrics = jax.jit(make_train_step(config, objective, optimizer))(before, parts.frozen, batch(8))
         return moved([before, after]), jax.device_get(metrics)
 
-    (expected, whole), (steps, parts) = descended(1), descended(2)
+    expected, whole = descended(1)
     assert 0 < whole["masked_share"] < 1
     assert max(abs(leaf).max() for leaf in expected.values()) > 1e-3
-    for name, leaf in steps.items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=2e-7, err_msg=name)
-    for name in ("loss", "gradient_norm", "masked_share", "scale_loss", "accuracy"):
-        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
+    for accumulate in (2, 4):
+        steps, parts = descended(accumulate)
+        for name, leaf in steps.items():
+            np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=2e-7, err_msg=name)
+        assert parts.keys() == whole.keys()
+        for name, value in parts.items():
+            np.testing.assert_allclose(value, whole[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_averages_follow_their_formula_from_the_first_parameters_on(descend):

@@ -1,12 +1,13 @@
 """What a token's loss weighs, and which tokens stage 2 hides."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training.weights_and_masks import random_masks, scale_weights
+from hmar_jax.training.weights_and_masks import Mean, joined, per_scale, random_masks, scale_weights
 
 L256 = ScaleLadder.preset(256)
 PUBLISHED = [0.0247, 0.0642, 0.1150, 0.1379, 0.1402, 0.1329, 0.1208, 0.1054, 0.0882, 0.0709]
@@ -75,3 +76,23 @@ def test_every_position_of_a_scale_is_hidden_as_often(masks):
         assert np.abs(often - often.mean()).max() < 0.06  # 5 standard deviations
         # Not the same positions whenever the number is the same.
         assert len(np.unique(drawn[:, where], axis=0)) > 2 * (where.stop - where.start)
+
+
+def test_means_of_parts_join_to_the_mean_of_the_whole():
+    rng = np.random.default_rng(0)
+    ladder = ScaleLadder((1, 2, 3))
+    values, weights = rng.normal(size=(6, 14)), (rng.random((6, 14)) < 0.3).astype(np.float64)
+    weights[:, 0] = 0  # a scale that nothing counts in
+    weights[2:4] = 0  # and a part
+    parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
+
+    def metrics(where):
+        v, w = jnp.float32(values[where]), jnp.float32(weights[where])
+        return {"all": Mean.of(v, w), "scales": per_scale(v, w, ladder), "plain": jnp.mean(v)}
+
+    stacked = jax.tree.map(lambda *of_parts: jnp.stack(of_parts), *map(metrics, parts))
+    got = joined(stacked)
+    np.testing.assert_allclose(got["all"], np.average(values, weights=weights), rtol=1e-5)
+    expected = [np.average(values[:, s], weights=weights[:, s]) for s in ladder.slices[1:]]
+    np.testing.assert_allclose(got["scales"], [0, *expected], rtol=1e-5)
+    np.testing.assert_allclose(got["plain"], values.mean(), rtol=1e-5)

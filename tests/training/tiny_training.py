@@ -38,8 +38,8 @@ TRANSFORMER = TransformerConfig(
     depth=2, width=16, heads=2, num_classes=len(CLASSES), branch_depth=1, drop_path=0.1, gate_init=0.5
 )
 LOSS = TokenizerLossConfig(
-    l1=0.2, adversarial_start=1, discriminator_channels=4, discriminator_layers=1, kmeans_batches=1, dead_below=0.9,
-    revive_every=2, usage_decay=0.5, scale_dropout=0.5,
+    l1=0.2, adversarial_start=1, adversarial_ramp=0, discriminator_channels=4, discriminator_layers=1, kmeans_batches=1,
+    dead_below=0.9, revive_every=2, usage_decay=0.5, scale_dropout=0.5,
 )  # fmt: skip
 _COMMON = {"batch_size": 8, "dtype": "float32", "log_every": 1, "sample_every": 0, "keep": 2}
 
