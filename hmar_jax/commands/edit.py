@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hmar_jax.commands import options
-from hmar_jax.data.folder import decode
+from hmar_jax.data.picture_files import decode
 from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import check_outputs, note_replaced
 from hmar_jax.labels import parse_label

@@ -1,26 +1,33 @@
 """pictures in folders → (image, label) examples. A class is a subfolder; pictures with no subfolder are one class. A
 folder with both is refused, lest a stray picture hide the classes.
 
-Subfolders and pictures may be symbolic links. Names that start with a dot are skipped, and so are files that are no
-pictures by their ending. Pictures deeper than one level are not looked for.
+Subfolders and pictures may be symbolic links. Names that start with a dot are skipped; files that are no pictures by
+their ending are left out, which the log says. Pictures deeper than one level are not looked for.
 
 Axis letters: H, W height and width of the picture as it is stored.
 """
 
 from __future__ import annotations
 
-import io
+import collections
+import errno
+import functools
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from hmar_jax.errors import InputError, reason
+from hmar_jax.data.picture_files import decode, endings
+from hmar_jax.errors import InputError
 from hmar_jax.files import check_refusal, is_there, local_path
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+_SHOWN = 8  # of the endings of files that are left out
 
 
 class FolderSource:
@@ -30,18 +37,23 @@ class FolderSource:
       path: a folder of class folders of pictures, or a folder of pictures.
 
     Raises:
-      InputError: no such folder, one that may not be read, no pictures, a class folder without any, or pictures both
-        loose and in subfolders.
+      InputError: no such folder, one that may not be read, no pictures, a class folder without any, pictures both
+        loose and in subfolders, or a link in place of a class folder that leads nowhere.
+      TransientError: the disk refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         root = local_path(path, "data.path")
-        if not path or not is_there(root, "Folder") or not root.is_dir():
+        if not path or not is_there(root, "Folder"):
             raise InputError(f"Folder {str(path)!r} does not exist; set data.path to a folder of pictures.")
-        loose = _pictures(root)
-        folders = [Path(entry) for entry in _visible(root) if entry.is_dir()]
+        if not root.is_dir():
+            raise InputError(f"{str(root)!r} is no folder; set data.path to a folder of pictures.")
+        loose, others, folders = _look(root)
+        for name in others:
+            if not os.path.splitext(name)[1] and os.path.islink(root / name) and not os.path.exists(root / name):
+                raise InputError(f"{str(root / name)!r} is a link that leads nowhere; mend it or take it away.")
         if loose:
-            filled = next((folder for folder in folders if _pictures(folder)), None)
+            filled = next((folder for folder in folders if _look(folder)[0]), None)
             if filled is not None:
                 raise InputError(
                     f"Folder {str(root)!r} holds both loose pictures, such as {os.path.basename(loose[0])!r}, and "
@@ -50,8 +62,8 @@ class FolderSource:
             folders = [root]
         if not folders:
             raise InputError(
-                f"Folder {str(root)!r} holds no pictures; put {', '.join(ENDINGS)} files in it, or in one subfolder "
-                "a class."
+                f"Folder {str(root)!r} holds no pictures{_left_out(others)}; put pictures such as .jpg, .png or .webp "
+                "files in it, or in one subfolder a class."
             )
         self.class_names: tuple[str, ...] = tuple(
             folder.resolve().name if folder == root else folder.name for folder in folders
@@ -60,11 +72,18 @@ class FolderSource:
         self._files: list[str] = []
         self._labels: list[int] = []
         for label, folder in enumerate(folders):
-            files = _pictures(folder)
+            files, more, deeper = _look(folder)
             if not files:
-                raise InputError(f"Class folder {str(folder)!r} holds no pictures; fill it or take it away.")
+                _refuse_splits(root, folders)
+                raise InputError(
+                    f"Class folder {str(folder)!r} holds no pictures{_left_out(more)}"
+                    f"{' but folders' if deeper else ''}; fill it or take it away."
+                )
+            others += more if folder != root else []
             self._files += files
             self._labels += [label] * len(files)
+        if others:
+            _log_once(f"{str(root)!r}: {len(self._files)} pictures are used{_left_out(others)}")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -74,53 +93,68 @@ class FolderSource:
         return os.path.relpath(self._files[index], self._root)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Picture `index`: "image" (H,W,3) uint8; "label" int32. Raises InputError if it cannot be read."""
+        """Picture `index`: "image" (H,W,3) uint8; "label" int32. Raises BrokenPictureError if it cannot be read."""
         file = self._files[index]
         return {"image": decode(file, f"Picture {file!r}"), "label": np.int32(self._labels[index])}
 
 
-def decode(file: str | os.PathLike[str] | io.BytesIO, name: str, background: str = "white") -> np.ndarray:
-    """A picture file as (H,W,3) uint8, turned upright as its EXIF data asks.
+def _look(folder: Path) -> tuple[list[str], list[str], list[Path]]:
+    """The pictures of a folder, the names of its other files, and its subfolders; each in the order of names.
 
-    Args:
-      file: path or open file, of any format that Pillow reads; of an animation, the first frame.
-      name: what an error calls it, e.g. "Picture 'a.png'". background: colour that transparent parts are laid on.
-
-    Raises:
-      InputError: it is missing, corrupt, cut short, or in floating point. TransientError: the disk refuses.
+    A link that leads nowhere counts as a picture if it is named like one: reading it says so, where skipping it would
+    shrink the data in silence.
     """
+    pictures, others, folders = [], [], []
     try:
-        with Image.open(file) as opened:
-            opened.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(opened), background))
-    except InputError as error:
-        raise InputError(f"{name} {error}") from None
-    # Pillow's plugins raise nearly anything for broken bytes: OSError, SyntaxError, ValueError, struct.error, …
-    except Exception as error:
-        check_refusal(name, error)
-        raise InputError(f"{name} cannot be read ({reason(error)}); replace it or take it away.") from error
-
-
-def _rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise InputError(f"has pixels of mode {image.mode!r}, of no known range; save it with 8 or 16 bits a channel.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:  # knows files from folders without asking the disk about each
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        with os.scandir(folder) as found:  # knows files from folders without asking the disk about each
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         check_refusal(f"Folder {str(folder)!r}", error)
-        raise
+        raise InputError(f"Folder {str(folder)!r} cannot be read ({error}); check it.") from error
+    for entry in entries:
+        named = entry.name.lower().endswith(endings())
+        if _is_folder(entry, named):
+            folders.append(Path(entry.path))
+        elif named:
+            pictures.append(entry.path)
+        else:
+            others.append(entry.name)
+    return pictures, others, folders
 
 
-def _pictures(folder: Path) -> list[str]:
-    # A dangling link counts: reading it says so, where skipping it would shrink the data in silence.
-    return [entry.path for entry in _visible(folder) if entry.name.lower().endswith(ENDINGS) and not entry.is_dir()]
+def _is_folder(entry: os.DirEntry[str], named_as_picture: bool) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link: to itself, or into a folder that may not be read
+        if not named_as_picture and error.errno != errno.ELOOP:
+            check_refusal(f"{entry.path!r}", error)
+        return False
+
+
+def _refuse_splits(root: Path, folders: list[Path]) -> None:
+    """Raises InputError if the class folders seem to hold class folders themselves, as those named train and val."""
+    holders = [folder for folder in folders if any(_look(deeper)[0] for deeper in _look(folder)[2])]
+    if holders:
+        first = min(holders, key=lambda folder: _SPLITS.index(folder.name) if folder.name in _SPLITS else len(_SPLITS))
+        raise InputError(
+            f"The subfolders of {str(root)!r} hold folders of pictures, not pictures: "
+            f"{', '.join(repr(folder.name) for folder in holders[:_SHOWN])}; set data.path to the one whose subfolders "
+            f"are the classes, such as {str(first)!r}."
+        )
+
+
+def _left_out(names: Iterable[str]) -> str:
+    """The end of a sentence, such as ", and 3 files left out (2 .txt, 1 without ending)"; "" where there are none."""
+    counts = collections.Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names)
+    if not counts:
+        return ""
+    shown = [f"{count} {ending}" for ending, count in counts.most_common(_SHOWN)]
+    more = ["…"] if len(counts) > _SHOWN else []
+    number = counts.total()
+    return f", and {number} file{'s' * (number > 1)} left out ({', '.join(shown + more)})"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """Logs what would be said again at every opening."""
+    logger.info("%s", message)

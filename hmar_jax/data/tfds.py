@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hmar_jax.data.folder import decode
+from hmar_jax.data.picture_files import decode
 from hmar_jax.errors import InputError, reason
 from hmar_jax.files import check_refusal, local_path
 

@@ -1,12 +1,14 @@
 """What a folder of pictures promises: classes by name, every format as upright RGB, and a sentence for every fault."""
 
 import errno
+import logging
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hmar_jax.data import picture_files
 from hmar_jax.data.folder import FolderSource
 from hmar_jax.errors import InputError, TransientError
 
@@ -133,6 +135,26 @@ def test_hidden_and_foreign_files_are_skipped(tmp_path):
     assert only(tmp_path).shape == (9, 12, 3)
 
 
+def test_every_ending_of_a_picture_is_taken_and_what_is_left_out_is_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    for ending in ("jpg", "jfif", "jpe", "avif", "tga", "jp2"):
+        save(tmp_path / f"cat/a.{ending}", format="jpeg" if ending[0] == "j" and ending != "jp2" else None)
+    for name in ("a", "b.heic", "c.HEIC", "d.jpg_large", ".hidden.txt"):
+        (tmp_path / f"cat/{name}").write_bytes((tmp_path / "cat/a.jpg").read_bytes())
+    (tmp_path / "README.md").write_text("no picture")
+    for _ in range(2):
+        assert len(FolderSource(tmp_path)) == 6
+    (message,) = caplog.messages
+    for part in ("6 pictures", "5 files left out", "2 .heic", "1 .jpg_large", "1 without ending", "1 .md"):
+        assert part in message
+
+
+def test_an_empty_file_named_as_a_picture_is_a_broken_picture(tmp_path):
+    (tmp_path / "h.tga").write_bytes(b"")
+    with pytest.raises(InputError, match=r"h\.tga' cannot be read"):
+        only(tmp_path)
+
+
 def test_links_to_pictures_and_to_folders_are_followed(tmp_path):
     save(tmp_path / "store/a.png")
     (tmp_path / "data/one").mkdir(parents=True)
@@ -141,6 +163,87 @@ def test_links_to_pictures_and_to_folders_are_followed(tmp_path):
     source = FolderSource(tmp_path / "data")
     assert source.class_names == ("one", "two")
     np.testing.assert_array_equal(source[0]["image"], source[1]["image"])
+
+
+def test_a_link_to_itself_is_a_picture_that_cannot_be_read_or_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    save(tmp_path / "cat/a.png")
+    (tmp_path / "cat/loop").symlink_to(tmp_path / "cat/loop")
+    assert only(tmp_path).shape == (9, 12, 3)
+    assert "1 without ending" in caplog.text
+    (tmp_path / "cat/0.png").symlink_to(tmp_path / "cat/0.png")
+    with pytest.raises(InputError, match=r"0\.png' cannot be read .*symbolic links"):
+        FolderSource(tmp_path)[0]
+
+
+@pytest.mark.parametrize("aim", ["dog", "gone"])
+def test_a_link_in_place_of_a_class_folder_that_leads_nowhere_is_refused(tmp_path, aim):
+    save(tmp_path / "cat/a.png")
+    (tmp_path / "dog").symlink_to(tmp_path / aim)
+    with pytest.raises(InputError, match="dog' is a link that leads nowhere"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["dog", "cat/deeper", "cat/b.png"])
+def test_a_link_into_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, link):
+    save(tmp_path / "cat/a.png")
+    (tmp_path / link).symlink_to("/secret/x")
+    scandir = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path = entry.name, entry.path
+            self._is_dir = entry.is_dir
+
+        def is_dir(self):
+            if self.path == str(tmp_path / link):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.path)
+            return self._is_dir()
+
+    class Entries(list):
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+
+    stat = os.stat
+    monkeypatch.setattr(os, "scandir", lambda path: Entries(map(Entry, scandir(path))))
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), link)
+
+    def may_not(path, *arguments, **options):
+        if str(path) == str(tmp_path / link):
+            raise refused
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", may_not)
+    with pytest.raises(InputError, match=f"{link}' may not be read .*check its permissions"):
+        [FolderSource(tmp_path)[i] for i in range(2)]
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("test", "train", "validation"), ("all",)])
+def test_a_folder_of_splits_says_which_of_them_to_give(tmp_path, names):
+    for name in names:
+        save(tmp_path / f"{name}/cat/a.png")
+    right = str(tmp_path / ("train" if "train" in names else "all"))
+    with pytest.raises(InputError, match=f"set data.path to the one whose .* such as '{right}'"):
+        FolderSource(tmp_path)
+    assert FolderSource(right).class_names == ("cat",)
+
+
+def test_a_folder_of_splits_of_which_one_is_not_sorted_into_classes(tmp_path):
+    save(tmp_path / "train/cat/a.png")
+    save(tmp_path / "val/0001.png")
+    with pytest.raises(InputError, match=f"such as '{tmp_path / 'train'}'"):
+        FolderSource(tmp_path)
+
+
+def test_no_pictures_names_the_endings_that_are_there(tmp_path):
+    for name in ("a.heic", "b.heic", "c.pdf", "d"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds no pictures, and 4 files left out \(2 .heic, 1 .pdf, 1 without"):
+        FolderSource(tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "a.heic").rename(tmp_path / "cat/a.heic")
+    with pytest.raises(InputError, match=r"cat' holds no pictures, and 1 file left out \(1 .heic\)"):
+        FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["empty", "text", "cut", "dangling", "float"])
@@ -169,7 +272,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, fault):
     [
         (lambda root: root / "missing", "does not exist"),
         (lambda root: "", "data.path"),
-        (lambda root: save(root / "a.png"), "does not exist"),
+        (lambda root: save(root / "a.png"), "is no folder"),
         (lambda root: root, "holds no pictures"),
         (lambda root: (save(root / "cat/a.png"), (root / "dog").mkdir(), root)[-1], "dog.*holds no pictures"),
     ],
@@ -187,15 +290,17 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path, make, message):
 @pytest.mark.parametrize("what", ["cat", "cat/a.png"])
 def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch, what, number, kind, message):
     save(tmp_path / "cat/a.png")
-    refused, scandir, opened = str(tmp_path / what), os.scandir, Image.open
+    refused = str(tmp_path / what)
 
-    def unless_refused(path, do):
-        if str(path) == refused:
-            raise OSError(number, os.strerror(number), str(path))
-        return do(path)
+    def unless_refused(do):
+        def tried(path, *arguments):
+            if str(path) == refused:
+                raise OSError(number, os.strerror(number), str(path))
+            return do(path, *arguments)
 
-    monkeypatch.setattr(os, "scandir", lambda path: unless_refused(path, scandir))
-    monkeypatch.setattr(Image, "open", lambda path: unless_refused(path, opened))
-    with pytest.raises(kind, match=f"'{refused}' {message}") as caught:
+        return tried
+
+    monkeypatch.setattr(os, "scandir", unless_refused(os.scandir))
+    monkeypatch.setattr(picture_files, "open", unless_refused(open), raising=False)
+    with pytest.raises(kind, match=f"'{refused}' {message}"):
         only(tmp_path)
-    assert type(caught.value) is kind

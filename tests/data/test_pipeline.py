@@ -284,7 +284,7 @@ def test_a_picture_that_breaks_is_an_input_error_every_time_it_is_asked_for(tmp_
     for _ in range(1 if workers else 2):
         with pytest.raises(InputError, match="png' cannot be read") as caught:
             next(iterator)
-        assert type(caught.value) is InputError
+        assert isinstance(caught.value, InputError)
         assert iterator.get_state() == {"examples": 0}
     iterator.close()
 
