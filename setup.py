@@ -38,7 +38,6 @@ setuptools.setup(
         "triton": ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.10"],
         "tensorboard": ["tensorboard", "tensorflow"],
         "hub": ["huggingface-hub>=1.0"],
-        "torch": ["torch>=2.6"],
         "demo": ["matplotlib>=3.10"],
         "notebook": ["ipykernel>=6.17", "ipywidgets>=7.7", "matplotlib>=3.10"],  # of the first two Colab wants its own
         "test": [

@@ -46,6 +46,7 @@ class TokenizerConfig:
       codebook_size: V.
       downsampling: pixels a side of the finest token; the first log2 of it levels halve the resolution.
       phis: 3x3 convolutions shared among the scales.
+      phi_of_scale: which of them each scale uses, coarse to fine; empty for VAR's rule (`quantizer.phi_of_scale`).
     """
 
     channels: int = 160
@@ -57,6 +58,7 @@ class TokenizerConfig:
     codebook_size: int = 4096
     downsampling: int = 16
     phis: int = 4
+    phi_of_scale: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
@@ -69,6 +71,11 @@ class TokenizerConfig:
             raise InputError(
                 f"tokenizer.downsampling is {self.downsampling}; {len(self.multipliers)} levels allow a power of two "
                 f"from 1 to {2 ** (len(self.multipliers) - 1)}."
+            )
+        if not all(0 <= phi < self.phis for phi in self.phi_of_scale):
+            raise InputError(
+                f"tokenizer.phi_of_scale is {self.phi_of_scale}; expected numbers from 0 to {self.phis - 1}, because "
+                f"tokenizer.phis is {self.phis}."
             )
 
     @property
@@ -163,12 +170,28 @@ _TRANSFORMERS["d36-s"] = (36, True, True)
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a model directory holds: geometry, tokenizer and, unless it is a tokenizer alone, a transformer."""
+    """What a model directory holds: geometry, tokenizer and, unless it is a tokenizer alone, a transformer.
+
+    Attributes:
+      phi_layout: how an official file names the phi convolutions: `qresi_ls` for several that scales share, `each` for
+        one a scale; empty for a lone one that all share (`qresi`), or else `qresi_ls`.
+    """
 
     ladder: ScaleLadder
     tokenizer: TokenizerConfig
     transformer: TransformerConfig | None = None
     class_names: tuple[str, ...] = ()
+    phi_layout: Literal["", "qresi_ls", "each"] = ""
+
+    def __post_init__(self) -> None:
+        scales, phis = self.ladder.num_scales, self.tokenizer.phi_of_scale
+        if len(phis) not in (0, scales):
+            raise InputError(f"tokenizer.phi_of_scale is {phis}; expected one number for each of {scales} scales.")
+        if self.phi_layout == "each" and self.tokenizer.phis != scales:
+            raise InputError(
+                f"The tokenizer has one phi convolution for each of {self.tokenizer.phis} scales, but there are "
+                f"{scales} sides; give the sides that it was trained with."
+            )
 
     @property
     def num_classes(self) -> int:

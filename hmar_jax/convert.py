@@ -18,7 +18,7 @@ import numpy as np
 
 from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import ModelConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, saying
 from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
 from hmar_jax.official import Kind
@@ -100,7 +100,7 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
     """Writes the official state dict of a model directory: the inverse of `convert`, bit for bit in float32.
 
     Args:
-      model: model directory, or hub id. output: a `.safetensors` file or, where PyTorch is installed, a `.pth` file.
+      model: model directory, or hub id. output: a `.safetensors` or `.pth` file.
       kind: `vae` for the tokenizer; by default the transformer's, in the layout that it was converted from.
 
     Returns:
@@ -171,7 +171,10 @@ def _config(
 ) -> ModelConfig:
     """What the file's shapes and the models beside it say together; InputError where they contradict each other."""
     if tokenizer is None:
-        return ModelConfig(ladder, official.infer_tokenizer(state.shapes, state.where))
+        phi_layout = official.infer_phi_layout(state.shapes)
+        sizes = official.infer_tokenizer(state.shapes, state.where)
+        with saying(state.where):
+            return ModelConfig(ladder, sizes, phi_layout=phi_layout)
     found, sizes = official.infer_transformer(state.shapes, kind, ladder, state.where), tokenizer.config.tokenizer
     if (found.codebook_size, found.latent_channels) != (sizes.codebook_size, sizes.latent_channels):
         raise InputError(
@@ -190,7 +193,9 @@ def _config(
                 f"{stage1.where} is not the stage 1 of {state.where}: sizes or sides differ; give the one it started "
                 "from."
             )
-    return ModelConfig(ladder, sizes, transformer, _class_names(transformer.num_classes, [stage1, tokenizer]))
+    names = _class_names(transformer.num_classes, [stage1, tokenizer])
+    with saying(tokenizer.where):
+        return dataclasses.replace(tokenizer.config, ladder=ladder, transformer=transformer, class_names=names)
 
 
 def _class_names(classes: int, parts: Sequence[_Part | None]) -> tuple[str, ...]:
@@ -207,8 +212,6 @@ def _from_official(state: StateDict, config: ModelConfig, kind: Kind) -> dict[st
     places = official.places(config, kind)
     remedy = f"expected all entries of one {kind} and no others."
     check_shapes(state.shapes, {place.name: place.shape for place in places}, state.where, remedy)
-    if whole := sorted(state.integers & state.shapes.keys()):
-        raise InputError(f"{state.where} has {whole[0]} in whole numbers; give a state dict that is not quantised.")
     by_path: dict[str, list[official.Place]] = {}
     for place in places:
         by_path.setdefault(place.path, []).append(place)
@@ -273,6 +276,11 @@ def _check_exportable(config: ModelConfig, kind: Kind, where: str) -> None:
             f"The tokenizer of {where} has {config.tokenizer.norm_groups} groups in its norms; the official code has "
             f"{official.NORM_GROUPS}, and would give other pictures."
         )
+    if kind == "vae" and config.tokenizer.phi_of_scale:
+        raise InputError(
+            f"The tokenizer of {where} uses other phi convolutions in its scales than the official code, which would "
+            "give other pictures."
+        )
     if kind != "vae" and config.transformer and config.transformer.leak_free:
         raise InputError(f"{where} is leak-free, which the official code is not: it would give other pictures.")
     if kind == "hmar" and config.transformer and not config.transformer.branch_depth:
@@ -286,12 +294,11 @@ class StateDict(NamedTuple):
     """The parameters in an official file, by name.
 
     Attributes:
-      where: what errors call it. get: reads one. integers: those that hold no floats, and perhaps other entries.
+      where: what errors call it. get: reads one as float32; InputError where a number in it is not finite.
     """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
-    integers: set[str]
     get: Callable[[str], np.ndarray]
 
 
@@ -304,11 +311,21 @@ def open_state_dict(source: Path, kind: Kind, key: str | None = None) -> StateDi
 
 
 def _choose(source: Path, file: tensors.File | torch_files.File, kind: Kind, key: str | None) -> StateDict:
-    """The one state dict of a kind among all entries of a file, its buffers left out."""
-    shapes = file.shapes
+    """The one state dict of a kind among all entries of a file, its buffers and wrappers left out."""
+    raw: dict[str, list[str]] = {}  # name without wrappers → as it is in the file
+    for name in file.shapes:
+        raw.setdefault(official.unwrapped(name), []).append(name)
+    shapes = {name: file.shapes[names[0]] for name, names in raw.items()}
     mark = official.TOKENIZER_MARK if kind == "vae" else official.TRANSFORMER_MARK
     prefixes = _prefixes(shapes, mark)
-    chosen = [prefix for prefix in prefixes if key is None or prefix == (f"{key}." if key else "")]
+    wanted = None if key is None else official.unwrapped(f"{key}." if key else "")
+    chosen = [prefix for prefix in prefixes if wanted in (None, prefix)]
+
+    def shown(prefix: str) -> str:
+        """A prefix as the file has it."""
+        name = raw[prefix + mark][0]
+        return (name.removesuffix(mark) if name.endswith(mark) else prefix).rstrip(".")
+
     if not prefixes:
         for prefix in _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK):
             official.check_kind(kind, _under(prefix, shapes).keys(), str(source))
@@ -317,14 +334,26 @@ def _choose(source: Path, file: tensors.File | torch_files.File, kind: Kind, key
     if len(chosen) != 1:
         place = f"under {key!r}" if key else "at the top"
         found = f"{len(chosen)} state dicts of this kind" if chosen else f"no {kind} {place}"
-        keys = ", ".join(repr(prefix.rstrip(".")) for prefix in sorted(prefixes))
+        keys = ", ".join(sorted(repr(shown(prefix)) for prefix in prefixes))
         raise InputError(f"{source} holds {found}; choose with --key one of {keys}.")
     prefix = chosen[0]
+    where = f"{source} under {shown(prefix)!r}" if prefix else str(source)
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     own = _under(prefix, {name: shape for name, shape in shapes.items() if not name.startswith(deeper)})
-    where = f"{source} under {prefix.rstrip('.')!r}" if prefix else str(source)
-    integers = {name.removeprefix(prefix) for name in file.integers if name.startswith(prefix)}
-    return StateDict(where, official.without_buffers(own), integers, lambda name: file.read(prefix + name))
+    parameters = official.without_buffers(own)
+    for name in parameters:
+        if len(twice := raw[prefix + name]) > 1:
+            raise InputError(
+                f"{where} has both {twice[0]} and {twice[1]}, which are one entry without the names of wrappers; save "
+                "a state dict with one of them."
+            )
+
+    def get(name: str) -> np.ndarray:
+        (entry,) = raw[prefix + name]
+        return tensors.cast(file.read(entry), np.float32, f"{entry} of {source}")
+
+    tensors.check_floats({name: file.dtypes[raw[prefix + name][0]] for name in parameters}, tensors.FLOATS, where)
+    return StateDict(where, parameters, get)
 
 
 def _prefixes(shapes: official.Shapes, mark: str) -> list[str]:

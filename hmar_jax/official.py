@@ -22,6 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Derived tensors that PyTorch saves beside the parameters.
 _BUFFERS = re.compile(r"lvl_1L|attn_bias_for_masking|.*\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
+# What DDP, FSDP, activation checkpointing, torch.compile and Lightning put into a name where they wrap a module.
+_WRAPPERS = {"module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
 # The official code fixes the groups of every GroupNorm and the blocks that stage 2 trains; no shape tells them.
 NORM_GROUPS, BRANCH_DEPTH = 32, 8
 
@@ -68,11 +70,12 @@ def places(config: ModelConfig, kind: Kind) -> list[Place]:
     which are the mask branch's: the next-scale branch has no place in it.
     """
     network, shapes = "tokenizer" if kind == "vae" else "transformer", shapes_of(config)
+    phi_layout = config.phi_layout or ("qresi" if config.tokenizer.phis == 1 else "qresi_ls")
     found = []
     for path in sorted(name for name in shapes if name.startswith(f"{network}.")):
         inner, shape = path.removeprefix(f"{network}."), shapes[path]
         if network == "tokenizer":
-            found.append(_place(*_tokenizer_name(inner), shape, path, None))
+            found.append(_place(*_tokenizer_name(inner, phi_layout), shape, path, None))
         elif kind == "hmar-stage2" and inner.startswith("next_scale."):
             continue
         elif match := _STACKED.fullmatch(inner):
@@ -100,14 +103,21 @@ _TOKENIZER = [
     (r"(?<=up)(\.\d+)\.resample\.", r"\1.upsample.conv."),
     (r"\.shortcut\.", ".nin_shortcut."),
     (r"\.proj\.", ".proj_out."),
-    (r"^quantizer\.phis\.", "quantize.quant_resi.qresi_ls."),
 ]
+# How the phi convolutions are called: one that all scales share, several, and one for each scale.
+_PHIS = {
+    "qresi": "quantize.quant_resi.qresi.",
+    "qresi_ls": "quantize.quant_resi.qresi_ls.#.",
+    "each": "quantize.quant_resi.#.",
+}
 
 
-def _tokenizer_name(path: str) -> tuple[str, Layout]:
+def _tokenizer_name(path: str, phi_layout: str) -> tuple[str, Layout]:
     """Our path within the tokenizer → the official name, and the layout."""
     if path == "quantizer.codebook":
         return "quantize.embedding.weight", _SAME
+    if match := re.match(r"quantizer\.phis\.(\d+)\.", path):
+        path = _PHIS[phi_layout].replace("#", match[1]) + path.removeprefix(match[0])
     for ours, theirs in _TOKENIZER:
         path = re.sub(ours, theirs, path)
     stem, leaf = path.rsplit(".", 1)
@@ -173,6 +183,11 @@ def _block_names(kind: Kind, stack: str, transformer: TransformerConfig | None) 
     return "blocks", 0 if stack == "trunk" else transformer.trunk_depth
 
 
+def unwrapped(name: str) -> str:
+    """An entry's name without what wrappers of its modules put in: `module.blocks.0._orig_mod.x` → `blocks.0.x`."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def without_buffers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The entries that are parameters."""
     return {name: shape for name, shape in shapes.items() if not _BUFFERS.fullmatch(name)}
@@ -214,13 +229,14 @@ class _Dimensions:
         return shape
 
     def count(self, pattern: str, least: int = 1) -> int:
-        """One more than the highest number for `#` at the start of any name; InputError if that is below `least`."""
-        start = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
-        number = 1 + max((int(match[1]) for name in self.shapes if (match := start.match(name))), default=-1)
-        if number < least:
-            entry = pattern.replace("#", "0")
+        """How many numbers names have for `#`: 0, 1, …; InputError if one of these is missing, or there are too few."""
+        start = re.compile(re.escape(pattern).replace(r"\#", r"(\d{1,9})"))
+        numbers = {int(match[1]) for name in self.shapes if (match := start.match(name))}
+        missing = sorted(set(range(max(len(numbers), least))) - numbers)
+        if missing:
+            entry = pattern.replace("#", str(missing[0]))
             raise InputError(f"{self.where} lacks {entry}*; it is not a whole state dict of this kind.")
-        return number
+        return len(numbers)
 
 
 def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
@@ -231,7 +247,8 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     levels = dims.count("encoder.down.#.")
     widths = [dims(f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
     blocks = [dims.count(f"{side}.0.block.#.") for side in ("encoder.down", "decoder.up")]
-    phis = dims.count("quantize.quant_resi.qresi_ls.#.")
+    layout = _phi_layout(shapes)
+    phis = 1 if layout == "qresi" else dims.count(_PHIS[layout])
     with saying(f"The sizes in {where} do not go together"):
         return TokenizerConfig(
             channels=channels,
@@ -244,6 +261,21 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
             downsampling=2 ** dims.count("encoder.down.#.downsample.", least=0),
             phis=phis,
         )
+
+
+def infer_phi_layout(shapes: Shapes) -> Literal["", "qresi_ls", "each"]:
+    """The `ModelConfig.phi_layout` of a `vae`."""
+    layout = _phi_layout(shapes)
+    if layout == "each":
+        return "each"
+    alone = not any(name.startswith(_PHIS["qresi_ls"].replace("#", "1")) for name in shapes)
+    return "qresi_ls" if layout == "qresi_ls" and alone else ""
+
+
+def _phi_layout(shapes: Shapes) -> str:
+    if any(name.startswith(_PHIS["qresi"]) for name in shapes):
+        return "qresi"
+    return "each" if any(re.match(r"quantize\.quant_resi\.\d", name) for name in shapes) else "qresi_ls"
 
 
 class Inferred(NamedTuple):

@@ -9,6 +9,7 @@ parameter names.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -31,6 +32,7 @@ from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
+from hmar_jax.tokenizer.quantizer import phi_of_scale, recorded_phis, unrecorded_phi_of_scale
 
 FORMAT = 1
 # Names in a config.json → the library whose models have them.
@@ -80,6 +82,7 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
         raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))
+    tensors.check_floats(file.dtypes, ("float32", "bfloat16", "float16"), str(weights))
     return Opened(config, meta, file)
 
 
@@ -131,7 +134,7 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         if absent := {"source", "sha256", "tokenizer_sha256", "licences", "layout"} - meta.keys():
             raise KeyError(*sorted(absent))
         with saying(f"{file} describes no model"):
-            return from_plain(ModelConfig, meta["model"]), meta
+            return _with_phis(from_plain(ModelConfig, meta["model"]), meta), meta
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error}); copy or export the model again.") from None
 
@@ -189,6 +192,17 @@ def _work_directory(path: Path) -> str:
     return "is the work directory of a training run that has saved no checkpoint yet; train on"
 
 
+def _with_phis(config: ModelConfig, meta: dict[str, Any]) -> ModelConfig:
+    """The config of a `config.json`, also of one from before `phi_of_scale` was recorded."""
+    recorded = "phi_of_scale" in meta["model"]["tokenizer"]
+    tokenizer = recorded_phis(config.tokenizer, config.ladder.num_scales, recorded=recorded)
+    return dataclasses.replace(config, tokenizer=tokenizer)
+
+
+def _phis(config: ModelConfig) -> tuple[int, ...]:
+    return config.tokenizer.phi_of_scale or phi_of_scale(config.ladder.num_scales, config.tokenizer.phis)
+
+
 def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:
     """Raises InputError, naming entries, unless `found` has exactly the parameters of `config`."""
     trees.check_shapes(found, shapes_of(config), where, "weights and config are not of one model.")
@@ -244,14 +258,15 @@ def write_model(
         digests = tensors.write(partial / WEIGHTS, parameters, label=path.name)
         card = model_card.write(path.name, config, parameters, source=source, licences=licences)
         (partial / CARD).write_text(card, encoding="utf-8")
+        recorded = dataclasses.replace(config.tokenizer, phi_of_scale=_phis(config))
         meta = {
             "format": FORMAT,
-            "model": to_plain(config),
+            "model": to_plain(dataclasses.replace(config, tokenizer=recorded)),
             "source": source,
             "licences": list(licences),
             "layout": layout,
             "sha256": digests.file,
-            "tokenizer_sha256": _fingerprint(digests.tensors),
+            "tokenizer_sha256": _fingerprint(config, digests.tensors),
         }
         (partial / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         swap_in(partial, path)
@@ -263,12 +278,18 @@ def write_model(
 
 
 def tokenizer_fingerprint(model: Model) -> str:
-    """SHA-256 of the tokenizer's parameters, whatever file they are in."""
+    """SHA-256 of the tokenizer's parameters, whatever file they are in, and of which phi each scale uses."""
     flat = trees.flatten(undo_layout({"tokenizer": model.params["tokenizer"]}))
-    return _fingerprint({name: tensors.digest(np.asarray(leaf)) for name, leaf in flat.items()})
+    return _fingerprint(model.config, {name: tensors.digest(np.asarray(leaf)) for name, leaf in flat.items()})
 
 
-def _fingerprint(digests: Mapping[str, str]) -> str:
-    """Of the tokenizer, from the SHA-256 of each parameter's bytes."""
+def _fingerprint(config: ModelConfig, digests: Mapping[str, str]) -> str:
+    """Of the tokenizer, from the SHA-256 of each parameter's bytes.
+
+    The phi of each scale counts where it is not what it was before it was recorded, so that older caches stay valid.
+    """
     of_tokenizer = sorted(item for item in digests.items() if item[0].startswith("tokenizer."))
+    phis = _phis(config)
+    if phis != unrecorded_phi_of_scale(config.ladder.num_scales, config.tokenizer.phis):
+        of_tokenizer.append(("phi_of_scale", ",".join(map(str, phis))))
     return hashlib.sha256(json.dumps(of_tokenizer).encode()).hexdigest()

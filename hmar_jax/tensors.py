@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,20 @@ import tqdm
 from hmar_jax.errors import InputError
 from hmar_jax.files import check_readable
 
-_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
+# The names in a header → NumPy's; others, such as float8, stay as they are.
+_DTYPES = {"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+    f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
+FLOATS = ("float32", "bfloat16", "float16", "float64")  # what weights may be stored as
+_CHUNK = 2**18  # numbers looked at together, so that a check takes no memory
 
 
 class Tensor(NamedTuple):
     """An array that is not there yet.
 
     Attributes:
-      shape, dtype: of the whole; float32 or bfloat16.
+      shape, dtype: of the whole; float32, bfloat16 or float16.
       parts: makes its parts, to be joined along the first axis; cast to `dtype` when written.
     """
 
@@ -54,7 +60,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], label: str) -> Digests:
       label: what the progress bar, quiet where there is no terminal, calls the work.
 
     Raises:
-      OSError: the disk refused.
+      OSError: the disk refused. InputError: a number is not finite, or not in the dtype it is stored in.
     """
     # float32 first, so that each array starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -77,7 +83,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], label: str) -> Digests:
         for name in names:
             tensor, own, written = tensors[name], hashlib.sha256(), 0
             for part in tensor.parts():
-                data = _bytes(part.astype(tensor.dtype, copy=False))
+                data = _bytes(cast(part, tensor.dtype, name))
                 put(data)
                 own.update(data)
                 bar.update(len(data))
@@ -92,6 +98,43 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(_bytes(array)).hexdigest()
 
 
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """An array of floats in another dtype, or the same array.
+
+    Args:
+      name: what errors call it.
+
+    Raises:
+      InputError: a number is NaN or infinite, or becomes so: float64 beyond float32, float32 beyond bfloat16.
+    """
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype, copy=False)
+    if _all_finite(converted):
+        return converted
+    value = array[np.unravel_index(np.argmin(np.isfinite(converted)), array.shape)]
+    if np.isfinite(value):
+        raise InputError(f"{name} has the value {value}, which is too large for {converted.dtype}; use a wider dtype.")
+    raise InputError(f"{name} has the value {value}; weights must be finite, so train, save or copy the model again.")
+
+
+def check_floats(dtypes: Mapping[str, str], allowed: Sequence[str], where: str) -> None:
+    """Raises InputError, naming the first entry, where one has another dtype than those allowed."""
+    for name, dtype in sorted(dtypes.items()):
+        if dtype not in allowed:
+            expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise InputError(
+                f"{where} has {name} as {dtype}; expected {expected}, so give weights that are such floats."
+            )
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    flat = array.reshape(-1)
+    if flat.dtype == ml_dtypes.bfloat16:  # whose own `isfinite` takes five times as long
+        bits = flat.view(np.uint16)
+        return all(np.all(bits[i : i + _CHUNK] & 0x7F80 != 0x7F80) for i in range(0, flat.size, _CHUNK))
+    return all(np.isfinite(flat[i : i + _CHUNK]).all() for i in range(0, flat.size, _CHUNK))
+
+
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
@@ -100,7 +143,7 @@ class File:
     """The arrays of a .safetensors file, read one by one.
 
     Attributes:
-      shapes: of all arrays, by name. integers: names of those that hold no floats.
+      shapes, dtypes: of all arrays, by name; a dtype as NumPy calls it or, where NumPy has none, as the file does.
 
     Raises:
       InputError: there is no such file, or it is damaged.
@@ -113,16 +156,22 @@ class File:
             with self._open() as file:
                 found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 self.shapes = {name: tuple(array.get_shape()) for name, array in found.items()}
-                self.integers = {name for name, array in found.items() if "F" not in array.get_dtype()}
+                codes = {name: array.get_dtype() for name, array in found.items()}
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; give a .safetensors file.") from None
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole .safetensors file ({error}); copy or write it again.") from None
+        self.dtypes = {name: _DTYPES.get(code, code) for name, code in codes.items()}
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One array, or one layer of it along its first axis."""
+        """One array of floats, or one layer of it along its first axis.
+
+        Raises:
+          InputError: a number in it is not finite.
+        """
         with self._open() as file:
-            return file.get_tensor(name) if layer is None else file.get_slice(name)[layer]
+            array = file.get_tensor(name) if layer is None else file.get_slice(name)[layer]
+        return cast(array, array.dtype, f"{name} of {self._path}")
 
     def _open(self) -> Any:
         # Anew each time: what has been read of a lasting map would count as memory in use.

@@ -1,15 +1,18 @@
 """Small official files of every kind, of random bits or of nothing, and what is asked of all sentences about them."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from hmar_jax import InputError, official
+from hmar_jax import InputError, official, torch_files
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.model import Model
@@ -66,12 +69,20 @@ def file_of(path, state):
     return path
 
 
+# Of an element, where it is not 4.
+_ITEM_BYTES = {"I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "C64": 8, "F64": 8}
+
+
 def file_of_zeros(path, shapes):
-    """A .safetensors file of any size that takes no time and no room on the disk."""
+    """A .safetensors file of any size that takes no time and no room on the disk.
+
+    Shapes may be pairs of dtype and shape; float32 is the default.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
-        offsets = [end, end := end + 4 * math.prod(shape)]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        dtype, shape = shape if shape and isinstance(shape[0], str) else ("F32", shape)
+        offsets = [end, end := end + _ITEM_BYTES.get(dtype, 4) * math.prod(shape)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -79,8 +90,51 @@ def file_of_zeros(path, shapes):
     return path
 
 
+_STORAGES = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16", "int8": "Char"}
+
+
+def torch_pickle(state):
+    """The pickle of a state dict as PyTorch writes it: storage N holds the N-th array, contiguous."""
+    parts = torch_files._state_dict({name: array.shape for name, array in state.items()}).split(b"FloatStorage")
+    storages = [_STORAGES[array.dtype.name].encode() + b"Storage" for array in state.values()]
+    return b"".join(part + storage for part, storage in zip(parts, [*storages, b""], strict=True))
+
+
+def torch_file_of(path, state, compression=zipfile.ZIP_STORED):
+    """A PyTorch file of arrays of any floats."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("any/data.pkl", torch_pickle(state))
+        for number, array in enumerate(state.values()):
+            archive.writestr(f"any/data/{number}", array.tobytes())
+        archive.writestr("any/version", "3")
+    return path
+
+
+def old_torch_file_of(path, state):
+    """A file as PyTorch wrote it before 1.6."""
+    keys = [str(number) for number in range(len(state))]
+    before = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in state.values()]
+    path.write_bytes(b"".join([*before, torch_pickle(state), pickle.dumps(keys, 2), *storages]))
+    return path
+
+
 def stored(directory):
     return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+def rewrite(saved, change_weights=None, change_config=None):
+    """Changes a model directory as an own hand would, checksum kept right."""
+    config, weights = saved / "config.json", saved / "model.safetensors"
+    meta = json.loads(config.read_text())
+    if change_weights:
+        flat = safetensors.numpy.load_file(weights)
+        change_weights(flat)
+        safetensors.numpy.save_file(flat, weights)
+        meta["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if change_config:
+        change_config(meta)
+    config.write_text(json.dumps(meta))
 
 
 def assert_bit_equal(found, expected):

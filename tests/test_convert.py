@@ -1,6 +1,6 @@
 """Official checkpoints ⇄ model directories: bit for bit both ways, for every kind, size and geometry.
 
-What is refused: commands/test_convert_command.py. PyTorch's files, memory and sudden death: test_convert_files.py.
+What is refused: commands/test_convert_command.py. Memory and sudden death: test_convert_files.py.
 """
 
 import dataclasses

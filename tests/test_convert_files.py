@@ -1,16 +1,15 @@
-"""Files as they come: with more than a state dict, of PyTorch, large; refused and killed in the middle."""
+"""Files as they come: with more than a state dict, large; refused and killed in the middle.
 
-import argparse
+PyTorch's own format: test_torch_files.py.
+"""
+
 import errno
 import math
 import os
-import pickle
 import re
 import signal
-import struct
 import subprocess
 import sys
-import types
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +22,6 @@ from official_files import (
     file_of_zeros,
     official_shapes,
     random_state,
-    refusal,
     stored,
 )
 
@@ -37,17 +35,6 @@ BUFFERS = {
     "blocks.3.attn.zero_k_bias": np.zeros(8, np.float32),
     "quantize.ema_vocab_hit_SV": np.ones((4, 64), np.float32),
 }
-
-
-@pytest.fixture
-def refused(tmp_path):
-    """Runs what is to be refused and leaves nothing; its sentence, `tmp_path/` left out."""
-    return lambda work, *args: refusal(tmp_path, lambda: work(*args))
-
-
-@pytest.fixture
-def refused_file(refused, tmp_path):
-    return lambda file: refused(convert, "vae", file, LADDER, tmp_path / "out")
 
 
 # --- what is in a file beside the parameters
@@ -95,181 +82,6 @@ def test_files_of_other_types_become_float32(converted, dtype):
     found = converted("vae", {name: array.astype(dtype) for name, array in state.items()})
     expected = {name: array.astype(dtype).astype(np.float32) for name, array in converted("vae", state).items()}
     assert_bit_equal(found, expected)
-
-
-# --- files of PyTorch
-
-
-class Tensor:
-    """What is asked of a torch.Tensor; it gives its values as NumPy's only when detached and float32."""
-
-    def __init__(self, array, detached=False):
-        self._array, self.shape, self._detached = array, array.shape, detached
-
-    def detach(self):
-        return Tensor(self._array, True)
-
-    def is_floating_point(self):
-        return self._array.dtype.kind == "f"
-
-    def float(self):
-        return Tensor(self._array.astype(np.float32), self._detached)
-
-    def numpy(self):
-        assert self._detached
-        assert self._array.dtype == np.float32
-        return self._array
-
-
-def from_numpy(array):
-    assert array.flags.writeable  # PyTorch warns of others
-    return Tensor(array)
-
-
-@pytest.fixture
-def torch(monkeypatch):
-    """Stands for PyTorch; `calls` are what `load` was asked for."""
-    module = types.ModuleType("torch")
-    module.Tensor, module.from_numpy, module.calls = Tensor, from_numpy, []
-
-    def load(path, **options):
-        module.calls.append(options)
-        content = path.read_bytes()
-        if content.startswith(b"old") and options.get("mmap"):
-            raise RuntimeError("mmap can only be used with files saved with `torch.save(_use_new_zipfile_serialization")
-        return pickle.loads(content.removeprefix(b"old"))
-
-    module.load, module.save = load, lambda state, path: path.write_bytes(pickle.dumps(state))
-    monkeypatch.setitem(sys.modules, "torch", module)
-    return module
-
-
-def as_tensors(state, dtype=np.float32):
-    return {name: Tensor(array.astype(dtype)) for name, array in state.items()}
-
-
-SAFE, MAPPED = {"map_location": "cpu", "weights_only": True}, {"mmap": True}
-
-
-@pytest.mark.parametrize("ending", ["pth", "pt", "ckpt", "bin"])
-@pytest.mark.parametrize(("start", "asked"), [(b"", [SAFE | MAPPED]), (b"old", [SAFE | MAPPED, SAFE])], ids=["", "old"])
-def test_a_torch_file_is_read_safely_and_mapped(torch, tmp_path, small_tokenizer, start, asked, ending):
-    content = {"epoch": 3, "optimizer": {0: Tensor(np.ones(2))}, "model": {"ema": as_tensors(random_state("vae"))}}
-    file = tmp_path / f"vae.{ending}"
-    file.write_bytes(start + pickle.dumps(content))
-    assert_bit_equal(stored(convert("vae", file, LADDER, tmp_path / "vae")), stored(small_tokenizer))
-    assert torch.calls == asked
-
-
-def test_a_quantised_torch_file_is_refused(torch, refused_file, tmp_path):
-    zeros = {name: np.zeros(shape) for name, shape in official_shapes("vae").items()}
-    (tmp_path / "vae.pth").write_bytes(pickle.dumps(as_tensors(zeros, np.int8)))
-    assert refused_file(tmp_path / "vae.pth").startswith("vae.pth has decoder.conv_in.bias in whole numbers; ")
-
-
-def test_a_torch_file_comes_back_bit_for_bit(torch, tmp_path, small_tokenizer):
-    assert export_torch(small_tokenizer, tmp_path / "vae.pth") == "vae"
-    assert_bit_equal(stored(convert("vae", tmp_path / "vae.pth", LADDER, tmp_path / "vae")), stored(small_tokenizer))
-
-
-# As PyTorch 2.13 raises them.
-ADVICE = (
-    "Weights only load failed. This file can still be loaded, to do so you have two options, \x1b[1mdo those steps "
-    "only if you trust the source of the checkpoint\x1b[0m. \n\t(1) Re-running `torch.load` with `weights_only` set to "
-    "`False` will likely succeed\n\tWeightsUnpickler error: Unsupported global: GLOBAL argparse.Namespace"
-)
-UNREADABLE = {
-    "not allowed": pickle.UnpicklingError(ADVICE),
-    "cut": RuntimeError(
-        "PytorchStreamReader failed reading zip archive: failed finding central directory. Is it whole?"
-    ),
-    "empty": EOFError(),
-    "a folder": IsADirectoryError(errno.EISDIR, "Is a directory"),
-    "a text": KeyError(101),
-    "bytes": UnicodeDecodeError("utf-8", b"\x80", 0, 1, "invalid start byte"),
-    "cut in a number": struct.error("unpack requires a buffer of 2 bytes"),
-    "stack": IndexError("pop from empty list"),
-    "reference": AssertionError("storage key '1' not found in deserialized_objects"),
-}
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_a_torch_file_that_cannot_be_read_is_named(torch, refused_file, tmp_path, monkeypatch, case):
-    def fail(*_, **__):
-        raise UNREADABLE[case]
-
-    monkeypatch.setattr(torch, "load", fail)
-    said = refused_file(tmp_path / "vae.pth")
-    assert re.match(r"vae\.pth is (damaged, or holds|no whole PyTorch file \(.+\); )", said), said
-    assert "weights_only" not in said  # no advice to read it unsafely
-
-
-def test_a_torch_file_that_does_not_exist_is_named(torch, refused_file, tmp_path):
-    expected = "vae.pth does not exist; give a .safetensors or .pth file."
-    assert refused_file(tmp_path / "vae.pth") == expected
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("[enforce fail] unexpected pos")]
-)
-def test_a_torch_file_that_cannot_be_written_leaves_nothing(
-    torch, refused, tmp_path, monkeypatch, small_tokenizer, error
-):
-    def fail(state, path):
-        path.write_bytes(b"some")
-        raise error
-
-    monkeypatch.setattr(torch, "save", fail)
-    said = refused(export_torch, small_tokenizer, tmp_path / "vae.pth")
-    assert said.startswith("Could not write vae.pth (")
-
-
-def test_without_torch_a_torch_file_says_what_to_install(refused, refused_file, tmp_path, monkeypatch, small_tokenizer):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    said = [refused_file(tmp_path / "vae.pth")]
-    said.append(refused(export_torch, small_tokenizer, tmp_path / "vae.pth"))
-    what = "vae.pth is a PyTorch file, which takes PyTorch: `pip install torch`, or use a .safetensors file."
-    assert said == [what, what]
-
-
-def test_a_safetensors_file_takes_no_torch(tmp_path, monkeypatch, small_tokenizer):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    export_torch(small_tokenizer, tmp_path / "vae.safetensors")
-    convert("vae", tmp_path / "vae.safetensors", LADDER, tmp_path / "vae")
-
-
-@pytest.fixture
-def real_torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_real_torch_file_is_read(real_torch, tmp_path, old, dtype):
-    state = {name: real_torch.tensor(a).to(getattr(real_torch, dtype)) for name, a in random_state("vae").items()}
-    parameters = {name: real_torch.nn.Parameter(tensor) for name, tensor in state.items()}
-    content = {"model": parameters | {"quantize.ema_vocab_hit_SV": real_torch.ones(4, 16)}, "step": 3}
-    real_torch.save(content, tmp_path / "vae.pth", _use_new_zipfile_serialization=not old)
-    wide = file_of(tmp_path / "vae.safetensors", {name: tensor.float().numpy() for name, tensor in state.items()})
-    found = [
-        stored(convert("vae", tmp_path / file, LADDER, tmp_path / f"of {file}")) for file in ("vae.pth", wide.name)
-    ]
-    assert_bit_equal(*found)
-
-
-def test_a_real_torch_file_is_written(real_torch, tmp_path, small_tokenizer):
-    export_torch(small_tokenizer, tmp_path / "vae.pth")
-    found = {name: tensor.numpy() for name, tensor in real_torch.load(tmp_path / "vae.pth").items()}
-    assert_bit_equal(found, random_state("vae"))
-
-
-@pytest.mark.parametrize("content", [b"hello world\n", b"", b"PK\x03\x04", argparse.Namespace(x=1)], ids=repr)
-def test_a_real_file_that_torch_refuses_is_named(real_torch, refused_file, tmp_path, content):
-    if isinstance(content, bytes):
-        (tmp_path / "vae.pth").write_bytes(content)
-    else:
-        real_torch.save({"args": content}, tmp_path / "vae.pth")
-    assert re.match(r"vae\.pth is (damaged|no whole PyTorch file)", refused_file(tmp_path / "vae.pth"))
 
 
 # --- refused writes, memory, death

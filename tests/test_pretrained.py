@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from official_files import rewrite
 from tiny_models import TINY, lively_model, tiny
 
 import hmar_jax.model_card
@@ -36,20 +36,6 @@ def exchanges(request, monkeypatch):
     if not request.param:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param
-
-
-def rewrite(saved, change_weights=None, change_config=None):
-    """Changes a model directory as an own hand would, checksum kept right."""
-    config, weights = saved / "config.json", saved / "model.safetensors"
-    meta = json.loads(config.read_text())
-    if change_weights:
-        flat = safetensors.numpy.load_file(weights)
-        change_weights(flat)
-        safetensors.numpy.save_file(flat, weights)
-        meta["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if change_config:
-        change_config(meta)
-    config.write_text(json.dumps(meta))
 
 
 def listing(folder):
@@ -117,6 +103,46 @@ def test_a_directory_without_its_card_is_a_model(saved):
 def test_the_tokenizers_fingerprint_is_of_its_values_alone(model, stage1_model):
     assert tokenizer_fingerprint(model) == tokenizer_fingerprint(stage1_model)
     assert tokenizer_fingerprint(model) != tokenizer_fingerprint(lively_model(TINY, seed=1))
+
+
+# --- numbers and dtypes
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_number_that_is_not_finite_is_named(saved, value, dtype):
+    def spoil(flat):
+        flat["transformer.pos"] = flat["transformer.pos"].astype(dtype)
+        flat["transformer.pos"][3, 5] = value
+
+    rewrite(saved, spoil)
+    expected = rf"transformer\.pos of {saved}/model\.safetensors has the value {value}; weights must be finite"
+    with pytest.raises(InputError, match=expected):
+        from_pretrained(saved)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(model, tmp_path):
+    pos = model.params["transformer"]["pos"].at[3, 5].set(jnp.nan)
+    wrong = Model(TINY, model.params | {"transformer": model.params["transformer"] | {"pos": pos}})
+    with pytest.raises(InputError, match=r"^transformer\.pos has the value nan; weights must be finite"):
+        save_model(tmp_path / "model", wrong, "a test")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "bool", "float64", "int64"])
+def test_weights_of_another_dtype_are_refused(saved, dtype):
+    rewrite(saved, lambda flat: flat.update({"transformer.pos": flat["transformer.pos"].astype(dtype)}))
+    expected = rf"has transformer\.pos as {dtype}; expected float32, bfloat16 or float16, so"
+    with pytest.raises(InputError, match=expected):
+        from_pretrained(saved)
+
+
+def test_float16_weights_are_loaded_and_saved(saved, tmp_path):
+    rewrite(saved, lambda flat: flat.update({"transformer.pos": flat["transformer.pos"].astype(np.float16)}))
+    again = save_model(tmp_path / "again", from_pretrained(saved), "a test")
+    found = [safetensors.numpy.load_file(path / "model.safetensors")["transformer.pos"] for path in (saved, again)]
+    assert found[1].dtype == np.float16
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_compute_type_is_chosen_when_loading(saved):

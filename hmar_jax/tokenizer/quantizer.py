@@ -6,6 +6,7 @@ Axis letters: B batch, h side of the latent map (= p_K), L tokens, K scales, Z l
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,8 +22,35 @@ from hmar_jax.scales import ScaleLadder
 
 
 def phi_of_scale(num_scales: int, phis: int) -> tuple[int, ...]:
-    """Which of the shared convolutions each scale uses: the tick nearest to k/(K-1); ticks are evenly spread."""
-    ticks = np.linspace(1 / 3 / phis, 1 - 1 / 3 / phis, phis)
+    """Which of the phi convolutions each scale uses, by VAR's rule: the one whose tick is nearest to k/(K-1).
+
+    The ticks are evenly spread, the first 1/(2n) from 0 for n convolutions and, for 4 alone, 1/(3n). Many are equally
+    far in exact arithmetic, so that the published lists rest on how float64 rounds here.
+    """
+    return _nearest_ticks(num_scales, phis, 1 / 3 / phis if phis == 4 else 1 / 2 / phis)
+
+
+def unrecorded_phi_of_scale(num_scales: int, phis: int) -> tuple[int, ...]:
+    """`phi_of_scale` of configs that do not record it: the first tick was 1/(3n) for every n."""
+    return _nearest_ticks(num_scales, phis, 1 / 3 / phis)
+
+
+def recorded_phis(config: TokenizerConfig, num_scales: int, *, recorded: bool) -> TokenizerConfig:
+    """A tokenizer's config as it was stored → with the phi of each scale that it was trained with.
+
+    Args:
+      recorded: whether the stored config had `phi_of_scale`; else it is `unrecorded_phi_of_scale`.
+
+    Returns:
+      The config, whose `phi_of_scale` is empty where it is VAR's rule.
+    """
+    used = config.phi_of_scale if recorded else unrecorded_phi_of_scale(num_scales, config.phis)
+    rule = phi_of_scale(num_scales, config.phis)
+    return dataclasses.replace(config, phi_of_scale=() if used == rule else used)
+
+
+def _nearest_ticks(num_scales: int, phis: int, first: float) -> tuple[int, ...]:
+    ticks = np.linspace(first, 1 - first, phis)
     places = np.arange(num_scales) / max(num_scales - 1, 1)
     return tuple(int(np.argmin(np.abs(ticks - place))) for place in places)
 
@@ -46,11 +74,13 @@ class Quantizer(nnx.Module):
     Attributes:
       codebook: (V,Z) float32, the codes E.
       phis: 3x3 convolutions Z → Z; `phi(h) = 0.5 h + 0.5 conv(h)`.
+      phi_of_scale: which of them each scale uses, coarse to fine.
     """
 
     def __init__(self, config: TokenizerConfig, ladder: ScaleLadder, *, rngs: nnx.Rngs):
         size, channels = config.codebook_size, config.latent_channels
         self.ladder = ladder
+        self.phi_of_scale = config.phi_of_scale or phi_of_scale(ladder.num_scales, config.phis)
         self.codebook = nnx.Param(
             jax.random.uniform(rngs.params(), (size, channels), minval=-1 / size, maxval=1 / size)
         )
@@ -84,7 +114,7 @@ class Quantizer(nnx.Module):
             codes = jnp.where(keep[..., None], codes, 0)
         maps = codes.reshape(tokens.shape[0], side, side, codes.shape[-1])
         lifted = resize.apply(resize.bicubic_matrix(side, full), maps)
-        phi = self.phis[phi_of_scale(self.ladder.num_scales, len(self.phis))[scale]]
+        phi = self.phis[self.phi_of_scale[scale]]
         # By cuDNN on a GPU, which ends XLA's CUDA graph: no loss, a graph begins when the GPU has been sent all of it.
         return 0.5 * lifted + 0.5 * phi(lifted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from hmar_jax.config import TrainConfig, from_plain, to_plain
 from hmar_jax.errors import InputError, reason
 from hmar_jax.files import check_refusal, local_path, refusal, remedy
+from hmar_jax.tokenizer.quantizer import recorded_phis
 from hmar_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,13 @@ class Checkpoints:
 
     def config(self) -> TrainConfig:
         """The train config of the newest checkpoint."""
-        return from_plain(TrainConfig, self._read(ocp.args.Composite(config=ocp.args.JsonRestore()))["config"])
+        values = self._read(ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        config = from_plain(TrainConfig, values)
+        if config.stage != "tokenizer":
+            return config
+        recorded = "phi_of_scale" in values["tokenizer"]
+        tokenizer = recorded_phis(config.tokenizer, len(config.sides), recorded=recorded)
+        return dataclasses.replace(config, tokenizer=tokenizer)
 
     def position(self) -> dict[str, Any]:
         """What `data` was at the newest checkpoint."""

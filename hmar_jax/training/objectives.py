@@ -124,7 +124,12 @@ class TokenizerObjective:
         self.config, self.weights = config, config.tokenizer_loss
         self.model_config = ModelConfig(ScaleLadder(config.sides), config.tokenizer, None, class_names)
         if config.init_from:
-            _check_same_tokenizer(config, start or start_config(config)[0])
+            start = start or start_config(config)[0]
+            _check_same_tokenizer(config, start)
+            if start.ladder.num_scales == len(config.sides):  # each scale keeps the phi that it was trained with
+                self.model_config = dataclasses.replace(
+                    self.model_config, tokenizer=start.tokenizer, phi_layout=start.phi_layout
+                )
         self.start_batches = 0 if config.init_from else self.weights.kmeans_batches
         self._perceptual = judge
         if self._perceptual is None and self.weights.perceptual and self.weights.perceptual_weights:
@@ -238,8 +243,13 @@ class TokenizerObjective:
 
 
 def _check_same_tokenizer(config: TrainConfig, start: ModelConfig) -> None:
-    """Raises InputError where the tokenizer of `init_from` has other parameters; `sides` have none."""
+    """Raises InputError where the tokenizer of `init_from` has other parameters; `sides` have none.
+
+    An empty `phi_of_scale` takes that of `init_from`.
+    """
     theirs, ours = (dataclasses.asdict(tokenizer) for tokenizer in (start.tokenizer, config.tokenizer))
+    if not config.tokenizer.phi_of_scale:
+        del theirs["phi_of_scale"]
     if other := [f"tokenizer.{name}={value}" for name, value in theirs.items() if value != ours[name]]:
         raise InputError(
             f"init_from={config.init_from} has {', '.join(other)}, unlike this config; set the config to that, or "

@@ -1,5 +1,7 @@
 """image ⇄ tokens: equal to the official outputs, and to the definition of residual quantization written out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +19,47 @@ from hmar_jax.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
-    ("scales", "phis"),
+    ("scales", "number", "phis"),
     [
-        (4, (0, 1, 2, 3)),
-        (10, (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)),
-        (14, (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)),
-        (1, (0,)),
+        (4, 4, (0, 1, 2, 3)),
+        (10, 4, (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)),
+        (14, 4, (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)),
+        (1, 4, (0,)),
+        (10, 3, (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)),
+        (10, 6, (0, 0, 1, 1, 2, 3, 3, 4, 5, 5)),
+        (10, 8, (0, 0, 1, 2, 3, 4, 5, 6, 7, 7)),
+        (10, 9, (0, 0, 1, 2, 3, 4, 5, 7, 7, 8)),
     ],
 )
-def test_each_scale_uses_the_published_phi(scales, phis):
-    assert phi_of_scale(scales, 4) == phis
+def test_each_scale_uses_the_published_phi(scales, number, phis):
+    assert phi_of_scale(scales, number) == phis
+
+
+@pytest.mark.parametrize("scales", range(1, 15))
+def test_every_number_of_phis_follows_the_rule(scales):
+    assert phi_of_scale(scales, 1) == (0,) * scales
+    assert phi_of_scale(scales, scales) == tuple(range(scales))
+    for number in range(1, scales + 1):
+        first = 1 / (3 * number) if number == 4 else 1 / (2 * number)
+        ticks = [first + i * (1 - 2 * first) / (number - 1) for i in range(number)] if number > 1 else [0.5]
+        for scale, phi in enumerate(phi_of_scale(scales, number)):
+            distances = [abs(tick - scale / max(scales - 1, 1)) for tick in ticks]
+            assert distances[phi] <= min(distances) + 1e-12, (number, scale)  # equal ones are told apart by rounding
+
+
+@pytest.mark.parametrize("mapping", [(), (2, 0, 1)], ids=["by the rule", "as recorded"])
+def test_a_scale_is_lifted_by_its_own_phi(mapping):
+    ladder = ScaleLadder((1, 2, 3))
+    config = dataclasses.replace(TINY.tokenizer, phis=3, phi_of_scale=mapping)
+    quantizer = Quantizer(config, ladder, rngs=nnx.Rngs(0))
+    for number, conv in enumerate(quantizer.phis):  # phi(h) = 0.5 h + 0.5 number
+        conv.kernel[...] = jnp.zeros_like(conv.kernel[...])
+        conv.bias[...] = jnp.full_like(conv.bias[...], number)
+    quantizer.codebook[...] = jnp.zeros_like(quantizer.codebook[...])
+    lifted = [
+        quantizer.lift(jnp.zeros((1, side**2), int), scale)[0, 0, 0, 0] for scale, side in enumerate(ladder.sides)
+    ]
+    assert [2 * float(value) for value in lifted] == list(mapping or (0, 1, 2))
 
 
 # --- against the official code
@@ -58,7 +91,7 @@ def test_official_latents(golden, golden_tokenizer):
 
 def phi(quantizer, scale, maps):
     """0.5 h + 0.5 conv3x3(h) with zeros around, as nine shifted matrix products, float64."""
-    conv = quantizer.phis[phi_of_scale(quantizer.ladder.num_scales, len(quantizer.phis))[scale]]
+    conv = quantizer.phis[quantizer.phi_of_scale[scale]]
     kernel, side = np.asarray(conv.kernel[...], np.float64), maps.shape[1]
     padded = np.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = (padded[:, i : i + side, j : j + side] @ kernel[i, j] for i in range(3) for j in range(3))
