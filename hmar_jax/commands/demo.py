@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     folder = args.output or Path("runs/demo-quick" if args.quick else "runs/demo")
     start = time.perf_counter()
 
-    from hmar_jax.commands.export import export_tokens
+    from hmar_jax.data.token_export import export_tokens
     from hmar_jax.training.loop import train
 
     configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import tqdm
-
+from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import check_outputs
 
 if TYPE_CHECKING:
@@ -47,9 +46,13 @@ def run(argv: Sequence[str]) -> None:
     )
     tokens.add_argument("--crops", type=int, default=1, help="versions of each picture (default: %(default)s)")
     tokens.add_argument("--count", type=int, help="pictures to take; all by default, needed for glyphs")
-    tokens.add_argument("--batch-size", type=int, default=64)
+    tokens.add_argument("--batch-size", type=int, help="pictures at a time on each device (default: by their size)")
     tokens.add_argument("--seed", type=int, default=0, help="of crops and flips")
-    tokens.add_argument("--output", required=True, action=LocalPath, help="cache directory to write; must not exist")
+    tokens.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the encoder (default: %(default)s)"
+    )
+    tokens.add_argument("--output", required=True, action=LocalPath, help="cache to write; running again goes on")
+    processes.add_options(tokens)
     torch = kinds.add_parser("torch", help="a model directory in the layout of the official PyTorch code")
     torch.add_argument("--model", required=True, action=PathOrName, help="model directory or hub id")
     torch.add_argument(
@@ -67,12 +70,7 @@ def run(argv: Sequence[str]) -> None:
     elif args.kind == "torch":
         _export_torch(args.model, args.output, args.layout)
     else:
-        data = read_config(args.config, overrides).data
-        inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
-        check_outputs("--output", [args.output], inputs)
-        size = {"crops": args.crops, "count": args.count, "batch_size": args.batch_size, "seed": args.seed}
-        written = export_tokens(args.model, data, args.output, **size)
-        print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
+        _export_tokens(args, read_config(args.config, overrides).data)
 
 
 def _export_model(workdir: Path, output: Path, init_from: str) -> None:
@@ -94,55 +92,18 @@ def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
     print(f"The {written} state dict is in {output}, without the buffers that the official code derives{rest}")
 
 
-def export_tokens(
-    model_path: str | Path,
-    data: DataConfig,
-    output: Path,
-    *,
-    crops: int = 1,
-    count: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> int:
-    """Writes a token cache of pictures, whose batches all devices share; returns the number of pictures.
+def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
+    inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
+    check_outputs("--output", [args.output], inputs)
+    processes.join(args)
+    # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    The arguments are those of `pipeline.examples`.
-    """
-    import jax
+    from hmar_jax.data.token_export import export_tokens
+    from hmar_jax.training import distributed
 
-    from hmar_jax import pictures
-    from hmar_jax.config import MeshConfig
-    from hmar_jax.data import pipeline
-    from hmar_jax.data.tokens import write_token_cache
-    from hmar_jax.pretrained import from_pretrained, tokenizer_fingerprint
-    from hmar_jax.tokenizer.door import TokenizerDoor
-    from hmar_jax.training import sharding
-
-    model, mesh = from_pretrained(model_path), sharding.make_mesh(MeshConfig())
-    tokenizer = TokenizerDoor(model.config, model.placed(mesh), model.dtype)
-    rows = -(-crops * batch_size // mesh.size) * mesh.size
-    size = model.config.image_size
-    source = pipeline.open_source(data, size, seed)
-    examples = pipeline.examples(data, size, crops=crops, batch_size=batch_size, seed=seed, count=count)
-
-    def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        with tqdm.tqdm(total=count or len(source), desc="tokens", unit="picture", disable=None) as bar:
-            for images, labels in examples:
-                flat = images.reshape(-1, *images.shape[2:])
-                full = np.resize(flat, (rows, *flat.shape[1:]))  # one shape, one compilation
-                shared = jax.device_put(pictures.to_unit(full), sharding.batch_sharding(mesh))
-                with jax.set_mesh(mesh):
-                    tokens = np.asarray(tokenizer.encode(shared))[: len(flat)]
-                yield tokens.reshape(crops, len(labels), -1), labels
-                bar.update(len(labels))
-
-    return write_token_cache(
-        output,
-        encoded(),
-        ladder=model.config.ladder,
-        codebook_size=model.config.tokenizer.codebook_size,
-        crops=crops,
-        class_names=source.class_names,
-        tokenizer=tokenizer_fingerprint(model),
-        source=f"{data.source} {data.name or data.path or data.classes}".strip(),
-    )
+    names = ("crops", "count", "batch_size", "seed", "dtype")
+    with device_memory("choose a smaller --batch-size"):
+        written = export_tokens(args.model, data, args.output, **{name: getattr(args, name) for name in names})
+    if distributed.is_first():
+        print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")

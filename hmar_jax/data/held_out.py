@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from hmar_jax.errors import InputError
 Part = Literal["train", "validation"]
 
 
+@runtime_checkable
 class NamedSource(Protocol):
     """Examples by index, each with a name of its own that does not depend on the others."""
 

@@ -14,24 +14,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from hmar_jax.config import DataConfig
 from hmar_jax.data.folder import FolderSource
 from hmar_jax.data.glyphs import Glyphs
 from hmar_jax.data.held_out import NamedSource, Part, PartOfSource
+from hmar_jax.data.reading import Batch, Reader, read
 from hmar_jax.data.tokens import TokenSource, validation_of
 from hmar_jax.errors import InputError
 
-Batch = dict[str, np.ndarray]
 _SEEDS = 2**32  # of training; glyphs of greater ones are held out
 
 
@@ -147,6 +145,77 @@ def example_indices(config: DataConfig, *, start: int, count: int, image_size: i
     return [int(for_ever[position]) for position in range(start, start + count)]
 
 
+def views(
+    config: DataConfig,
+    image_size: int,
+    *,
+    crops: int = 1,
+    seed: int = 0,
+    count: int | None = None,
+    part: Part = "train",
+) -> tuple[Source, grain.MapDataset[dict[str, Any]]]:
+    """A source and its pictures by index, each in several crops, which depend on the seed and the index alone.
+
+    With `config.flip`, every other crop of a picture is mirrored, the first with probability 1/2. The crops of a glyph
+    are other renderings of its class.
+
+    Args:
+      config: what to read, and how to crop it. image_size: S.
+      crops: per picture; random ones differ, of central ones there is one, or two with `config.flip`.
+      seed: of crops, flips and glyphs, from 0 to 2^32-1.
+      count: how many pictures, from the first; all when None. Glyphs, being endless, need it.
+      part: of the source, see `open_source`.
+
+    Returns:
+      The source; {"image": uint8 (crops,S,S,3), "label": int32} by index.
+
+    Raises:
+      InputError: crops or count do not suit the source, or it is not usable. When indexed: a picture cannot be read.
+    """
+    if config.source == "tokens":
+        raise InputError("data.source='tokens' holds no pictures; set it to 'glyphs', 'folder' or 'tfds'.")
+    if crops < 1 or (count is not None and count < 1):
+        raise InputError(f"crops={crops}, count={count}: expected 1 or more of each.")
+    if config.source != "glyphs" and config.crop == "center" and crops > 1 + config.flip:
+        raise InputError(
+            f"data.crop='center' with data.flip={config.flip} gives {1 + config.flip} different crops of a picture, "
+            f"not {crops}; use data.crop='random' or fewer."
+        )
+    if config.source == "glyphs" and count is None:
+        raise InputError("data.source='glyphs' is endless; say how many pictures to take, with count.")
+    source = open_source(config, image_size, seed, part)
+    total = min(len(source), count or len(source))
+    indices = grain.MapDataset.range(total).seed(_checked(seed))
+    return source, indices.random_map(_Views(source, total, crops, config, image_size))
+
+
+def in_order(
+    pictures: grain.MapDataset[dict[str, Any]],
+    config: DataConfig,
+    batch_size: int,
+    chosen: Sequence[int] | None = None,
+    threads: int = 8,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One pass over the pictures that `views` gave for `config`, read ahead.
+
+    Args:
+      batch_size: B; the last batch may be smaller. chosen: the indices to read, in that order; all when None.
+      threads: how many read a batch each, where `config.workers` is 0.
+
+    Returns:
+      Pairs of images, (crops,B,S,S,3) uint8, and labels, (B,) int32.
+
+    Raises:
+      InputError: while iterating: a picture cannot be read.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}; expected 1 or more.")
+    # By whole indices, so that the random map before them draws the same, whichever others are chosen.
+    ordered = pictures if chosen is None else grain.MapDataset.source(chosen).map(pictures.__getitem__)
+    batched = ordered.batch(batch_size, drop_remainder=False)
+    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in Reader(read(batched, config, threads)))
+
+
 def examples(
     config: DataConfig,
     image_size: int,
@@ -157,42 +226,9 @@ def examples(
     count: int | None = None,
     part: Part = "train",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One pass over a source of pictures in its order, each in several crops: what a token cache is made from.
-
-    With `config.flip`, every other crop of a picture is mirrored, the first with probability 1/2. The crops of a glyph
-    are other renderings of its class.
-
-    Args:
-      config: what to read, and how to crop it. image_size: S.
-      crops: per picture; random ones differ, of central ones there is one, or two with `config.flip`.
-      batch_size: B; the last batch may be smaller. seed: of crops, flips and glyphs, from 0 to 2^32-1.
-      count: how many pictures, from the first; all when None. Glyphs, being endless, need it.
-      part: of the source, see `open_source`.
-
-    Returns:
-      Pairs of images, (crops,B,S,S,3) uint8, and labels, (B,) int32.
-
-    Raises:
-      InputError: crops or count do not suit the source, or it is not usable. While iterating: a picture cannot be read.
-    """
-    if config.source == "tokens":
-        raise InputError("data.source='tokens' holds no pictures; set it to 'glyphs', 'folder' or 'tfds'.")
-    if crops < 1 or batch_size < 1 or (count is not None and count < 1):
-        raise InputError(f"crops={crops}, batch_size={batch_size}, count={count}: expected 1 or more of each.")
-    if config.source != "glyphs" and config.crop == "center" and crops > 1 + config.flip:
-        raise InputError(
-            f"data.crop='center' with data.flip={config.flip} gives {1 + config.flip} different crops of a picture, "
-            f"not {crops}; use data.crop='random' or fewer."
-        )
-    if config.source == "glyphs" and count is None:
-        raise InputError("data.source='glyphs' is endless; say how many pictures to take, with count.")
-    source = open_source(config, image_size, seed, part)
-    total = min(len(source), count or len(source))
-    views = (
-        grain.MapDataset.range(total).seed(_checked(seed)).random_map(_Views(source, total, crops, config, image_size))
-    )
-    batched = _read(views, config).batch(batch_size, drop_remainder=False)
-    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in _Reader(batched))
+    """One pass over a source of pictures in its order: `in_order` over all `views`, whose arguments these are."""
+    _, pictures = views(config, image_size, crops=crops, seed=seed, count=count, part=part)
+    return in_order(pictures, config, batch_size)
 
 
 def ahead[T](data: Batches, put: Callable[[Batch], T], depth: int = 2) -> Generator[tuple[T, dict[str, int]]]:
@@ -231,7 +267,7 @@ class Batches(grain.DatasetIterator[Batch]):
         super().__init__()
         self._steps, self._batch_size, self._config = steps, batch_size, config
         self._step = 0
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
 
     def __next__(self) -> Batch:
         self.start_prefetch()
@@ -264,7 +300,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._closed:
             raise ValueError("This iterator has been closed.")
         if self._reader is None:
-            self._reader = _Reader(_read(self._steps[self._step :], self._config))
+            self._reader = Reader(read(self._steps[self._step :], self._config))
 
     def close(self) -> None:
         """Stops threads and workers. The iterator is of no use after that."""
@@ -294,42 +330,12 @@ class _Rows(grain.MapDataset):
         return self.parents[0][step * self._batch_size + self._rows[row]]
 
 
-class _Reader(Iterator[Batch]):
-    """A grain iterator, begun at once, that lets go of its workers even if the program ends in the middle of it.
-
-    Grain's own clean-up, when the interpreter is half gone already, fails with pages of errors.
-    """
-
-    def __init__(self, dataset: grain.IterDataset[Batch]) -> None:
-        iterator = iter(dataset)
-        iterator.start_prefetch()
-        self._iterators = [iterator]
-        self.close = weakref.finalize(self, _close_all, self._iterators)
-
-    def __next__(self) -> Batch:
-        return next(self._iterators[0])
-
-
-def _close_all(iterators: list[grain.DatasetIterator]) -> None:
-    while iterators:
-        iterators.pop().close()
-
-
 def _for_ever(examples: grain.MapDataset, config: DataConfig, seed: int) -> grain.MapDataset:
     """The examples of a source, or their indices, in the order of training."""
     seeded = examples.seed(_checked(seed))
     # Glyphs are in random order already, and too many.
     ordered = seeded if config.source == "glyphs" else seeded.shuffle()
     return ordered.repeat(2**62 // len(ordered))  # grain's own infinity overflows in batches of one
-
-
-def _read(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
-    """The dataset read ahead, in threads of this process or of worker processes."""
-    if config.workers and not flags.FLAGS.is_parsed():  # grain's workers ask for a flag, which a notebook never parses
-        flags.FLAGS.mark_as_parsed()
-    threads = 2 if config.workers or config.source == "glyphs" else 8  # drawing glyphs holds Python's lock
-    read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    return read.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2))
 
 
 @dataclasses.dataclass(frozen=True)

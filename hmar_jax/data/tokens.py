@@ -1,6 +1,6 @@
 """batches of tokens ⇄ a cache on disk, what the transformer stages train from.
 
-    cache.json                            the header: see `_Header`
+    cache.json                            the header: see `Header`
     tokens-00000-of-0000N.array_record    a record an image: int32 label, then crops × L uint16 tokens, little-endian
 
 A cache appears under its name only when it is complete; until then it is in `.NAME.partial-HOST-PID` beside it.
@@ -28,15 +28,22 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax.config import from_plain, to_plain
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, local_path, writing
+from hmar_jax.files import check_refusal, local_path, write_whole, writing
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1
+HEADER = "cache.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Header:
-    """What `cache.json` says: geometry, contents, which tokenizer made the tokens and from which pictures."""
+class Header:
+    """What `cache.json` says: geometry, contents, which tokenizer made the tokens and from which pictures.
+
+    Attributes:
+      sides: of the ladder. codebook_size: at most 65536. crops: versions of each picture. count: pictures.
+      class_names: of labels 0, 1, … tokenizer: its fingerprint. source: what the pictures were, in words.
+      shards: files. dtype: the encoder computed in; caches from before it was recorded are float32.
+    """
 
     sides: tuple[int, ...]
     codebook_size: int
@@ -46,6 +53,7 @@ class _Header:
     tokenizer: str
     source: str
     shards: int
+    dtype: str = "float32"
     format: int = FORMAT
 
 
@@ -61,7 +69,7 @@ def write_token_cache(
     source: str,
     shard_size: int = 16384,
 ) -> int:
-    """Writes a token cache, one batch at a time; image i of the stream becomes example i.
+    """Writes a token cache in this process, one batch at a time; image i of the stream becomes example i.
 
     Args:
       path: the cache's directory, new or empty.
@@ -79,26 +87,26 @@ def write_token_cache(
     path = local_path(path, "The token cache's path")
     if not 1 <= codebook_size <= 2**16:
         raise InputError(f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {2**16}.")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{str(path)!r} exists already; remove it, or write the token cache to another path.")
+    check_free(path)
     partial = _new_partial(path)
     shards: list[Path] = []
     count = 0
     try:
         with writing(path):
             partial.mkdir(parents=True)
-        records = _records(batches, ladder.length, codebook_size, crops, len(class_names))
+        records = records_of(batches, ladder.length, codebook_size, crops, len(class_names))
         for first in records:
             shards.append(partial / f"tokens-{len(shards):05d}")
-            count += _write_shard(shards[-1], itertools.chain([first], itertools.islice(records, shard_size - 1)), path)
+            count += write_shard(shards[-1], itertools.chain([first], itertools.islice(records, shard_size - 1)), path)
         if not count:
             raise InputError(f"There are no images to write to the token cache {str(path)!r}.")
         names = tuple(class_names)
-        header = _Header(ladder.sides, codebook_size, crops, count, names, tokenizer, source, len(shards))
+        header = Header(ladder.sides, codebook_size, crops, count, names, tokenizer, source, len(shards))
         with writing(path):
-            for shard, name in zip(shards, _shard_names(len(shards)), strict=True):
+            for shard, name in zip(shards, shard_names(len(shards)), strict=True):
                 shard.rename(partial / name)
-            (partial / "cache.json").write_text(json.dumps(to_plain(header), indent=1) + "\n", encoding="utf-8")
+        write_header(partial, header)
+        with writing(path):
             partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +119,17 @@ def validation_of(path: str | os.PathLike[str]) -> Path:
     return local_path(path, "data.path") / "validation"
 
 
+def check_free(path: Path) -> None:
+    """Raises InputError where something is in the place of a new cache; an empty folder is nothing."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{str(path)!r} exists already; remove it, or write the token cache to another path.")
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Makes a cache of the folder that has its shards."""
+    write_whole(folder / HEADER, (json.dumps(to_plain(header), indent=1) + "\n").encode())
+
+
 class TokenSource:
     """The examples of a token cache, in the order they were written.
 
@@ -118,7 +137,7 @@ class TokenSource:
       path: the cache's directory.
 
     Attributes:
-      ladder, codebook_size, crops, class_names, tokenizer, source: as they were given to `write_token_cache`.
+      ladder, and codebook_size, crops, class_names, tokenizer, source, dtype: as in its `Header`.
 
     Raises:
       InputError: there is no cache, or it is corrupt, cut short or of another version.
@@ -132,8 +151,9 @@ class TokenSource:
         self.ladder = ScaleLadder(header.sides)
         self.codebook_size, self.crops = header.codebook_size, header.crops
         self.class_names, self.tokenizer, self.source = header.class_names, header.tokenizer, header.source
+        self.dtype = header.dtype
         with self._whole():
-            self._records = ArrayRecordDataSource([path / name for name in _shard_names(header.shards)])
+            self._records = ArrayRecordDataSource([path / name for name in shard_names(header.shards)])
             if len(self._records) != header.count:
                 raise ValueError(f"{len(self._records)} of {header.count} images")
 
@@ -160,9 +180,10 @@ class TokenSource:
             ) from error
 
 
-def _records(
+def records_of(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], length: int, codebook_size: int, crops: int, classes: int
 ) -> Iterator[bytes]:
+    """The records of batches as `write_token_cache` takes them. Raises InputError where one does not fit the rest."""
     for tokens, labels in batches:
         tokens, labels = np.asarray(tokens), np.asarray(labels)
         if tokens.shape != (crops, labels.size, length) or labels.ndim != 1:
@@ -199,7 +220,8 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
+def write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
+    """Writes one file of the cache `path`, not yet whole when it fails; returns how many records there were."""
     with writing(path):
         writer = ArrayRecordWriter(str(shard), "group_size:1")  # each record by itself: they are read in random order
     count = 0
@@ -214,16 +236,27 @@ def _write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
     return count
 
 
-def _shard_names(shards: int) -> list[str]:
+def is_whole(shard: Path, count: int) -> bool:
+    """Whether a shard can be read from end to end, checksums and all, and has that many records."""
+    try:
+        records = ArrayRecordDataSource([shard])
+        return len(records) == count == len(records.__getitems__(range(count)))
+    except (OSError, RuntimeError, ValueError) as error:  # array_record raises the latter two
+        check_refusal(str(shard), error)
+        return False
+
+
+def shard_names(shards: int) -> list[str]:
+    """The names of a cache's files, in order."""
     return [f"tokens-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
 
 
-def _read_header(path: Path) -> _Header:
-    file = path / "cache.json"
+def _read_header(path: Path) -> Header:
+    file = path / HEADER
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] == FORMAT:
-            return from_plain(_Header, values)
+            return from_plain(Header, values)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{str(path)!r} is no token cache: it has no cache.json; set data.path to one, or write it with "

@@ -23,11 +23,8 @@ import functools
 import inspect
 import io
 import json
-import logging
-import math
 import os
 import re
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +34,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
@@ -48,6 +44,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.files import check_refusal, is_there, local_path, put_in_place, reading, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.platform import COMPILER_OPTIONS
+from hmar_jax.progress_bar import progress
 from hmar_jax.sampling import program
 from hmar_jax.sampling.schedule import Controls, Schedule
 from hmar_jax.training import distributed, sharding
@@ -60,9 +57,6 @@ _PART = re.compile(r"tokens/\d{10}\.npz")
 _PICTURE = re.compile(r"pictures/(\d+/\d+\.png|\d+\.array_record)")
 _OURS = re.compile(rf"{_PART.pattern}|{_PICTURE.pattern}|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial")
 _PNG_END = b"IEND\xaeB`\x82"  # a PNG file's last chunk and its checksum
-_LOG_SECONDS = 60
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +121,11 @@ def sample_classes(
     size = min(batch, -(-len(wanted) // devices)) * devices
 
     done = len(wanted) - len(missing)
-    with _progress(len(wanted), done) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+    shown = distributed.is_first()
+    with (
+        progress(len(wanted), done, "written", shown=shown) as advance,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         for number, part in _draw(model, settings, missing, size):
             if part.labels.size:
                 folder.write(part, pool)
@@ -145,24 +143,6 @@ def _check_all_there(folder: _Folder, wanted: np.ndarray) -> None:
             f"{lost} of the {len(wanted)} samples are not in {folder.path}; let all processes share it, end other runs "
             "into it, and run the command again."
         )
-
-
-@contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many are written, on a terminal as a bar, elsewhere in the log; yields what is told of more of them."""
-    said = -math.inf
-    quiet = None if distributed.is_first() else True  # None: off a terminal
-    with tqdm.tqdm(total=total, initial=done, unit=" pictures", disable=quiet) as bar:
-
-        def advance(number: int) -> None:
-            nonlocal done, said
-            done += number
-            bar.update(number)
-            if bar.disable and time.monotonic() - said >= _LOG_SECONDS:
-                said = time.monotonic()
-                logger.info("%d of %d pictures are written.", done, total)
-
-        yield advance
 
 
 def _draw(model: Model, settings: Settings, numbers: np.ndarray, size: int) -> Iterator[tuple[int, Part]]:

@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tiny_models import lively_model, tiny
 
+from hmar_jax import progress_bar
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import save_model
@@ -289,10 +291,11 @@ def test_off_a_terminal_the_log_has_a_line_a_minute(model, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with caplog.at_level(logging.INFO, "hmar_jax"):
         draw(model, tmp_path, per_class=2)
-        assert caplog.messages == ["4 of 10 pictures are written."]
-        monkeypatch.setattr(bulk, "_LOG_SECONDS", 0)
+        assert [message.split(" (")[0] for message in caplog.messages] == ["4 of 10 pictures are written"]
+        monkeypatch.setattr(progress_bar, "_LOG_SECONDS", 0)
         draw(model, tmp_path, per_class=3)
-    assert caplog.messages[1:] == ["14 of 15 pictures are written.", "15 of 15 pictures are written."]
+    said = [re.sub(r"\(\S+ a second\)", "(RATE)", message) for message in caplog.messages[1:]]
+    assert said == [f"{done} of 15 pictures are written (RATE)." for done in (14, 15)]
 
 
 def test_samples_of_a_format_are_the_same_for_good(whole):

@@ -27,11 +27,11 @@ from tiny_training import (
 )
 
 from hmar_jax import params as trees
-from hmar_jax.commands.export import export_tokens
 from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.data.token_export import export_tokens
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.networks import structure
@@ -50,7 +50,7 @@ SHORT = {
     "tokenizer": {"steps": 3, "sides": (1, 8), "tokenizer_loss": dataclasses.replace(LOSS, adversarial=0.0)},
 }
 LABELS = [0, 1, 2, 1, 0]
-GLYPHS, EXPORT = DataConfig("glyphs", classes="".join(CLASSES)), {"count": 11, "crops": 2, "batch_size": 5}
+GLYPHS, EXPORT = DataConfig("glyphs", classes="".join(CLASSES)), {"count": 11, "crops": 2, "batch_size": 1}
 
 
 def sent_by(mesh):
@@ -101,14 +101,13 @@ import numpy as np
 from tiny_training import next_scale_config, quick_compilation, sound_argmax, stage_config
 from test_devices import EXPORT, GLYPHS, LABELS, RUNS, SHORT, sent_by, sent_by_sampling
 from test_train_step import done_in_parts
-from hmar_jax.commands.export import export_tokens
 from hmar_jax.config import MeshConfig
+from hmar_jax.data import token_export
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
 from hmar_jax.model import Model
 from hmar_jax.pretrained import from_pretrained
 from hmar_jax.sampling import program
-from hmar_jax.tokenizer.door import TokenizerDoor
 from hmar_jax.training.checkpoint import Checkpoints
 
 starts, out = Path(sys.argv[2]), Path(sys.argv[3])
@@ -175,12 +174,13 @@ with jax.set_mesh(mesh):
     with sound_argmax():
         tokens = Model(model.config, params).sample(LABELS, seed=3).tokens.tolist()
 sent["sampling"] = sent_by_sampling(model)
-shares, encode = [], TokenizerDoor.encode
-def encoded(self, images):
+shares, encode = [], token_export._encode
+def encoded(*arguments):
+    images = arguments[-1]
     shares.append([images.shape[0], *(part.data.shape[0] for part in images.addressable_shards)])
-    return encode(self, images)
-TokenizerDoor.encode = encoded
-export_tokens(starts / "tokenizer", GLYPHS, out / "tokens", **EXPORT)
+    return encode(*arguments)
+token_export._encode = encoded
+token_export.export_tokens(starts / "tokenizer", GLYPHS, out / "tokens", **EXPORT)
 sentences = []
 for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh": MeshConfig(data=3, fsdp=2)}):
     try:
@@ -259,7 +259,7 @@ def test_samples_do_not_depend_on_the_mesh(eight, starts):
 
 
 def test_all_devices_share_what_a_token_cache_is_made_from(eight, starts, tmp_path):
-    assert eight[1]["shares"] == [[16] + [2] * 8] * 3  # of 10 pictures in a batch
+    assert eight[1]["shares"] == [[16] + [2] * 8] * 2  # of 8 pictures in a batch, 3 in the last
     export_tokens(starts / "tokenizer", GLYPHS, tmp_path / "tokens", **EXPORT)
     ours, theirs = (TokenSource(folder / "tokens") for folder in (eight[0], tmp_path))
     assert len(ours) == len(theirs) == 11

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny_training import LOSS, next_scale_config, once, shared_folder, tokenizer_config
+from tiny_training import CLASSES, LOSS, next_scale_config, once, shared_folder, tokenizer_config
 
 from hmar_jax.commands.main import main
-from hmar_jax.config import MeshConfig
+from hmar_jax.config import DataConfig, MeshConfig
+from hmar_jax.data import token_export
 from hmar_jax.errors import InputError, TransientError
 from hmar_jax.training import distributed, loop
 from hmar_jax.training.checkpoint import Checkpoints
@@ -34,9 +35,9 @@ from hmar_jax.training import distributed
 process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
 import jax
-from test_hosts import MESH, STEPS, moved_config, one_step
+from test_hosts import MESH, STEPS, export, moved_config, one_step
 from tiny_training import quick_compilation
-from hmar_jax.data import pipeline
+from hmar_jax.data import pipeline, token_export
 from hmar_jax.training import loop
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 quick_compilation(starts.parent / "compiled").__enter__()
@@ -54,8 +55,8 @@ def at_step(number, act):
 
     loop.sharding.put_batch = counted
 """
-# Batches on meshes as TPU pods have them; a tokenizer with sample pictures and its model; then a run in which process 1
-# dies with checkpoint 4 on disk.
+# Batches on meshes as TPU pods have them; a tokenizer with sample pictures and its model; a token cache; then a run in
+# which process 1 dies with checkpoint 4 on disk.
 FIRST = """
 import numpy as np
 from jax.sharding import Mesh
@@ -74,6 +75,10 @@ def recorded(*args, **kwargs):
 pipeline.batches = recorded
 loop.train(one_step(mesh=MESH), out / "tokenizer")
 (out / f"rows{process}.json").write_text(json.dumps(rows))
+coded, encoded = [], token_export._encoded
+token_export._encoded = lambda *arguments: coded.extend(arguments[-1]) or encoded(*arguments)
+export(starts, out / "tokens")
+(out / f"coded{process}.json").write_text(json.dumps(coded))
 
 def die():
     while not (out / "moved" / "checkpoints" / "4").exists():
@@ -97,6 +102,11 @@ def moved_config(starts, **changes):
 def one_step(**changes):
     loss = dataclasses.replace(LOSS, adversarial=0.0)  # the discriminator and more scales take long to compile
     return tokenizer_config(steps=1, sample_every=1, sides=(1, 8), tokenizer_loss=loss, **changes)
+
+
+def export(starts, path):
+    glyphs = DataConfig("glyphs", classes="".join(CLASSES))
+    token_export.export_tokens(starts / "tokenizer", glyphs, path, crops=2, count=40, batch_size=1)
 
 
 def pair(script, *arguments):
@@ -175,6 +185,18 @@ def test_what_two_processes_write_is_there_once_and_whole(hosts, starts, tmp_pat
     assert [path.name for path in (workdir / "samples").iterdir()] == ["00000001.png"]
     loop.train(one_step(), tmp_path)
     assert_close(workdir, tmp_path)
+
+
+def test_two_processes_code_each_picture_once_and_one_goes_on_with_what_they_leave(hosts, starts, tmp_path):
+    coded = [json.loads((hosts / f"coded{i}.json").read_text()) for i in range(2)]
+    assert coded == [[*range(16), *range(32, 40)], list(range(16, 32))]
+    shutil.copytree(hosts / "tokens", tmp_path / ".left.partial")
+    (tmp_path / ".left.partial/cache.json").unlink()
+    (tmp_path / ".left.partial/tokens-00001-of-00003.array_record").unlink()
+    for name in ("alone", "left"):
+        export(starts, tmp_path / name)
+        files = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (hosts / "tokens").iterdir()}
 
 
 def test_a_process_that_dies_ends_the_other_and_what_was_saved_goes_on_elsewhere(hosts, straight, starts, tmp_path):
