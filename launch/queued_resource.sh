@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Queues for a TPU, trains on it, and deletes it, however the training ends. A preempted one is queued for again.
+# Queues for a TPU, trains on it or runs another command, and deletes it, however that ends. A preempted one is queued
+# for again.
 #
 #   bash launch/queued_resource.sh --project=P --zone=Z --name=NAME --accelerator-type=v5litepod-256 \
 #       --runtime-version=v2-alpha-tpuv5-lite --provisioning=spot --bucket=B --repository=URL --revision=COMMIT \
 #       --config=configs/imagenet256_d16.py --workdir=runs/imagenet256_d16 [--config.FIELD=VALUE …] [--dry-run]
+#   bash launch/queued_resource.sh … [--dry-run] -- export tokens --config=FILE --model=M --output=O
 #
 #   --project, --zone                         where there is quota
 #   --name                                    of the queued resource and its TPU VM, which must not exist
 #   --accelerator-type, --runtime-version     of the TPU VM
 #   --provisioning                            spot or reserved; on demand by default
-#   --bucket … --setup, --dry-run             as for tpu_vm.sh
+#   --bucket … --setup, --dry-run, --         as for tpu_vm.sh
 #
-# Ends with 0 when the training is finished. Deletes the TPU when this script is interrupted, too: run it where it can
+# Ends with 0 when the command is finished. Deletes the TPU when this script is interrupted, too: run it where it can
 # stay, such as in tmux.
 # shellcheck disable=SC2154 # read_arguments sets them
 set -euo pipefail
@@ -19,8 +21,8 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 provisioning=""
-read_arguments "project zone name accelerator-type runtime-version bucket repository revision config workdir" \
-    "provisioning setup dry-run" "$@"
+read_arguments "project zone name accelerator-type runtime-version bucket repository revision" \
+    "provisioning setup" "$@"
 case "$provisioning" in
 "" | spot | reserved) ;;
 *) stop "--provisioning is $provisioning; expected spot or reserved." ;;
@@ -71,11 +73,11 @@ wait_until_active() {
     done
 }
 
-train_while_active() { # Returns when the TPU is lost.
+run_while_active() { # Returns when the TPU is lost.
     local lost=0 started status
     while [[ "$state" == ACTIVE ]]; do
         started=$SECONDS status=0
-        train_on_tpu_vm & # in the background, because bash handles a signal during `wait` alone
+        run_on_tpu_vm "$accelerator_type" & # in the background, because bash handles a signal during `wait` alone
         wait $! || status=$?
         ((status)) || exit 0
         sleep 60 # it takes a while until a TPU that is lost is called so
@@ -93,7 +95,7 @@ trap 'exit 143' TERM HUP
 while true; do
     create
     wait_until_active
-    train_while_active
+    run_while_active
     printf '%s is %s: queueing again.\n' "$name" "$state"
     resource delete --force
     trap - EXIT

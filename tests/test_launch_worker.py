@@ -95,6 +95,16 @@ class TestWorker:
         assert worker.train(RUN_0=once).returncode == 0
         assert worker.finished and worker.names == ["hmar-jax"] * 2
 
+    @pytest.mark.parametrize("runs", [["exit 70", "exit 70"], ["exit 2", "exit 70"], ["exit 1", "exit 70", "exit 70"]])
+    def test_so_does_a_fault_of_ours(self, worker, runs):
+        assert worker.train(**{f"RUN_{n}": run for n, run in enumerate(runs)}).returncode == 70
+        assert worker.names == ["hmar-jax"] * len(runs)
+
+    @pytest.mark.parametrize("runs", [["exit 1", "exit 2", "exit 1"], ["exit 70", "exit 1", "exit 2"]])
+    def test_what_changes_from_run_to_run_is_tried_three_times(self, worker, runs):
+        assert worker.train(**{f"RUN_{n}": run for n, run in enumerate(runs)}).returncode == 1
+        assert worker.names == ["hmar-jax"] * 3
+
     def test_a_machine_that_goes_away_lets_the_trainer_save(self, worker):
         saves = f"trap 'saves 5; exit 0' TERM; echo > '{worker.folder}/started'; while :; do /bin/sleep 0.05; done"
         process = worker.start(worker.checkout / "launch/worker.sh", *worker.arguments, RUN_0=saves)
@@ -163,6 +173,65 @@ class TestWorker:
         line = f"exec 9>lock; bash {script}"
         assert subprocess.run(["bash", "-c", line], cwd=worker.folder, env=variables).returncode == 0
         assert "gcsfuse" in worker.names and not (worker.home / "held").exists()
+
+
+EXPORT = ["export", "tokens", "--config=configs/a.py", "--model=a model", "--output=runs/tokens"]
+WRITES = "mkdir -p runs/.tokens.partial; echo > runs/.tokens.partial/{}"
+
+
+class TestAnotherCommand:
+    def run(self, worker: Worker, *words: str, more: tuple[str, ...] = (), **variables: str):
+        script = worker.checkout / "launch/worker.sh"
+        return worker.run(script, *worker.arguments[:2], *more, "--", *words, **({"RUN_0": "exit 0"} | variables))
+
+    def test_is_run_in_the_shared_folder_with_the_config_of_the_checkout(self, worker):
+        done = self.run(worker, *EXPORT)
+        assert (done.returncode, done.stdout) == (0, "")
+        config = f"--config={worker.checkout}/configs/a.py"
+        assert worker.calls == [["hmar-jax", "export", "tokens", config, *EXPORT[3:]]]
+
+    def test_finds_its_config_in_either_spelling(self, worker):
+        self.run(worker, "sample", "--config", "configs/a.py", "--config=/b.py")
+        assert worker.calls == [["hmar-jax", "sample", "--config", f"{worker.checkout}/configs/a.py", "--config=/b.py"]]
+
+    @pytest.mark.parametrize(
+        ("words", "takes"),
+        [
+            (["train", "--config=c", "--workdir=w"], True),
+            (EXPORT, True),
+            (["sample", "--model=m", "--classes=all", "--output=o"], True),
+            (["sample", "--model=m", "--labels=1", "--output=o"], False),
+            (["export", "model", "--workdir=w", "--output=o"], False),
+        ],
+        ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+    )
+    def test_is_told_how_many_processes_there_are_if_they_work_together(self, worker, words, takes):
+        self.run(worker, *words, more=("--processes=4",), RUN_0="exit 0", RUN_1="mkdir -p w/model")
+        assert ("--processes=4" in worker.calls[0]) == takes
+
+    def test_a_training_is_one_however_it_is_written(self, worker):
+        done = self.run(worker, "train", "--config=c.py", "--workdir=w", RUN_0="exit 0", RUN_1="mkdir -p w/model")
+        assert done.returncode == 0 and done.stdout.startswith("Trained.")
+        assert worker.names == ["hmar-jax"] * 2
+
+    def test_goes_on_while_it_writes(self, worker):
+        runs = {f"RUN_{n}": f"{WRITES.format(n)}; exit {(1, 2, 70)[n % 3]}" for n in range(6)}
+        assert self.run(worker, *EXPORT, **runs, RUN_6="exit 0").returncode == 0
+        assert worker.names == ["hmar-jax"] * 7
+
+    @pytest.mark.parametrize(("status", "code", "runs"), [(1, 1, 3), (143, 1, 3), (2, 2, 2), (70, 70, 2)])
+    def test_that_gets_no_further_ends(self, worker, status, code, runs):
+        fails = f"mkdir -p runs/.tokens.partial; echo > runs/.tokens.partial/.half; exit {status}"
+        first = {"RUN_0": f"{WRITES.format(1)}; exit 1"}
+        done = self.run(worker, *EXPORT, **first, **{f"RUN_{n}": fails for n in range(1, 5)})
+        assert done.returncode == code
+        assert worker.names == ["hmar-jax"] * (runs + 1)
+        assert code != 1 or done.stderr == f"Three runs in a row got no further; the last one exited with {status}.\n"
+
+    def test_that_is_stopped_is_queued_again_in_slurm(self, worker):
+        done = self.run(worker, *EXPORT, RUN_0="kill -TERM $$", **JOB)
+        assert done.returncode == 0
+        assert worker.calls[2:] == [["scontrol", "requeue", "41"]]
 
 
 JOB = {"SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "12", "DO_srun": '"${@:3}"'}

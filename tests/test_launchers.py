@@ -3,10 +3,11 @@
 Nothing here reaches a network: `launch_machine.py` stands in for gcloud, xpk and sbatch.
 """
 
+import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,19 @@ OPTIONAL = {
         "cpus-per-task": "12",
         "partition": "a-partition",
         "account": "an-account",
+        "qos": "a-qos",
+        "constraint": "a100|h100&nvlink",
+        "reservation": "a-reservation",
+        "nodelist": "node[1-4]",
+        "exclude": "node7",
+        "mem": "0",
         "time": "1-00:00:00",
+        "gres": "gpu:h100:8",
+        "sbatch": "--exclusive",
     },
 }
 LAUNCHERS = pytest.mark.parametrize("launcher", REQUIRED)
+EXPORT = ["export", "tokens", "--config=configs/a.py", "--model=runs/a model", "--output=runs/tokens", "--crops=8"]
 
 
 class Desk(Machine):
@@ -48,8 +58,8 @@ class Desk(Machine):
     def launch(self, launcher: str, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return self.run(launcher, *self.arguments(launcher), *more, **variables)
 
-    def arguments(self, launcher: str, without: str = "") -> list[str]:
-        given = {name: value for name, value in REQUIRED[launcher].items() if name != without}
+    def arguments(self, launcher: str, without: Collection[str] = ()) -> list[str]:
+        given = {name: value for name, value in REQUIRED[launcher].items() if name not in without}
         if given.get("root") == "ROOT":
             given["root"] = str(self.data)
         return [f"--{name}={value}" for name, value in given.items()]
@@ -90,8 +100,9 @@ class TestArguments:
     @LAUNCHERS
     def test_a_missing_one_is_named(self, machine, launcher):
         for name in REQUIRED[launcher]:
-            done = machine.run(launcher, *machine.arguments(launcher, without=name))
+            done = machine.run(launcher, *machine.arguments(launcher, without=[name]))
             assert_one_sentence(done, launcher, f"--{name}=…")
+        assert_one_sentence(machine.launch(launcher, "--"), launcher, "after --")
         assert machine.calls == []
 
     @LAUNCHERS
@@ -102,12 +113,57 @@ class TestArguments:
             ("--nodes", "--nodes"),
             ("fast", "fast"),
             ("--workdir=gs://bucket/run", "gs://bucket/run is a URL"),
-            ("--bucket=gs://bucket", "gs://bucket is a URL"),
+            ("--workdir=gs:/bucket/run", "gs:/bucket/run is a URL"),
+            ("--config=https://example.org/c.py", "https://example.org/c.py is a URL"),
+            ("--config.data.path=s3://bucket/x", "s3://bucket/x is a URL"),
+            ("--config.init_from=hdfs://x", "hdfs://x is a URL"),
+            ("--workdir=~no-such-user/x", "no-such-user/x begins with the home of a user who does not exist"),
         ],
     )
     def test_a_wrong_one_is_named(self, machine, launcher, wrong, named):
         assert_one_sentence(machine.launch(launcher, wrong), named)
         assert machine.calls == []
+
+    @pytest.mark.parametrize("launcher", ["tpu_vm.sh", "queued_resource.sh"])
+    def test_a_bucket_is_no_url(self, machine, launcher):
+        assert_one_sentence(
+            machine.launch(launcher, "--bucket=gs://bucket"), "gs://bucket is a URL", "name of a bucket"
+        )
+
+    @pytest.mark.parametrize("launcher", ["xpk.sh", "slurm_gpu.sh"])
+    def test_a_root_is_no_url(self, machine, launcher):
+        assert_one_sentence(machine.launch(launcher, "--root=gs://bucket"), "gs://bucket is a URL")
+
+    @LAUNCHERS
+    @pytest.mark.parametrize(
+        "words", [["--output=gs://b/x"], ["--output", "gs://b/x"], ["--config.data.path=gs://b/x"]]
+    )
+    def test_nor_are_paths_of_the_command(self, machine, launcher, words):
+        given = machine.arguments(launcher, without=("config", "workdir"))
+        assert_one_sentence(machine.run(launcher, *given, "--", "export", "tokens", *words), "gs://b/x is a URL")
+        assert machine.calls == []
+
+    @LAUNCHERS
+    @pytest.mark.parametrize("wrong", ["--config=c.py", "--workdir=w", "--config.steps=3"])
+    def test_arguments_of_a_training_do_not_go_with_another_command(self, machine, launcher, wrong):
+        given = machine.arguments(launcher, without=("config", "workdir"))
+        assert_one_sentence(machine.run(launcher, *given, wrong, "--", *EXPORT), "for the command after --")
+
+    @pytest.mark.parametrize(
+        ("wrong", "named"),
+        [
+            ("--gpus-per-node=many", "with many GPUs each"),
+            ("--nodes=0", "--nodes=0"),
+            ("--gres=nvme:1", "names no gpu"),
+        ],
+    )
+    def test_numbers_for_slurm_are_numbers(self, machine, wrong, named):
+        given = machine.arguments("slurm_gpu.sh", without=("gpus-per-node",) if "gres" in wrong else ())
+        assert_one_sentence(machine.run("slurm_gpu.sh", *given, wrong), named)
+
+    def test_slurm_needs_the_number_of_gpus(self, machine):
+        given = machine.arguments("slurm_gpu.sh", without=("gpus-per-node",))
+        assert_one_sentence(machine.run("slurm_gpu.sh", *given), "--gpus-per-node=… or --gres=…")
 
     def test_a_provisioning_that_is_none_is_named(self, machine):
         assert_one_sentence(machine.launch("queued_resource.sh", "--provisioning=cheap"), "cheap", "spot or reserved")
@@ -166,6 +222,65 @@ exit "${{WORKER_STATUS:-0}}"
     return str(folder), revisions[0]
 
 
+def sbatch(machine: Desk, *more: str, without: Collection[str] = ()) -> list[str]:
+    """What a dry run prints for sbatch."""
+    done = machine.run("slurm_gpu.sh", *machine.arguments("slurm_gpu.sh", without), *more, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+class TestPathsAtHome:
+    """bash leaves the ~ of --root=~/x as it is."""
+
+    @LAUNCHERS
+    @pytest.mark.parametrize("name", ["config", "workdir", "repository", "root"])
+    def test_are_expanded(self, machine, launcher, name):
+        if name not in REQUIRED[launcher]:
+            return
+        printed = dry_run(machine, launcher, f"--{name}=~/a place")
+        words = [word for command in printed for word in command]
+        assert not any("~/a place" in word for word in words)
+        assert any(f"{machine.home}/a place" in word for word in words)
+
+    @LAUNCHERS
+    def test_are_expanded_in_other_arguments_too(self, machine, launcher):
+        work = work_of(dry_run(machine, launcher, "--config.init_from=~/m"))
+        assert f"'--config.init_from={machine.home}/m'" in work
+        given = machine.arguments(launcher, without=("config", "workdir"))
+        done = machine.run(launcher, *given, "--dry-run", "--", "export", "tokens", "--model=~", "--output", "~/o")
+        work = work_of([shlex.split(line) for line in done.stdout.splitlines()])
+        assert f"'--model={machine.home}' --output '{machine.home}/o'" in work
+
+    def test_of_other_users_are_expanded_and_a_tilde_elsewhere_is_not(self, machine):
+        root = Path("~root").expanduser()
+        assert f"--workdir={root}/x" in work_of(dry_run(machine, "xpk.sh", "--workdir=~root/x"))
+        assert "'--workdir=a~/x'" in work_of(dry_run(machine, "xpk.sh", "--workdir=a~/x"))
+
+
+class TestSlurmOptions:
+    def test_further_ones_reach_sbatch_after_all_others(self, machine):
+        job = sbatch(machine, "--qos=x", "--constraint=a&b", "--sbatch=--exclusive  --gpu-bind=none", "--mem=0")
+        assert {"--qos=x", "--constraint=a&b", "--mem=0", "--gpus-per-node=8"} <= set(job)
+        assert job[-3:-1] == ["--exclusive", "--gpu-bind=none"]
+
+    @pytest.mark.parametrize(
+        ("given", "tasks", "asked"),
+        [
+            ("--gres=gpu:8", 8, "--gres=gpu:8"),
+            ("--gres=gpu:h100:4", 4, "--gres=gpu:h100:4"),
+            ("--gres=nvme:2,gpu:a100:2(S:0-1)", 2, "--gres=nvme:2,gpu:a100:2(S:0-1)"),
+            ("--gres=gpu", 1, "--gres=gpu"),
+            ("--gres=gpu:h100", 1, "--gres=gpu:h100"),
+            ("--gpus-per-node=a100:4", 4, "--gpus-per-node=a100:4"),
+        ],
+    )
+    def test_gpus_are_asked_for_in_either_way_one_process_each(self, machine, given, tasks, asked):
+        job = sbatch(machine, given, without=("gpus-per-node",))
+        assert f"--ntasks-per-node={tasks}" in job
+        assert [word for word in job if word.startswith(("--gres", "--gpus"))] == [asked]
+        assert f"--processes={4 * tasks} " in work_of([job])
+
+
 class TestWhatTheWorkersGet:
     """The printed line itself, run in a home of its own."""
 
@@ -173,9 +288,11 @@ class TestWhatTheWorkersGet:
         where = [f"--repository={repository[0]}", f"--revision={repository[1]}"]
         return work_of(dry_run(machine, launcher, *OVERRIDES, *where))
 
-    def on_worker(self, machine: Desk, work: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = machine.variables | variables
-        return subprocess.run(["bash", "-c", work], cwd=machine.home, env=environment, capture_output=True, text=True)
+    def on_worker(
+        self, machine: Desk, work: str, folder: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        where, environment = folder or machine.home, machine.variables | variables
+        return subprocess.run(["bash", "-c", work], cwd=where, env=environment, capture_output=True, text=True)
 
     @pytest.mark.parametrize("launcher", ["tpu_vm.sh", "queued_resource.sh", "xpk.sh"])
     def test_the_code_at_the_revision_and_the_arguments_as_given(self, machine, launcher, repository):
@@ -185,9 +302,54 @@ class TestWhatTheWorkersGet:
             assert done.returncode == 0, done.stderr
         where = machine.home if launcher == "xpk.sh" else machine.home / "hmar"
         storage = ["--root=/data"] if launcher == "xpk.sh" else ["--root=bucket", "--bucket=a-bucket"]
+        processes = [] if launcher == "tpu_vm.sh" else ["--processes=64"]
         settings = [f"--config={TRAINING['config']}", f"--workdir={TRAINING['workdir']}", *OVERRIDES]
         got = (machine.home / "worker").read_text().splitlines()
-        assert got == ["first", str(where), "--accelerator=tpu", *storage, *settings] * 2
+        assert got == ["first", str(where), "--accelerator=tpu", *storage, *processes, *settings] * 2
+
+    @LAUNCHERS
+    def test_another_command_with_its_arguments(self, machine, launcher, repository):
+        given = machine.arguments(launcher, without=("config", "workdir"))
+        where = [f"--{k}={v}" for k, v in zip(("repository", "revision"), repository, strict=True)]
+        done = machine.run(launcher, *given, *where, "--dry-run", "--", *EXPORT)
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = [shlex.split(line) for line in done.stdout.splitlines()]
+        folder = machine.home
+        if launcher == "slurm_gpu.sh":  # the code is put into the job's folder here
+            folder = Path(lines[0][-1])
+            folder.mkdir(parents=True)
+            subprocess.run(["bash", "-c", lines[2][-1]], cwd=folder, check=True)
+        assert self.on_worker(machine, work_of(lines), folder).returncode == 0
+        got = (machine.home / "worker").read_text().splitlines()
+        assert got[got.index("--") + 1 :] == EXPORT
+
+    @pytest.mark.parametrize(
+        ("kind", "hosts"),
+        [
+            ("v5litepod-256", 64),
+            ("v5litepod-16", 4),
+            ("v5litepod-4", 1),
+            ("v5litepod-8", None),
+            ("v6e-64", 16),
+            ("v5p-128", 16),
+            ("v5p-8", 1),
+            ("v4-16", 2),
+            ("tpu7x-128", None),
+            ("ACTIVE", None),
+        ],
+    )
+    @pytest.mark.parametrize("launcher", ["tpu_vm.sh", "queued_resource.sh", "xpk.sh"])
+    def test_the_number_of_processes_where_the_type_tells(self, machine, launcher, kind, hosts):
+        if launcher == "tpu_vm.sh":
+            assert machine.launch(launcher, DO_gcloud=f'[[ "$4" != describe ]] || echo {kind}').returncode == 0
+            work = work_of(machine.calls)
+        else:
+            option = {"queued_resource.sh": "accelerator-type", "xpk.sh": "tpu-type"}[launcher]
+            work = work_of(dry_run(machine, launcher, f"--{option}={kind}"))
+        assert re.findall(r"--processes=(\d+) ", work) == ([] if hosts is None else [str(hosts)])
+
+    def test_several_slices_are_one_job(self, machine):
+        assert "--processes=128 " in work_of(dry_run(machine, "xpk.sh", "--slices=2"))
 
     def test_xpk_can_put_it_into_yaml_and_kubernetes_expands_nothing_in_it(self, machine, repository):
         work = self.work(machine, "xpk.sh", repository)
@@ -233,7 +395,8 @@ class TestWhatTheWorkersGet:
         assert {"--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"} <= set(job)
         assert subprocess.run(["bash", "-c", work_of([job])], cwd=folder, env=machine.variables).returncode == 0
         got = (machine.home / "worker").read_text().splitlines()
-        assert got[:4] == ["first", str(folder), f"--accelerator={accelerator}", f"--root={machine.data}"]
+        root = f"--root={machine.data}"
+        assert got[:5] == ["first", str(folder), f"--accelerator={accelerator}", root, "--processes=32"]
 
 
 class TestFailures:
