@@ -1,6 +1,7 @@
 """HMAR d16 on ImageNet at 256 pixels, both transformer stages: 310M parameters, 468M with the mask branch.
 
-Before:   the tokenizer and its tokens at 256 pixels, which configs/imagenet256_tokenizer.py says how to make
+Before:   the tokenizer and its tokens at 256 pixels, which configs/imagenet256_tokenizer.py says how to make,
+          on a pod too
 Command:  hmar-jax train --config=configs/imagenet256_d16.py --workdir=runs/imagenet256_d16
           hmar-jax train --config=configs/imagenet256_d16.py:masked --workdir=runs/imagenet256_d16_masked
 Hardware: a TPU v5e-256 or v5p-128 (64 chips), or 8 H200

@@ -1,6 +1,7 @@
 """HMAR d20 on ImageNet at 256 pixels, both transformer stages: 601M parameters, 846M with the mask branch.
 
-Before:   the tokenizer and its tokens at 256 pixels, which configs/imagenet256_tokenizer.py says how to make
+Before:   the tokenizer and its tokens at 256 pixels, which configs/imagenet256_tokenizer.py says how to make,
+          on a pod too
 Command:  hmar-jax train --config=configs/imagenet256_d20.py --workdir=runs/imagenet256_d20
           hmar-jax train --config=configs/imagenet256_d20.py:masked --workdir=runs/imagenet256_d20_masked
 Hardware: a TPU v5e-256 or v5p-128 (64 chips), or 8 H200

@@ -14,8 +14,10 @@ Or take the released one:
 The tokens that configs/imagenet256_d*.py train from, 8 crops of each picture, none mirrored, in 14 GB:
     hmar-jax export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --config.data.flip=False \
         --crops=8 --model=runs/imagenet256_tokenizer/model --output=runs/imagenet256_tokens
-On a pod, on all machines, and again where it was after a preemption, by any launcher (README.md):
-    bash launch/tpu_vm.sh --project=P --zone=Z --name=NAME --bucket=B --repository=URL --revision=COMMIT -- export tokens …
+On a pod any launcher runs the same on all machines, and again where it was after a preemption:
+    bash launch/tpu_vm.sh --project=P --zone=Z --name=NAME --bucket=B --repository=URL --revision=COMMIT -- \
+        export tokens --config=configs/imagenet256_tokenizer.py --config.data.path=DATA --config.data.flip=False \
+        --crops=8 --model=runs/imagenet256_tokenizer/model --output=runs/imagenet256_tokens
 The same tokenizer with the scales of 512 pixels, and the tokens that configs/imagenet512_d*.py train from, 46 GB:
     hmar-jax export torch --kind=vae --model=runs/imagenet256_tokenizer/model --output=runs/tokenizer.safetensors
     hmar-jax convert --kind=vae --input=runs/tokenizer.safetensors --sides=1,2,3,4,6,9,13,18,24,32 \

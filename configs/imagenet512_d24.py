@@ -1,6 +1,7 @@
 """HMAR d24 on ImageNet at 512 pixels, both transformer stages: 1033M parameters, 1384M with the mask branch.
 
-Before:   the tokenizer and its tokens at 512 pixels, which configs/imagenet256_tokenizer.py says how to make
+Before:   the tokenizer and its tokens at 512 pixels, which configs/imagenet256_tokenizer.py says how to make,
+          on a pod too
 Command:  hmar-jax train --config=configs/imagenet512_d24.py --workdir=runs/imagenet512_d24
           hmar-jax train --config=configs/imagenet512_d24.py:masked --workdir=runs/imagenet512_d24_masked
 Hardware: a TPU v5e-256 or v5p-128 (64 chips), or 8 H200; the latter with --config.accumulate=2
