@@ -37,6 +37,7 @@ from hmar_jax.training.state import TrainState
 LAYERS, WIDTH, ROWS = 6, 256, 4096
 COMMANDS = {
     "fits": ["--topology=v5e:2x2", "--sample-batch=3"],
+    "bfloat16": ["--topology=v5e:2x2", "--sample-batch=0", "--config.dtype=bfloat16"],
     "too large": ["--topology=v5e:2x2", "--sample-batch=0", "--config.batch_size=4000000"],
 }
 
@@ -125,6 +126,18 @@ class TestCompiled:
         assert moved.keys() == {"all-reduce"}
         metrics = 4096  # a few scalars
         assert gradients <= moved["all-reduce"]["payload"] < gradients + metrics
+
+    def test_gradients_of_weights_in_bfloat16_products_are_summed_over_devices_in_bfloat16(self, compiled):
+        """As docs/experiments.md decides; all others, AdaLN's weights among them, in float32."""
+        config = tiny.TRANSFORMER
+        width, hidden, codes = config.width, config.mlp_ratio * config.width, tiny.TOKENIZER.codebook_size
+        block = 3 * width**2 + width**2 + 2 * width * hidden  # qkv, proj, fc1, fc2
+        narrow = config.depth * block + width * (codes + tiny.TOKENIZER.latent_channels)  # head, word
+        report = compiled["bfloat16"]["report"]
+        moved, metrics = report["programs"][0]["collectives"], 4096
+        expected = report["state"]["trained parameters"] - 2 * narrow
+        assert moved.keys() == {"all-reduce"}
+        assert expected <= moved["all-reduce"]["payload"] < expected + metrics
 
     def test_memory_and_time_add_up(self, compiled):
         step = compiled["fits"]["report"]["programs"][0]
