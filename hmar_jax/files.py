@@ -78,7 +78,8 @@ def check_readable(path: Path, what: str) -> None:
     What else is wrong with it they say themselves.
     """
     try:
-        path.open("rb").close()
+        if path.is_file():  # a named pipe would be waited for
+            path.open("rb").close()
     except PermissionError as error:
         check_refusal(f"{what} {path}", error)
     except OSError:

@@ -152,6 +152,9 @@ class File:
     def __init__(self, path: Path):
         self._path = path
         check_readable(path, "File")
+        if path.exists() and not path.is_file():
+            reason = "it is a folder or a device"
+            raise InputError(f"{path} is not a whole .safetensors file ({reason}); copy or write it again.")
         try:
             with self._open() as file:
                 found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

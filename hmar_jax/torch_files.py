@@ -283,11 +283,11 @@ class File:
 
     def __init__(self, source: Path):
         self._where = str(source)
+        check_readable(source, "File")
         if not source.exists():
             raise InputError(f"{source} does not exist; give a .safetensors or .pth file.")
         if not source.is_file():
             raise InputError(f"{source} is no whole PyTorch file (it is a folder or a device); give a regular file.")
-        check_readable(source, "File")
         with self._damage():
             make = _Zip if zipfile.is_zipfile(source) else _Old
             self._archive: _Archive = make(source, self._where)

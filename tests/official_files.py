@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -117,6 +118,24 @@ def old_torch_file_of(path, state):
     storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in state.values()]
     path.write_bytes(b"".join([*before, torch_pickle(state), pickle.dumps(keys, 2), *storages]))
     return path
+
+
+def packed_anew(source, path, method=zipfile.ZIP_DEFLATED, change=lambda name, data: data):
+    """The records of a zip archive packed anew."""
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(path, "w", method) as after:
+        for name in before.namelist():
+            after.writestr(name, change(name, before.read(name)))
+    return path
+
+
+def peak_memory(work):
+    """The most that Python and NumPy held during `work`, in bytes."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def stored(directory):

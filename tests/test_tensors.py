@@ -4,6 +4,7 @@ import functools
 import gc
 import hashlib
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -235,3 +236,44 @@ def test_what_is_no_file_gets_one_sentence(tmp_path):
         File(missing)
     with pytest.raises(InputError, match=not_whole(tmp_path)):
         File(tmp_path)
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match=not_whole(tmp_path / "pipe.safetensors")):
+        File(tmp_path / "pipe.safetensors")
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1234, 2**18 - 1, 2**18, 2**18 + 76])  # arrays are looked at in parts of 2¹⁸
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype, value, place):
+    array = np.ones(2**18 + 77, np.dtype(dtype) if dtype != "bfloat16" else BFLOAT16)
+    assert tensors.cast(array, array.dtype, "x") is array
+    array[place] = value
+    with pytest.raises(InputError, match=rf"^x has the value {value}; weights must be finite, so"):
+        tensors.cast(array, array.dtype, "x")
+
+
+LARGEST = {"float16": 65504, "bfloat16": float.fromhex("0x1.fep127"), "float32": float.fromhex("0x1.fffffep127")}
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_the_largest_number_of_a_dtype_is_kept_and_what_is_beyond_is_named(dtype):
+    narrow = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    largest = np.array([[1, LARGEST[dtype]], [-LARGEST[dtype], 0]])
+    np.testing.assert_array_equal(tensors.cast(largest, narrow, "x").astype(np.float64), largest)
+    largest[1, 0] *= 1.01
+    with pytest.raises(
+        InputError, match=rf"^x has the value -\S+, which is too large for {dtype}; use a wider dtype\.$"
+    ):
+        tensors.cast(largest, narrow, "x")
+
+
+def test_looking_at_numbers_takes_no_memory():
+    for dtype in (FLOAT32, BFLOAT16):
+        array = np.ones(MB * 8, dtype)
+        assert traced_peak(lambda array=array: tensors.cast(array, array.dtype, "x")) < 2 * MB
