@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
+from hmar_jax.arrays import host_array, mesh_in_use, on_host, over_devices, shown
 from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.networks import hold, networks, unrolls
+from hmar_jax.networks import hold, networks, undo_layout, unrolls
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept
-from hmar_jax.sampling.schedule import Changes, Schedule
+from hmar_jax.sampling.schedule import Changes, Schedule, ScheduleLike
 from hmar_jax.tokenizer.door import TokenizerDoor, check_tokens
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
@@ -68,6 +67,13 @@ class Model:
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
         self._placed: tuple[Mesh, list[Any], Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: config, dtype, and the parameters in host memory."""
+        return {"config": self.config, "params": jax.tree.map(on_host, undo_layout(self.params)), "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"], jax.tree.map(jnp.asarray, state["params"]), state["dtype"])  # type: ignore[misc]
+
     @property
     def transformer(self) -> HMAR | None:
         return networks(self.config, self.params, self.dtype).transformer if self.config.transformer else None
@@ -82,7 +88,7 @@ class Model:
     def masked_logits(self, labels: ArrayLike, tokens: ArrayLike, masked: ArrayLike) -> jax.Array:
         """Logits of the mask branch: as `next_scale_logits`, with masked (B,L) bool → (B,L,V) float32."""
         labels, tokens = self._check(labels, tokens)
-        masked = jnp.asarray(masked)
+        masked = host_array("masked is", masked, f"bool {tokens.shape}, as the tokens")
         if masked.dtype != bool or masked.shape != tokens.shape:
             raise InputError(f"masked is {masked.dtype} {masked.shape}; expected bool {tokens.shape}, as the tokens.")
         if not self._check_transformer().masked:
@@ -92,7 +98,7 @@ class Model:
     def sample(
         self,
         labels: ArrayLike,
-        schedule: str | Schedule | None = None,
+        schedule: ScheduleLike | None = None,
         *,
         seed: int = 0,
         numbers: ArrayLike | None = None,
@@ -108,9 +114,9 @@ class Model:
 
         Args:
           labels: (B,) int in [0, num_classes).
-          schedule: a `Schedule`, or text as `Schedule.parse` takes it: a preset's name, a .json file, or a curve and
-            steps such as `cosine:4@5-9`; names and curves bring the published guidance of the model's depth. By default
-            `next-scale`, for VAR `var`.
+          schedule: a `Schedule`, the `Path` of a .json file, or text as `Schedule.parse` takes it: a preset's name, a
+            file, or a curve and steps such as `cosine:4@5-9`; names and curves bring the published guidance of the
+            model's depth. By default `next-scale`, for VAR `var`.
           seed: of the random numbers, in [0, 2³²). numbers: (B,) int, likewise, which of the seed's samples each is; 0
             to B-1 by default. greedy: argmax of the guided logits, no filters. record: give every pass's draw.
           on_scale: called with each scale, from 0, and its tokens (B,N) int32 once they are final, in order and in the
@@ -127,7 +133,7 @@ class Model:
         images: ArrayLike,
         mask: ArrayLike,
         labels: ArrayLike | None = None,
-        schedule: str | Schedule | None = None,
+        schedule: ScheduleLike | None = None,
         *,
         variants: int = 1,
         composite: bool = False,
@@ -157,6 +163,7 @@ class Model:
           seed, greedy, record, changes: as in `sample`.
         """
         transformer, size = self._check_transformer(), self.config.image_size
+        composite = _flag("composite", composite)
         feather = self.config.tokenizer.downsampling // 2 if feather is None else _whole("feather", feather, 0)
         several = functools.partial(np.repeat, repeats=_whole("variants", variants, 1), axis=0)
         pictures = editing.check_pictures(images, size)
@@ -173,7 +180,7 @@ class Model:
         blended = editing.composite(out.images, several(pictures), several(masks), feather)
         return dataclasses.replace(out, images=blended)
 
-    def schedule(self, schedule: str | Schedule | None = None, **changes: Unpack[Changes]) -> Schedule:
+    def schedule(self, schedule: ScheduleLike | None = None, **changes: Unpack[Changes]) -> Schedule:
         """The schedule that `sample` follows, given this one and these changes (`Schedule.replace`), checked."""
         return Schedule.resolve(schedule, self.config.ladder, self._check_transformer(), **changes)
 
@@ -208,25 +215,21 @@ class Model:
     ) -> Sample:
         """`sample` with checked labels and schedule, perhaps with tokens that are kept."""
         labels, seed = np.asarray(labels), _whole("seed", seed, 0, 2**32 - 1)
+        greedy, record = _flag("greedy", greedy), _flag("record", record)
+        if on_scale is not None and not callable(on_scale):
+            raise InputError(f"on_scale is {shown(on_scale)}; expected a function of a scale and its tokens.")
         number = labels.shape[0]
         numbers = np.arange(number, dtype=np.uint32) if numbers is None else _check_numbers(numbers, number)
         options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
         mesh = mesh_in_use()
         labels, numbers, kept = jax.tree.map(lambda array: over_devices(array, mesh), (labels, numbers, kept))
-        params = self.placed(mesh)
-
-        def run(ticket: Any = None) -> tuple[Any, Any, Any]:
-            with jax.set_mesh(mesh):
-                return program.sample(
-                    options, params, labels, numbers, schedule.controls, np.uint32(seed), kept, ticket
-                )
-
+        arguments = (self.placed(mesh), labels, numbers, schedule.controls, np.uint32(seed), kept)
         if on_scale is None:
-            images, tokens, draws = run()
+            with jax.set_mesh(mesh):
+                images, tokens, draws = program.sample(options, *arguments)
         else:
-            images, tokens, draws = progress.relay(
-                lambda ticket: jax.block_until_ready(run(ticket)),
-                lambda scale, tokens: on_scale(scale, tokens[:number]),
+            images, tokens, draws = _sample_telling(
+                mesh, options, arguments, lambda scale, tokens: on_scale(scale, tokens[:number])
             )
         records = None
         if record:
@@ -242,10 +245,11 @@ class Model:
     ) -> tuple[np.ndarray, jax.Array | np.ndarray]:
         """Labels, and tokens if any, as int32; labels may go up to `classes`, by default the null class."""
         self._check_transformer()
-        labels = np.asarray(labels)
         highest = self.config.num_classes if classes is None else classes
+        given, expected = labels, f"a list of integers from 0 to {highest}"
+        labels = host_array("Labels are", given, expected)
         if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"Labels are {labels!r}; expected a list of integers from 0 to {highest}.")
+            raise InputError(f"Labels are {shown(given)}; expected {expected}.")
         if labels.min() < 0 or labels.max() > highest:
             wrong = labels[(labels < 0) | (labels > highest)][0]
             raise InputError(
@@ -258,9 +262,9 @@ class Model:
 
     def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
         """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
-        if labels is None or np.ndim(labels) == 0:
-            labels = np.full(pictures, self.config.num_classes if labels is None else labels)
-        checked, _ = self._check(labels)
+        null = self.config.num_classes
+        array = host_array("Labels are", null if labels is None else labels, f"integers from 0 to {null}, or one")
+        checked, _ = self._check(np.full(pictures, array) if array.ndim == 0 else array)
         if len(checked) != pictures:
             raise InputError(f"There are {len(checked)} labels for {pictures} pictures; give one each, or one.")
         return checked
@@ -269,6 +273,23 @@ class Model:
         if self.config.transformer is None:
             raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
         return self.config.transformer
+
+
+def _sample_telling(
+    mesh: Mesh, options: program.Options, arguments: tuple[Any, ...], on_scale: progress.OnScale
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`program.sample` of the options and arguments, calling `on_scale` meanwhile.
+
+    The program runs in a thread of its own, where what a caller has set by JAX's context managers (the precision of
+    products, the default device, checks for NaN) does not hold. So it is compiled here, once for all calls as JAX keeps
+    what it compiles, and its results are checked here.
+    """
+    with jax.set_mesh(mesh):
+        compiled = program.sample.lower(options, *arguments, np.uint32(0)).compile()
+    out = progress.relay(lambda ticket: jax.block_until_ready(compiled(*arguments, ticket)), on_scale)
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        jax.tree.map(jnp.copy, out)  # JAX looks at the results of what runs here
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -288,25 +309,6 @@ def _masked_logits(
     )
 
 
-def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array; where other processes hold parts of it, all of them must ask for it together."""
-    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
-
-
-def mesh_in_use() -> Mesh:
-    """The mesh in use, or else one of all local devices; InputError where XLA is not to split arrays by itself."""
-    mesh = jax.sharding.get_mesh()
-    if AxisType.Explicit in mesh.axis_types:
-        raise InputError(
-            f"The mesh in use, {dict(mesh.shape)}, has axes of type Explicit; make it with axis_types=(AxisType.Auto,) "
-            f"* {len(mesh.shape)}."
-        )
-    if not mesh.empty:
-        return mesh
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number from `least` to `most`."""
     try:
@@ -315,23 +317,21 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         number = least - 1
     if number < least or (most is not None and number > most):
         ends = f"{least} or more" if most is None else f"{least} to {most}"
-        raise InputError(f"{name} is {value!r}; expected a whole number, {ends}.")
+        raise InputError(f"{name} is {shown(value)}; expected a whole number, {ends}.")
     return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {shown(value)}; expected True or False.")
+    return bool(value)
 
 
 def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:
     """Numbers of samples as uint32."""
-    array = np.asarray(numbers)
+    expected = f"{batch} integers from 0 to {2**32 - 1}, one a label"
+    array = host_array("numbers are", numbers, expected)
     if array.shape != (batch,) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= 2**32:
-        raise InputError(f"numbers are {numbers!r}; expected {batch} integers from 0 to {2**32 - 1}, one a label.")
+        raise InputError(f"numbers are {shown(numbers)}; expected {expected}.")
     return array.astype(np.uint32)
-
-
-def over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
-    """An array (B,…) split as batches are; padded with repeats so that it divides, which no sample notices."""
-    array = np.asarray(array)
-    axes = tuple(name for name in mesh.axis_names if name != "tensor")
-    ways = math.prod(mesh.shape[name] for name in axes)
-    padded = np.resize(array, (-(-array.shape[0] // ways) * ways, *array.shape[1:]))
-    sharding = NamedSharding(mesh, PartitionSpec(axes))
-    return jax.make_array_from_callback(padded.shape, sharding, lambda index: padded[index])

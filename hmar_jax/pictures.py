@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hmar_jax.arrays import on_host
 from hmar_jax.errors import InputError
 from hmar_jax.files import local_path, write_whole
 
@@ -48,7 +49,7 @@ def grid(images: np.ndarray, columns: int, enlarge: int = 1) -> Image.Image:
 
 def reconstructions(tokenizer: Any, images: np.ndarray, columns: int = 8, enlarge: int = 1) -> Image.Image:
     """Pictures (N,S,S,3) uint8 above what a `Model`'s tokenizer makes of them, `columns` pairs a row."""
-    decoded = to_uint8(np.asarray(tokenizer.decode(tokenizer.encode(to_unit(images)))) / 2 + 0.5)
+    decoded = to_uint8(on_host(tokenizer.decode(tokenizer.encode(to_unit(images)))) / 2 + 0.5)
     rows = []
     for start in range(0, len(images), columns):
         for half in (images, decoded):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from typing import Literal
 
 import numpy as np
@@ -33,13 +34,18 @@ class ScaleLadder:
       sides: strictly increasing positive integers p_1 < … < p_K.
 
     Raises:
-      InputError: sides are empty, not positive or not increasing.
+      InputError: sides are not whole numbers, not positive or not increasing, or there are none.
     """
 
     sides: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sides = tuple(int(side) for side in self.sides)
+        try:
+            sides = tuple(operator.index(side) for side in self.sides)
+        except TypeError:
+            raise InputError(
+                f"Sides are {repr(self.sides)[:80]}; expected an increasing list of positive integers, such as 1,2,3,4."
+            ) from None
         object.__setattr__(self, "sides", sides)
         if not sides or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
             raise InputError(f"Sides {sides} are not an increasing list of positive integers, such as 1,2,3,4.")

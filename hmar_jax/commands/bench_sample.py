@@ -190,7 +190,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     import jax
     import numpy as np
 
-    from hmar_jax.model import mesh_in_use, over_devices
+    from hmar_jax.arrays import mesh_in_use, over_devices
     from hmar_jax.sampling import program
     from hmar_jax.sampling.presets import preset_for
 

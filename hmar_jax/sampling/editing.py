@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hmar_jax.arrays import host_array
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
@@ -21,14 +23,14 @@ def check_pictures(images: ArrayLike, size: int) -> np.ndarray:
     Raises:
       InputError: another shape, type or range.
     """
-    pictures = np.asarray(images)
+    pictures = host_array("Images are", images, f"(B, {size}, {size}, 3), uint8 or floats from 0 to 1")
     batch = pictures[None] if pictures.ndim == 3 else pictures
     if batch.ndim != 4 or batch.shape[1:] != (size, size, 3) or not len(batch):
         raise InputError(f"Images are {pictures.shape}; this model edits (B, {size}, {size}, 3) or one of them.")
     if batch.dtype == np.uint8:
         return batch.astype(np.float32) / np.float32(255)
-    low, high = batch.min(), batch.max()
-    if not np.issubdtype(batch.dtype, np.floating) or not (low >= 0 and high <= 1):
+    low, high = batch.min(), batch.max()  # not a number where a pixel is not
+    if not jnp.issubdtype(batch.dtype, jnp.floating) or not (low >= 0 and high <= 1):
         raise InputError(f"Images are {batch.dtype} from {low} to {high}; expected uint8, or floats from 0 to 1.")
     return batch.astype(np.float32)
 
@@ -43,7 +45,7 @@ def check_mask(mask: ArrayLike, batch: int, size: int) -> np.ndarray:
     Raises:
       InputError: another shape or type, or a box that is empty or not inside the picture.
     """
-    array = np.asarray(mask)
+    array = host_array("The mask is", mask, f"bool ({size}, {size}) or a box (left, top, right, bottom)")
     if array.shape == (4,) and np.issubdtype(array.dtype, np.integer):
         array = box_mask(array.tolist(), size, size)
     if array.dtype != bool or array.shape not in ((size, size), (batch, size, size)):

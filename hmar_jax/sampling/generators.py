@@ -9,8 +9,10 @@ import itertools
 import math
 import operator
 import re
+from numbers import Real
 from typing import Any
 
+from hmar_jax.arrays import shown
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
@@ -46,13 +48,14 @@ def generate(
     Raises:
       InputError: an unknown curve, or numbers that it cannot have.
     """
-    if curve not in CURVES:
-        raise InputError(f"Curve {curve!r} is unknown; choose {', '.join(CURVES)}.")
+    if not isinstance(curve, str) or curve not in CURVES:
+        raise InputError(f"Curve {shown(curve)} is unknown; choose {', '.join(CURVES)}.")
     steps = _checked_steps(curve, steps)
     power = curve == "power"
-    if power != (exponent is not None) or (exponent is not None and not 0 < exponent < math.inf):
+    number = isinstance(exponent, Real) and 0 < exponent < math.inf
+    if power != (exponent is not None) or power != number:
         rule = "a number above 0, such as 2" if power else "none, which 'power' alone has"
-        raise InputError(f"The exponent of curve {curve!r} is {exponent}; expected {rule}.")
+        raise InputError(f"The exponent of curve {curve!r} is {shown(exponent)}; expected {rule}.")
     first, last = _checked_scales(ladder, scales)
     return [
         _counts(length, steps if first <= scale <= last and scale > 1 else 1, curve, exponent)
@@ -62,7 +65,7 @@ def generate(
 
 def _checked_steps(curve: str, steps: Any) -> int:
     """Steps as an int, 1 where the curve is `single`."""
-    if curve == "single" and steps in (None, 1):
+    if curve == "single" and (steps is None or (isinstance(steps, int) and steps == 1)):
         return 1
     try:
         checked = operator.index(steps)
@@ -70,7 +73,7 @@ def _checked_steps(curve: str, steps: Any) -> int:
         checked = 0
     if curve == "single" or checked < 1:
         rule = "none, for it has one a scale" if curve == "single" else "a whole number, 1 or more"
-        raise InputError(f"The steps of curve {curve!r} are {steps!r}; expected {rule}.")
+        raise InputError(f"The steps of curve {curve!r} are {shown(steps)}; expected {rule}.")
     return checked
 
 
@@ -84,7 +87,7 @@ def _checked_scales(ladder: ScaleLadder, scales: Any) -> tuple[int, int]:
         first, last = 0, 0
     if not 1 <= first <= last <= ladder.num_scales:
         raise InputError(
-            f"Scales are {scales!r}; expected the first and the last, from 1 to {ladder.num_scales} on the ladder "
+            f"Scales are {shown(scales)}; expected the first and the last, from 1 to {ladder.num_scales} on the ladder "
             f"{','.join(map(str, ladder.sides))}."
         )
     return first, last

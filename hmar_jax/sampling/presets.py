@@ -35,7 +35,7 @@ NAMES = (*_COUNTS, "small", "next-scale", "var")
 
 def counts(name: str, ladder: ScaleLadder) -> Counts:
     """Tokens that each step commits, by scale: of the published ladder, or of this one where the name is for any."""
-    if name in _COUNTS:
+    if isinstance(name, str) and name in _COUNTS:
         return _COUNTS[name]
     if name == "small":
         first, *rest = ladder.sides
@@ -55,6 +55,8 @@ def guidance(depth: int, name: str = "") -> dict[str, Any]:
     """
     if name == "var":
         return _VAR
+    if not isinstance(depth, int) or depth < 1:
+        raise InputError(f"The depth is {repr(depth)[:80]}; expected the blocks of a transformer, 1 or more.")
     cfg, top_k = _GUIDANCE[_published(depth)]
     return {"cfg": cfg, "top_k": top_k}
 

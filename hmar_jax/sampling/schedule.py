@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -21,16 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hmar_jax.arrays import shown
 from hmar_jax.config import TransformerConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason
 from hmar_jax.files import local_path
 from hmar_jax.sampling import generators, presets
 from hmar_jax.sampling.presets import ORDERS, Order
 from hmar_jax.scales import ScaleLadder
 
+type ScheduleLike = str | os.PathLike[str] | Schedule  # as `Schedule.resolve` takes it
 Nested = tuple[tuple[float, ...], ...]
 SCALARS = ("cfg", "temperature", "top_k", "top_p", "noise")
 
+_SCHEDULES = "a Schedule, the name of one, a curve and steps such as cosine:4@5-9, or a .json file"
 _LARGEST = 2.0**127  # what float32 holds with room to spare
 
 
@@ -143,20 +147,25 @@ class Schedule:
         except TypeError:
             nested = ()
         if not nested:
-            raise InputError(f"Counts are {counts!r}; expected whole numbers for each scale, such as [[1], [1, 3]].")
+            raise InputError(
+                f"Counts are {shown(counts)}; expected whole numbers for each scale, such as [[1], [1, 3]]."
+            )
         for scale, steps in enumerate(nested):
             total = sum(steps)
-            if not steps or min(steps) < 1 or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):
+            positive = bool(steps) and min(steps) > 0 and total < 2**31
+            if not positive or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):
                 rule = "one step of p² tokens" if scale == 0 else "positive counts that sum to p², such as 1,3 for p=2"
-                raise InputError(f"Counts {list(steps)} of scale {scale + 1} sum to {total}; expected {rule}.")
+                raise InputError(
+                    f"Counts {shown(list(steps))} of scale {scale + 1} sum to {shown(total)}; expected {rule}."
+                )
         if isinstance(cfg, Real):
             cfg = _ramped(cfg, tuple((0.0,) * len(steps) for steps in nested), refine=False)
         given = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
         scalars = {name: _nested(name, value, nested) for name, value in given.items()}
         if refine_cfg is not None:
             scalars["cfg"] = _ramped(refine_cfg, scalars["cfg"], refine=True)
-        if order not in ORDERS:
-            raise InputError(f"order is {order!r}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}.")
+        if not isinstance(order, str) or order not in ORDERS:
+            raise InputError(f"order is {shown(order)}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}.")
         schedule = cls(nested, **scalars, order=order)
         schedule._check_ranges()
         return schedule
@@ -170,6 +179,7 @@ class Schedule:
         steps on whichever of the sides 2, 3 and 4 a ladder has; `next-scale` and `var` have no masked step, the latter
         the guidance published for VAR: these three are for any ladder.
         """
+        _check_ladder(ladder)
         schedule = cls.from_counts(presets.counts(name, ladder), **presets.guidance(depth, name))
         schedule.check_ladder(ladder, name)
         return schedule
@@ -196,17 +206,21 @@ class Schedule:
             others having one step; all by default.
           exponent: of `power` alone. scalars: cfg, refine_cfg, order and others, as in `from_counts`.
         """
+        _check_ladder(ladder)
         return cls.from_counts(generators.generate(ladder, curve, steps, scales, exponent), **scalars)
 
     @classmethod
-    def parse(cls, text: str, ladder: ScaleLadder, depth: int = 16) -> Schedule:
+    def parse(cls, text: str | os.PathLike[str], ladder: ScaleLadder, depth: int = 16) -> Schedule:
         """A schedule for a ladder in one line: a preset's name, a `.json` file, or a curve such as `cosine:4@5-9`.
 
-        Curves are `curve:steps@first-last`, as in `generate`: `single`, `equal:2`, `power2:4@3-10`, `arccos:8@10`. They
-        have, like the presets, the published guidance of the given transformer depth.
+        A `Path` is a file, whatever its name. Curves are `curve:steps@first-last`, as in `generate`: `single`,
+        `equal:2`, `power2:4@3-10`, `arccos:8@10`. They have, like the presets, the published guidance of the given
+        transformer depth.
         """
+        if not isinstance(text, str | os.PathLike):
+            raise InputError(f"The schedule is {shown(text)}; expected {_SCHEDULES}.")
         path = local_path(text, "The schedule")
-        if path.suffix.lower() == ".json":
+        if not isinstance(text, str) or path.suffix.lower() == ".json":
             file = f"Schedule file {text}"
             try:
                 schedule = cls.from_json(path.read_text(encoding="utf-8"))
@@ -223,21 +237,21 @@ class Schedule:
 
     @classmethod
     def resolve(
-        cls, schedule: str | Schedule | None, ladder: ScaleLadder, model: TransformerConfig, **changes: Unpack[Changes]
+        cls, schedule: ScheduleLike | None, ladder: ScaleLadder, model: TransformerConfig, **changes: Unpack[Changes]
     ) -> Schedule:
         """The schedule that a transformer samples by, given this one and these changes (`replace`), checked.
 
         Args:
-          schedule: itself, or text as `parse` takes it. None is the preset of one step a scale: `var` for VAR, which
-            has guidance of its own, else `next-scale`.
+          schedule: itself, or text or a path as `parse` takes it. None is the preset of one step a scale: `var` for
+            VAR, which has guidance of its own, else `next-scale`.
 
         Raises:
           InputError: it is for another ladder, or has masked steps where the transformer has no mask branch.
         """
         if schedule is None:
             schedule = "var" if model.pattern == "block_causal" else "next-scale"
-        if isinstance(schedule, str):
-            if schedule != "var" and not schedule.lower().endswith(".json"):
+        if not isinstance(schedule, Schedule):
+            if isinstance(schedule, str) and schedule != "var" and not schedule.lower().endswith(".json"):
                 presets.note_unpublished(model.depth, changes)
             schedule = cls.parse(schedule, ladder, model.depth)
         schedule = schedule.replace(**changes)
@@ -262,6 +276,7 @@ class Schedule:
 
     def check_ladder(self, ladder: ScaleLadder, name: str = "This schedule") -> None:
         """Raises InputError unless the schedule is for the sides of `ladder`."""
+        _check_ladder(ladder)
         if self.sides != ladder.sides:
             raise InputError(
                 f"{name} is for the sides {','.join(map(str, self.sides))}, but the model was built for "
@@ -306,15 +321,17 @@ class Schedule:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Schedule:
+    def from_json(cls, text: str | bytes) -> Schedule:
         """What `to_json` wrote, or written by hand: `counts`, and anything else that `from_counts` takes."""
+        if not isinstance(text, str | bytes):
+            raise InputError(f"The schedule is {shown(text)}; expected JSON as Schedule.to_json writes it.")
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"The schedule is not JSON ({error}); write it with Schedule.to_json.") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"The schedule is not JSON ({reason(error)}); write it with Schedule.to_json.") from None
         others = (*SCALARS, "refine_cfg", "order")
         if not isinstance(fields, dict) or "counts" not in fields or set(fields) - {"counts", *others}:
-            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {text[:80]!r}.")
+            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {shown(text)}.")
         return cls.from_counts(fields.pop("counts"), **fields)
 
     def _flat(self) -> dict[str, np.ndarray]:
@@ -344,24 +361,43 @@ class Schedule:
 def _nested(name: str, value: Any, counts: tuple[tuple[int, ...], ...]) -> Nested:
     """A scalar for all passes, or values nested like `counts`, as nested tuples of floats."""
     if isinstance(value, Real):
-        return tuple(tuple(float(value) for _ in steps) for steps in counts)
+        return tuple((_float(value),) * len(steps) for steps in counts)
     try:
-        nested = tuple(tuple(float(item) for item in steps) for steps in value)
+        nested = tuple(tuple(map(_float, steps)) for steps in value)
     except (TypeError, ValueError):
         nested = ()
     if [len(steps) for steps in nested] != [len(steps) for steps in counts]:
-        raise InputError(f"{name} is {value!r}; expected a number, or numbers nested like the counts {counts}.")
+        raise InputError(
+            f"{name} is {shown(value)}; expected a number, or numbers nested like the counts {shown(counts)}."
+        )
     return nested
+
+
+def _float(value: Any) -> float:
+    """A number as a float, infinite where it is beyond. Raises TypeError for others, text included."""
+    if isinstance(value, str | bytes):
+        raise TypeError
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _ramped(number: Any, cfg: Nested, refine: bool) -> Nested:
     """Guidance with number·k/(K-1) on the masked passes of scale k (from 0), or else on its next-scale pass."""
+    name = "refine_cfg" if refine else "cfg"
     if not isinstance(number, Real):
-        raise InputError(f"refine_cfg is {number!r}; expected a number.")
-    if not abs(float(number)) < _LARGEST:
-        raise InputError(f"{'refine_cfg' if refine else 'cfg'} is {number}; expected a finite number.")
+        raise InputError(f"{name} is {shown(number)}; expected a number.")
+    number = _float(number)
+    if not abs(number) < _LARGEST:
+        raise InputError(f"{name} is {number}; expected a finite number.")
     last = max(len(cfg) - 1, 1)
     return tuple(
-        tuple(float(number) * k / last if (step > 0) == refine else value for step, value in enumerate(steps))
+        tuple(number * k / last if (step > 0) == refine else value for step, value in enumerate(steps))
         for k, steps in enumerate(cfg)
     )
+
+
+def _check_ladder(ladder: Any) -> None:
+    if not isinstance(ladder, ScaleLadder):
+        raise InputError(f"The ladder is {shown(ladder)}; expected a ScaleLadder, such as ScaleLadder((1, 2, 3)).")

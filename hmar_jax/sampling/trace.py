@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hmar_jax.arrays import on_host
 from hmar_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def frames(model: Model, sample: Sample, index: int = 0) -> list[Frame]:
         where = ladder.slices[draw.scale]
         state[where] = np.where(draw.masked[index], draw.tokens[index], state[where])
     scales = [draw.scale for draw in draws]
-    images = np.asarray(model.tokenizer.decode_until(tokens[:, None], scales))[:, 0] / 2 + 0.5
+    images = on_host(model.tokenizer.decode_until(tokens[:, None], scales))[:, 0] / 2 + 0.5
     made = []
     for draw, after, image in zip(draws, [*draws[1:], None], images, strict=True):
         masked = draw.masked[index]

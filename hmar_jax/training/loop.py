@@ -22,12 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hmar_jax import pictures
+from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.files import is_there, local_path, write_whole, writing
-from hmar_jax.model import Model, on_host
+from hmar_jax.model import Model
 from hmar_jax.params import Tree, flatten
 from hmar_jax.pretrained import save_model
 from hmar_jax.sampling.schedule import Schedule

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.lax import stop_gradient
 
 from hmar_jax import params as trees
+from hmar_jax.arrays import on_host
 from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import on_host
 from hmar_jax.networks import Networks, init_params, networks
 from hmar_jax.params import Tree
 from hmar_jax.pictures import to_unit

@@ -60,7 +60,7 @@ def at_step(number, act):
 FIRST = """
 import numpy as np
 from jax.sharding import Mesh
-from hmar_jax.model import on_host
+from hmar_jax.arrays import on_host
 devices, placed = np.asarray(jax.devices()).reshape(2, 4), {}
 for name, order in {"in turn": devices.T.reshape(8, 1, 1), "tensor over both": devices.T.reshape(4, 1, 2)}.items():
     mesh = Mesh(order, loop.sharding.AXES)

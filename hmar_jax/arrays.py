@@ -1,0 +1,76 @@
+"""Arrays of Python calls: arguments checked on the host, batches split over devices, results gathered from them.
+
+Axis letters: B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import ArrayLike
+
+from hmar_jax.errors import InputError
+
+
+def host_array(name: str, value: Any, expected: str) -> np.ndarray:
+    """A caller's argument as a NumPy array of numbers or booleans; what several processes hold is gathered (`on_host`).
+
+    Args:
+      name: what a sentence calls it, with its verb, e.g. `Labels are`. expected: what it should be.
+
+    Raises:
+      InputError: it is a ragged list, or holds no numbers.
+    """
+    if isinstance(value, jax.Array):  # one that is traced raises JAX's own error
+        return on_host(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged; a PyTorch tensor with a gradient
+        array = np.asarray(None)
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"):
+        raise InputError(f"{name} {shown(value)}; expected {expected}.")
+    return array
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: its repr in one line, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an int of thousands of digits, a deep list
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; where other processes hold parts of it, all of them must ask for it together."""
+    whole = not isinstance(array, jax.core.Tracer) and not (array.is_fully_addressable or array.is_fully_replicated)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True) if whole else array)
+
+
+def mesh_in_use() -> Mesh:
+    """The mesh in use, or else one of all local devices; InputError where XLA is not to split arrays by itself."""
+    mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        raise InputError(
+            f"The mesh in use, {dict(mesh.shape)}, has axes of type Explicit; make it with axis_types=(AxisType.Auto,) "
+            f"* {len(mesh.shape)}."
+        )
+    if not mesh.empty:
+        return mesh
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
+    """An array (B,…) split as batches are; padded with repeats so that it divides, which no sample notices."""
+    array = np.asarray(array)
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    ways = math.prod(mesh.shape[name] for name in axes)
+    padded = np.resize(array, (-(-array.shape[0] // ways) * ways, *array.shape[1:]))
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    return jax.make_array_from_callback(padded.shape, sharding, lambda index: padded[index])
