@@ -1,7 +1,11 @@
 """The doors of `Model`: shapes, types, ranges, one sentence for every wrong argument; official generations."""
 
+import copy
 import dataclasses
 import json
+import math
+import pickle
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +91,105 @@ def test_the_null_class_has_logits_but_no_samples(model):
         model.sample([5])
 
 
+RAGGED = [[0], [1, 2]]
+TWICE = np.stack([TOKENS, TOKENS])
+WRONG_TYPES = [
+    (lambda m: m.sample(RAGGED), r"Labels are \[\[0\], \[1, 2\]\]; expected a list of integers from 0 to 4\."),
+    (lambda m: m.sample(np.array([0, None], object)), r"Labels are array\(\[0, None\], dtype=object\);"),
+    (lambda m: m.sample([True, False]), r"Labels are \[True, False\];"),
+    (lambda m: m.sample(None), r"Labels are None;"),
+    (lambda m: m.sample(["a"] * 100), r"Labels are \['a', .*…; expected a list"),
+    (lambda m: m.sample(np.zeros((1, 1), int)), r"Labels are array\(\[\[0\]\]\);"),
+    (lambda m: m.sample(iter([0])), r"Labels are <list_iterator"),
+    (lambda m: m.sample([0], numbers=RAGGED), r"numbers are \[\[0\], \[1, 2\]\]; expected 1 integers"),
+    (lambda m: m.sample([0], numbers="0"), r"numbers are '0'; expected 1 integers"),
+    (lambda m: m.sample([0], numbers=[-1]), r"numbers are \[-1\]; expected 1 integers"),
+    (lambda m: m.sample([0], greedy=[]), r"greedy is \[\]; expected True or False\."),
+    (lambda m: m.sample([0], record=None), r"record is None; expected True or False\."),
+    (lambda m: m.sample([0], on_scale=3), r"on_scale is 3; expected a function"),
+    (lambda m: m.sample([0], seed=[1]), r"seed is \[1\]; expected a whole number"),
+    (lambda m: m.sample([0], 4), r"The schedule is 4; expected a Schedule, the name of one, .* \.json file\."),
+    (lambda m: m.sample([0], ["next-scale"]), r"The schedule is \['next-scale'\];"),
+    (lambda m: m.sample([0], b"small"), r"The schedule is b'small';"),
+    (lambda m: m.sample([0], "a\0.json"), r"The schedule is 'a\\x00\.json';"),
+    (lambda m: m.sample([0], Path("no.json")), r"Schedule file no\.json cannot be read"),
+    (lambda m: m.sample([0], cfg="high"), r"cfg is 'high'; expected a number"),
+    (lambda m: m.sample([0], cfg=10**400), r"cfg is inf; expected a finite number\."),
+    (lambda m: m.sample([0], cfg=-math.inf), r"cfg is -inf; expected a finite number\."),
+    (lambda m: m.sample([0], refine_cfg=[]), r"refine_cfg is \[\]; expected a number\."),
+    (lambda m: m.sample([0], top_k=1.5), r"top_k is 1\.5; expected a whole number"),
+    (lambda m: m.sample([0], temperature=math.nan), r"temperature is nan; expected above 0"),
+    (lambda m: m.sample([0], noise=object()), r"noise is <object .*; expected a number"),
+    (lambda m: m.sample([0], order=[]), r"order is \[\]; expected confidence, random or halton\."),
+    (lambda m: m.edit(IMAGES * 0, RAGGED), r"The mask is \[\[0\], \[1, 2\]\]; expected bool"),
+    (lambda m: m.edit("a.png", (0, 0, 2, 2)), r"Images are 'a\.png'; expected \(B, 6, 6, 3\)"),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), [0]), r"There are 1 labels for 2 pictures"),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), RAGGED), r"Labels are \[\[0\], \[1, 2\]\]; expected integers from 0"),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), 0.5), r"Labels are array\(\[0\.5, 0\.5\]\);"),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), composite=1), r"composite is 1; expected True or False\."),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), variants=[]), r"variants is \[\]; expected a whole number, 1 or more"),
+    (lambda m: m.next_scale_logits(RAGGED, TOKENS), r"Labels are \[\[0\], \[1, 2\]\];"),
+    (lambda m: m.next_scale_logits(LABELS, RAGGED), r"Tokens are \[\[0\], \[1, 2\]\]; expected integers \(B, 14\)"),
+    (lambda m: m.masked_logits(LABELS, TOKENS, RAGGED), r"masked is \[\[0\], \[1, 2\]\]; expected bool \(2, 14\)"),
+    (lambda m: m.masked_logits(LABELS, TOKENS, None), r"masked is None; expected bool"),
+    (lambda m: m.tokenizer.encode(RAGGED), r"Images are \[\[0\], \[1, 2\]\]; expected floats"),
+    (lambda m: m.tokenizer.encode("a.png"), r"Images are 'a\.png'; expected floats \(B, 6, 6, 3\)"),
+    (lambda m: m.tokenizer.encode(None), r"Images are None; expected floats"),
+    (lambda m: m.tokenizer.decode(RAGGED), r"Tokens are \[\[0\], \[1, 2\]\]; expected integers"),
+    (lambda m: m.tokenizer.decode(TOKENS > 0), r"Tokens are bool \(2, 14\);"),
+    (lambda m: m.tokenizer.growth(None), r"Tokens are None;"),
+    (lambda m: m.tokenizer.decode_until(TWICE, 0), r"Tokens are \(2, 2, 14\) and scales 0; expected \(T, B, L\)"),
+    (lambda m: m.tokenizer.decode_until(TWICE, [0, 1.5]), r"and scales \[0, 1\.5\];"),
+    (lambda m: m.tokenizer.decode_until(TWICE, [0, 3]), r"and scales \[0, 3\]; expected .* T of 0 to 2\."),
+    (lambda m: m.tokenizer.decode_until(TWICE, RAGGED), r"Scales are \[\[0\], \[1, 2\]\]; expected T of 0 to 2"),
+    (lambda m: m.tokenizer.decode_until(TWICE[0], [0, 1]), r"Tokens are \(2, 14\) and scales"),
+]
+BRIGHT = np.where(np.arange(3) == 1, 0.5, IMAGES).astype(np.float32)
+WRONG_PIXELS = [
+    (lambda m: m.tokenizer.encode((IMAGES + 1) * 127.5), r"Images range from .* to 25\d.*; .* floats in \[-1, 1\]"),
+    (lambda m: m.tokenizer.encode(jnp.asarray(BRIGHT * 1.2 + 0.9)), r"Images range from .*; .* bytes are after / 127"),
+    (lambda m: m.tokenizer.encode(np.where(IMAGES > 0.9, np.nan, IMAGES)), r"Images range from nan to nan;"),
+    (lambda m: m.tokenizer.encode(np.where(IMAGES > 0.9, -np.inf, IMAGES)), r"Images range from -inf to 0\.8"),
+    (lambda m: m.edit(IMAGES, (0, 0, 2, 2)), r"Images are float32 from -.*; expected uint8, or floats from 0 to 1"),
+    (lambda m: m.edit(IMAGES * np.nan, (0, 0, 2, 2)), r"Images are float32 from nan to nan;"),
+]
+
+
+def test_pixels_may_be_off_by_rounding_and_are_not_looked_at_within_a_program(model):
+    edge = np.sign(IMAGES)
+    tokens = model.tokenizer.encode(edge * np.float32(1.004))
+    np.testing.assert_array_equal(jax.jit(model.tokenizer.encode)(edge * np.float32(1.004)), tokens)
+
+
+@pytest.mark.parametrize("write", [lambda path: path, str], ids=["Path", "str"])
+def test_a_schedule_may_be_the_path_of_a_file(model, tmp_path, write):
+    schedule = Schedule.preset("small", TINY.ladder)
+    (tmp_path / "s.json").write_text(schedule.to_json())
+    assert model.schedule(write(tmp_path / "s.json")) == schedule
+    (tmp_path / "small").write_text(schedule.replace(cfg=1.0).to_json())
+    assert model.schedule(tmp_path / "small") == schedule.replace(cfg=1.0)  # a Path is no preset's name
+
+
+@pytest.mark.parametrize("value", [None, 3, b"model", "a\0b", ["model"]], ids=repr)
+def test_what_is_no_path_is_no_model(value):
+    with pytest.raises(InputError, match=r"The model is .*; expected a path") as error:
+        hmar_jax.from_pretrained(value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("again", [lambda model: pickle.loads(pickle.dumps(model)), copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_models_are_pickled_and_copied_before_and_after_they_have_sampled(model, again, kind):
+    fresh = Model(TINY, model.params, kind)
+    before = again(fresh)
+    out = fresh.sample(LABELS, "next-scale", seed=3)
+    for other in (before, again(fresh)):
+        assert (other.config, other.dtype, other._placed) == (TINY, kind, None)
+        jax.tree.map(np.testing.assert_array_equal, other.params, fresh.params)
+        np.testing.assert_array_equal(other.sample(LABELS, "next-scale", seed=3).tokens, out.tokens)
+    np.testing.assert_array_equal(other.tokenizer.encode(IMAGES), fresh.tokenizer.encode(IMAGES))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -118,6 +221,8 @@ def test_the_null_class_has_logits_but_no_samples(model):
         (lambda m: m.next_scale_logits(LABELS, TOKENS + 0.5), r"Tokens are float64 \(2, 14\); .* integers"),
         (lambda m: m.masked_logits(LABELS, TOKENS, MASKED[:, :5]), r"masked is bool \(2, 5\); expected bool \(2, 14\)"),
         (lambda m: m.masked_logits(LABELS, TOKENS, MASKED * 1), r"masked is int.* \(2, 14\); expected bool"),
+        *WRONG_TYPES,
+        *WRONG_PIXELS,
     ],
 )
 def test_a_wrong_argument_gets_one_sentence(model, call, message):

@@ -380,7 +380,7 @@ def _float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _ramped(number: Any, cfg: Nested, refine: bool) -> Nested:

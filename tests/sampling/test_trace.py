@@ -15,7 +15,7 @@ from tiny_models import TINY, lively_model, random_tokens, tiny
 
 from hmar_jax import InputError, Sample, pictures
 from hmar_jax.commands.main import main
-from hmar_jax.model import DrawRecord
+from hmar_jax.model import DrawRecord, Model
 from hmar_jax.networks import networks
 from hmar_jax.pretrained import save_model
 from hmar_jax.sampling import program, progress, trace
@@ -244,15 +244,55 @@ def test_each_scale_is_told_in_order_and_with_its_tokens(small):
     np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
 
 
-def test_other_functions_compile_nothing_and_are_told_their_own_samples(small):
+@pytest.fixture
+def compiled():
+    """The samplers that are compiled meanwhile, in any thread."""
+    found = []
+
+    def listen(event, _, fun_name="", **__):
+        if event.endswith("backend_compile_duration") and fun_name == "jit(sample)":
+            found.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_other_functions_compile_nothing_and_are_told_their_own_samples(small, compiled):
     first = Told()
     small.sample(LABELS, seed=2, on_scale=first)
-    compiled = program.sample._cache_size()
+    compiled.clear()
     others = [Told() for _ in range(3)]
     outs = [small.sample(LABELS, seed=seed, on_scale=told) for seed, told in enumerate(others)]
-    assert program.sample._cache_size() == compiled
+    assert not compiled
     for told, out in zip(others, outs, strict=True):
         np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
+
+
+def test_what_jax_is_told_in_the_callers_thread_holds_for_the_program(small, compiled):
+    """A precision is part of a program, so that without it another is compiled, and with it again none."""
+    small.sample(LABELS, seed=2, on_scale=Told())
+    compiled.clear()
+    for programs in (1, 0):
+        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[-1]):
+            told = Told()
+            out = small.sample(LABELS, seed=2, on_scale=told)
+        assert len(compiled) == programs
+        compiled.clear()
+    small.sample(LABELS, seed=2, on_scale=Told())
+    assert not compiled
+    with jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[-1]):
+        plain = small.sample(LABELS, seed=2)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_allclose(out.images, plain.images, atol=1e-5)
+    np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
+
+
+def test_a_check_for_nan_in_the_callers_thread_sees_the_program(small):
+    broken = Model(small.config, jax.tree.map(lambda x: x * np.nan, small.params))
+    for calls in ({}, {"on_scale": Told()}):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
+            broken.sample(LABELS, seed=2, **calls)
 
 
 def test_the_function_may_use_the_model(small):
