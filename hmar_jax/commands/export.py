@@ -96,11 +96,13 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
     inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
     check_outputs("--output", [args.output], inputs)
     processes.join(args)
-    # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     from hmar_jax.data.token_export import export_tokens
     from hmar_jax.training import distributed
+
+    # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it. After the imports,
+    # since array_record prints a stack trace at the signal.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     names = ("crops", "count", "batch_size", "seed", "dtype")
     with device_memory("choose a smaller --batch-size"):

@@ -213,7 +213,9 @@ def in_order(
     # By whole indices, so that the random map before them draws the same, whichever others are chosen.
     ordered = pictures if chosen is None else grain.MapDataset.source(chosen).map(pictures.__getitem__)
     batched = ordered.batch(batch_size, drop_remainder=False)
-    return ((batch["image"].swapaxes(0, 1), batch["label"]) for batch in Reader(read(batched, config, threads)))
+    reader = Reader(read(batched, config, threads))
+    own = np.array if config.workers else np.asarray  # of workers' shared memory, which is not to outlive them
+    return ((own(batch["image"]).swapaxes(0, 1), own(batch["label"])) for batch in reader)
 
 
 def examples(
