@@ -8,7 +8,7 @@ import ml_collections
 
 from configs.folder_next_scale import TRANSFORMER
 from configs.folder_tokenizer import SIDES, TOKENIZER
-from hmar_jax.config import DataConfig, OptimizerConfig, TrainConfig, to_config_dict
+from hmar_jax.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
             data=DataConfig("tokens", path="runs/my_tokens"),
             optimizer=OptimizerConfig(base_lr=2e-4),
             sample_labels=(0,) * 16,
+            evals=(EvalConfig(every=1000, count=1024),),
             sample_schedule="small",
         )
     )

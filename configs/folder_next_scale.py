@@ -10,7 +10,7 @@ N is the number of subfolders, or 1. To try it on a CPU, add --config.dtype=floa
 import ml_collections
 
 from configs.folder_tokenizer import SIDES, TOKENIZER
-from hmar_jax.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, to_config_dict
+from hmar_jax.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig, TransformerConfig, to_config_dict
 
 TRANSFORMER = TransformerConfig(depth=12, width=512, heads=8, num_classes=1, branch_depth=4, drop_path=0.05)
 
@@ -29,5 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
             data=DataConfig("tokens", path="runs/my_tokens"),
             optimizer=OptimizerConfig(base_lr=2e-4),
             sample_labels=(0,) * 16,
+            evals=(EvalConfig(every=1000, count=1024),),
         )
     )

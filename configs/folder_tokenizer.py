@@ -9,6 +9,7 @@ import ml_collections
 
 from hmar_jax.config import (
     DataConfig,
+    EvalConfig,
     OptimizerConfig,
     TokenizerConfig,
     TokenizerLossConfig,
@@ -31,8 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=64,
             sides=SIDES,
             tokenizer=TOKENIZER,
-            data=DataConfig("folder", flip=True),
+            data=DataConfig("folder", flip=True, held_out=0.02),
             optimizer=OptimizerConfig(base_lr=4e-4, weight_decay=0.0, final_weight_decay=0.0, clip=1.0, ema=0.999),
             tokenizer_loss=TokenizerLossConfig(l1=0.2, adversarial_start=10_000),
+            evals=(EvalConfig(every=1000, count=512),),
         )
     )

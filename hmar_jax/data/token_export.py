@@ -148,7 +148,8 @@ def _jobs(
         folders["validation"] = validation_of(partial)
     jobs = {}
     for part, folder in folders.items():
-        source, views = pipeline.views(data, config.image_size, crops=crops, seed=seed, count=count, part=part)
+        number = max(1, round(count * data.held_out)) if count and part == "validation" else count
+        source, views = pipeline.views(data, config.image_size, crops=crops, seed=seed, count=number, part=part)
         header = Header(
             sides=config.ladder.sides,
             codebook_size=config.tokenizer.codebook_size,

@@ -26,19 +26,30 @@ class Evals:
     Args:
       mesh: that the parameters are on.
 
+    A token cache without held-out tokens, such as one of an earlier version, is trained from without evals, and the log
+    says so.
+
     Raises:
-      InputError: there are evals, but no held-out examples, or too few for the devices.
+      InputError: there are evals, but no pictures are held out, or too few for the devices.
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, mesh: Mesh):
         self._config, self._objective, self._mesh = config, objective, mesh
         self._measure = jax.jit(objective.measure, out_shardings=sharding.replicated(mesh))
+        self._evals = config.evals
         if config.evals and not pipeline.has_validation(config.data):
-            raise InputError(
-                f"evals measure held-out examples, and {config.data.path!r} has none: set data.held_out to a share of "
-                "the pictures and, for a token cache, export it again with that; or set evals to ()."
+            if config.data.source != "tokens":
+                raise InputError(
+                    "evals measure held-out pictures, and data.held_out is 0; set it to a share of the pictures, or "
+                    "evals to ()."
+                )
+            logger.warning(
+                "%s has no held-out tokens, so that evals are left out; `hmar-jax export tokens` with data.held_out "
+                "writes some.",
+                config.data.path,
             )
-        self._batches = {eval_config: self._plan(eval_config) for eval_config in config.evals}
+            self._evals = ()
+        self._batches = {eval_config: self._plan(eval_config) for eval_config in self._evals}
 
     def __call__(self, step: int, trained: Tree, frozen: Tree) -> dict[str, np.ndarray]:
         """The metrics that are due after a step: `eval/KIND/NAME` → scalar or (K,) array, the same in every process."""
@@ -50,7 +61,7 @@ class Evals:
 
     def due(self, step: int) -> list[EvalConfig]:
         """The measurements to make after a step; the last step has all of them."""
-        return [e for e in self._config.evals if step % e.every == 0 or step == self._config.steps]
+        return [e for e in self._evals if step % e.every == 0 or step == self._config.steps]
 
     def _plan(self, eval_config: EvalConfig) -> tuple[int, int]:
         """How many batches to measure, and the size of one: as many whole batches as there are examples for."""

@@ -1,12 +1,13 @@
 """Measurements on held-out examples while a stage trains."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_training import CLASSES, LADDER, LOSS, SIZE, stage_config, write_starts
+from tiny_training import CLASSES, LADDER, LOSS, SIZE, idle_steps, stage_config, write_starts
 
 from hmar_jax.config import DataConfig, EvalConfig
 from hmar_jax.data import pipeline
@@ -117,7 +118,7 @@ def test_sample_pictures_of_the_tokenizer_are_of_held_out_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("data", "evals", "said"),
     [
-        ({}, (EvalConfig(),), r"evals measure held-out examples, and '.*' has none: set data\.held_out"),
+        ({}, (EvalConfig(),), r"evals measure held-out pictures, and data\.held_out is 0; set it to a share"),
         ({"held_out": 0.5}, (EvalConfig(), EvalConfig(every=3)), "evals has a kind more than once"),
     ],
 )
@@ -127,3 +128,13 @@ def test_evals_that_cannot_be_are_refused_before_training(tmp_path, data, evals,
     with pytest.raises(InputError, match=said):
         config = stage_config("tokenizer", tmp_path, data=DataConfig("folder", path=str(tmp_path), **data), evals=evals)
         loop.train(config, tmp_path / "run")
+
+
+def test_a_cache_without_held_out_tokens_is_trained_from_without_evals(starts, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "make_train_step", idle_steps())
+    shutil.copytree(starts / "tokens", tmp_path / "tokens", ignore=shutil.ignore_patterns("validation"))
+    data = DataConfig("tokens", path=str(tmp_path / "tokens"))
+    loop.train(stage_config("next_scale", starts, steps=2, data=data, evals=(EvalConfig(every=1),)), tmp_path / "run")
+    assert "has no held-out tokens, so that evals are left out" in caplog.text
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines and not any(name.startswith("eval/") for line in lines for name in line)
