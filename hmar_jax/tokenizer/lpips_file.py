@@ -19,7 +19,7 @@ import numpy as np
 
 from hmar_jax import pickles, tensors
 from hmar_jax.errors import InputError
-from hmar_jax.files import reading, writing
+from hmar_jax.files import check_outputs, is_there, local_path, reading, writing
 from hmar_jax.params import check_shapes
 from hmar_jax.tensors import Tensor
 from hmar_jax.tokenizer.perceptual import file_shapes
@@ -39,7 +39,9 @@ def convert_lpips(source: Path, output: Path) -> Path:
       InputError: the source is not that file, by the names of its entries, or holds a number that is not finite; the
         output exists or has another ending; or the disk refused.
     """
-    if output.exists():
+    source, output = local_path(source, "--input"), local_path(output, "--output")
+    check_outputs("--output", [output], {"--input": source})
+    if is_there(output, "File"):
         raise InputError(f"{output} exists already; remove it, or choose another output file.")
     if output.suffix != ".safetensors":
         raise InputError(f"Output {output} is no .safetensors file; give it that ending.")

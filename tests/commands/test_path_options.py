@@ -220,6 +220,7 @@ CLASHES = {
     "edit's grid": (["edit", "--image={it}", "--box=0,0,1,1", "--output=q.png"], "q-grid.png", "--image"),
     "a variant": (["edit", "--image={it}", "--box=0,0,1,1", "--variants=2", "--output=q.png"], "q-1.png", "--image"),
     "a schedule": (["schedule", "show", "{it}", "--json={link}"], "s.json", "the schedule"),
+    "weights of LPIPS": (["convert", "--kind=lpips", "--input={it}", "--output={link}"], "w.safetensors", "--input"),
     "an official file": (
         ["convert", "--kind=vae", "--sides=1,2", "--input={it}", "--output={link}"], "w.safetensors", "--input",
     ),
@@ -270,6 +271,14 @@ def test_a_model_that_is_read_is_not_written_over(words, starts, tmp_path, write
     said = capsys.readouterr().err
     assert "would be lost; choose another" in said or "is there already and is not" in said
     assert {file.name: file.read_bytes() for file in it.iterdir()} == before
+
+
+def test_a_run_does_not_write_over_the_model_that_it_starts_from(tmp_path, write_config, capsys):
+    config = write_config(tmp_path / "c.py", tiny.tokenizer_config(init_from=str(tmp_path / "run" / "model")))
+    assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "is what init_from=" in (said := capsys.readouterr().err)
+    assert said.endswith("would be lost; choose another --workdir.\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_a_schedule_is_replaced_by_a_schedule(tmp_path, caplog):
