@@ -213,7 +213,7 @@ def in_order(
     # By whole indices, so that the random map before them draws the same, whichever others are chosen.
     ordered = pictures if chosen is None else grain.MapDataset.source(chosen).map(pictures.__getitem__)
     batched = ordered.batch(batch_size, drop_remainder=False)
-    reader = Reader(read(batched, config, threads))
+    reader = Reader[Batch](read(batched, config, threads))
     own = np.array if config.workers else np.asarray  # of workers' shared memory, which is not to outlive them
     return ((own(batch["image"]).swapaxes(0, 1), own(batch["label"])) for batch in reader)
 
@@ -269,7 +269,7 @@ class Batches(grain.DatasetIterator[Batch]):
         super().__init__()
         self._steps, self._batch_size, self._config = steps, batch_size, config
         self._step = 0
-        self._reader: Reader | None = None
+        self._reader: Reader[Batch] | None = None
 
     def __next__(self) -> Batch:
         self.start_prefetch()
