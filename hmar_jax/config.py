@@ -33,6 +33,25 @@ def _positive(config: Any, group: str, *names: str) -> None:
             raise InputError(f"{group}{name} is {getattr(config, name)}; expected 1 or more.")
 
 
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as type `hint`: nested dataclasses built, lists made tuples, ints taken as floats; else InputError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast(type, hint), value, f"{name}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, name) for item in value)
+    if origin is Literal and value in args:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
+    raise InputError(f"Config field '{name}' is {value!r}; expected {expected}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """The multi-scale residual VQ-VAE (VAR §3.2, a VQGAN CNN); defaults are the released ch160 v4096 z32 one.
@@ -63,6 +82,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
         _positive(self, "tokenizer.", "channels", "norm_groups", *counts)
+        if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):
+            raise InputError(f"tokenizer.multipliers is {self.multipliers}; expected whole numbers of 1 or more.")
         if self.channels % self.norm_groups:
             raise InputError(
                 f"tokenizer.channels is {self.channels}, not a multiple of tokenizer.norm_groups={self.norm_groups}."
@@ -218,6 +239,8 @@ class DataConfig:
       workers: grain worker processes; 0 reads in threads of this process.
       held_out: share of the pictures that is kept out of training, for `evals` and the tokenizer's sample pictures.
         Which ones depends on their names alone (`data/held_out.py`), so that they stay held out when others join them.
+      skip_broken: folder and TFDS only, leave out pictures that cannot be used. Each process then reads all of them
+        once before it starts, to find those; they are logged, and `export tokens` lists them in the cache's broken.txt.
     """
 
     source: Literal["glyphs", "folder", "tfds", "tokens"] = "glyphs"
@@ -230,8 +253,22 @@ class DataConfig:
     flip: bool = False
     workers: int = 0
     held_out: float = 0.0
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(DataConfig).items():
+            _convert(kind, getattr(self, name), f"data.{name}")
+        if not 1 <= self.resize <= 16:
+            raise InputError(
+                f"data.resize is {self.resize}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
+                "shorter side, before the crop, to the model's image size."
+            )
+        if self.workers < 0:
+            raise InputError(f"data.workers is {self.workers}; expected 0 or more.")
+        if self.skip_broken and self.source not in ("folder", "tfds"):
+            raise InputError(
+                f"data.skip_broken is for 'folder' and 'tfds', and data.source is {self.source!r}; leave it."
+            )
         if not 0 <= self.held_out < 1:
             raise InputError(f"data.held_out is {self.held_out}; expected a share from 0 to below 1.")
 
@@ -316,6 +353,10 @@ class TokenizerLossConfig:
     scale_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        weights = ("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below")
+        for name in (*weights, "adversarial_start", "adversarial_ramp"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"tokenizer_loss.{name} is {getattr(self, name)}; expected 0 or more.")
         _positive(self, "tokenizer_loss.", "revive_every", "discriminator_channels", "discriminator_layers")
         if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1 or self.kmeans_batches < 0:
             raise InputError(
@@ -498,22 +539,3 @@ def from_plain[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T
         if name not in values and field.default is dataclasses.MISSING:
             raise InputError(f"Config field '{where}{name}' is missing.")
     return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as type `hint`: nested dataclasses built, lists made tuples, ints taken as floats; else InputError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, name)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_plain(typing.cast(type, hint), value, f"{name}.")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(args[0], item, name) for item in value)
-    if origin is Literal and value in args:
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
-    raise InputError(f"Config field '{name}' is {value!r}; expected {expected}.")

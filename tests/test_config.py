@@ -171,6 +171,15 @@ STAGE = {"stage": "tokenizer"}
             for name in ("revive_every", "discriminator_channels", "discriminator_layers")
         ],
         *[
+            (lambda n=name, v=value: TokenizerLossConfig(**{n: v}), rf"tokenizer_loss\.{name} is {value}; expected .*")
+            for value in (-1, math.nan, math.inf)
+            for name in ("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below", "adversarial_start")
+        ],
+        *[
+            (lambda v=value: TokenizerConfig(multipliers=v), r"tokenizer\.multipliers is .*; expected whole .*")
+            for value in [(), (0,), (1, 2, -2, 2, 4), (1, 2, 2.5, 2, 4), (True, True, True, True, True)]
+        ],
+        *[
             (lambda n=name, v=value: TokenizerLossConfig(**{n: v}), rf"tokenizer_loss has .*{name}={value}.*\.")
             for name, value in [
                 ("scale_dropout", 1.5), ("scale_dropout", -0.1), ("usage_decay", 1.0), ("usage_decay", -0.1),

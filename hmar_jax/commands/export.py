@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import typing
 from collections.abc import Sequence
@@ -51,6 +52,11 @@ def run(argv: Sequence[str]) -> None:
     tokens.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the encoder (default: %(default)s)"
     )
+    tokens.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out pictures that cannot be read; the cache's broken.txt has them",
+    )
     tokens.add_argument("--output", required=True, action=LocalPath, help="cache to write; running again goes on")
     processes.add_options(tokens)
     torch = kinds.add_parser("torch", help="a model directory in the layout of the official PyTorch code")
@@ -95,9 +101,10 @@ def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
 def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
     inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
     check_outputs("--output", [args.output], inputs)
+    data = dataclasses.replace(data, skip_broken=args.skip_broken or data.skip_broken)
     processes.join(args)
 
-    from hmar_jax.data.token_export import export_tokens
+    from hmar_jax.data.token_export import BROKEN, export_tokens
     from hmar_jax.training import distributed
 
     # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it. After the imports,
@@ -109,3 +116,7 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
         written = export_tokens(args.model, data, args.output, **{name: getattr(args, name) for name in names})
     if distributed.is_first():
         print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
+        lists = [file for file in (args.output / BROKEN, args.output / "validation" / BROKEN) if file.is_file()]
+        for file in lists:
+            count = len(file.read_text(encoding="utf-8").splitlines())
+            print(f"{count} pictures that cannot be read were left out; they are listed in {file}")

@@ -12,35 +12,27 @@ stored, S pixels a side for the model, L tokens.
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
 
 from hmar_jax.config import DataConfig
+from hmar_jax.data.broken import WholePictures, naming_all
+from hmar_jax.data.crops import Source, Views, Visit
 from hmar_jax.data.folder import FolderSource
 from hmar_jax.data.glyphs import Glyphs
 from hmar_jax.data.held_out import NamedSource, Part, PartOfSource
+from hmar_jax.data.picture_files import BrokenPictureError
 from hmar_jax.data.reading import Batch, Reader, read
 from hmar_jax.data.tokens import TokenSource, validation_of
 from hmar_jax.errors import InputError
 
 _SEEDS = 2**32  # of training; glyphs of greater ones are held out
-
-
-class Source(Protocol):
-    """Examples by index: {"image": uint8 (H,W,3) or "tokens": uint16 (crops,L), "label": int32}."""
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def open_source(config: DataConfig, image_size: int, seed: int = 0, part: Part = "train") -> Source:
@@ -54,24 +46,14 @@ def open_source(config: DataConfig, image_size: int, seed: int = 0, part: Part =
     Raises:
       InputError: the source is unknown, missing or unusable, or a setting is out of range.
     """
-    if config.crop not in ("random", "center") or config.resize < 1 or config.workers < 0:
-        raise InputError(
-            f"data.crop={config.crop!r}, data.resize={config.resize}, data.workers={config.workers}: expected 'random' "
-            "or 'center', 1 or more, 0 or more."
-        )
     match config.source:
         case "glyphs":
             return Glyphs(config.classes, image_size, seed + _SEEDS * (part == "validation"))
-        case "folder":
-            return _part(FolderSource(config.path), config, part)
-        case "tfds":
-            from hmar_jax.data.tfds import TfdsSource  # slow to import, and the only one to want TFDS
-
-            return _part(TfdsSource(config.name, config.path, config.split), config, part)
         case "tokens":
             return TokenSource(validation_of(config.path) if part == "validation" else config.path)
         case _:
-            raise InputError(f"data.source is {config.source!r}; use 'glyphs', 'folder', 'tfds' or 'tokens'.")
+            source = _part(_pictures(config), config, part)
+            return WholePictures(source, config, part) if config.skip_broken else source
 
 
 def has_validation(config: DataConfig) -> bool:
@@ -81,13 +63,31 @@ def has_validation(config: DataConfig) -> bool:
     return config.source == "glyphs" or config.held_out > 0
 
 
-def _part(source: NamedSource, config: DataConfig, part: Part) -> Source:
+def _pictures(config: DataConfig) -> NamedSource:
+    """All pictures of a folder or TFDS dataset."""
+    if config.source == "folder":
+        return FolderSource(config.path)
+    from hmar_jax.data.tfds import TfdsSource  # slow to import, and the only one to want TFDS
+
+    return TfdsSource(config.name, config.path, config.split)
+
+
+def _part(source: NamedSource, config: DataConfig, part: Part) -> NamedSource:
     """A part of a source. Without a held-out share all of it is for training."""
     if config.held_out:
         return PartOfSource(source, part, config.held_out)
     if part == "validation":
         raise InputError(f"data.held_out is 0, so that no picture of {config.path!r} is held out; set it to a share.")
     return source
+
+
+@contextlib.contextmanager
+def _naming_all(config: DataConfig) -> Iterator[None]:
+    """Turns the error of one broken picture in the block into an InputError that names all of them."""
+    try:
+        yield
+    except BrokenPictureError as error:
+        raise naming_all(_pictures(config), config, error) from error
 
 
 def batches(
@@ -121,7 +121,7 @@ def batches(
             f"batch_size={batch_size}, rows={list(rows)}: expected 1 or more, and rows from 0 to below that."
         )
     for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed, part)), config, seed)
-    pictures = for_ever.random_map(_Visit(config, image_size))
+    pictures = for_ever.random_map(Visit(config, image_size))
     return Batches(_Rows(pictures, batch_size, tuple(rows)).batch(len(rows)), batch_size, config)
 
 
@@ -186,7 +186,7 @@ def views(
     source = open_source(config, image_size, seed, part)
     total = min(len(source), count or len(source))
     indices = grain.MapDataset.range(total).seed(_checked(seed))
-    return source, indices.random_map(_Views(source, total, crops, config, image_size))
+    return source, indices.random_map(Views(source, total, crops, config, image_size))
 
 
 def in_order(
@@ -215,7 +215,13 @@ def in_order(
     batched = ordered.batch(batch_size, drop_remainder=False)
     reader = Reader[Batch](read(batched, config, threads))
     own = np.array if config.workers else np.asarray  # of workers' shared memory, which is not to outlive them
-    return ((own(batch["image"]).swapaxes(0, 1), own(batch["label"])) for batch in reader)
+
+    def delivered() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with _naming_all(config):
+            for batch in reader:
+                yield own(batch["image"]).swapaxes(0, 1), own(batch["label"])
+
+    return delivered()
 
 
 def examples(
@@ -275,11 +281,13 @@ class Batches(grain.DatasetIterator[Batch]):
         self.start_prefetch()
         assert self._reader is not None
         try:
-            batch = next(self._reader)  # workers give views of shared memory; copied below, lest it outlive its owner
+            with _naming_all(self._config):
+                batch = next(self._reader)
         except Exception:
             self._stop()  # so that asking again fails again, instead of skipping a step
             raise
         self._step += 1
+        # Workers give views of shared memory: copied, lest it outlive its owner.
         return {key: np.array(value) for key, value in batch.items()} if self._config.workers else batch
 
     def get_state(self) -> dict[str, int]:
@@ -338,60 +346,6 @@ def _for_ever(examples: grain.MapDataset, config: DataConfig, seed: int) -> grai
     # Glyphs are in random order already, and too many.
     ordered = seeded if config.source == "glyphs" else seeded.shuffle()
     return ordered.repeat(2**62 // len(ordered))  # grain's own infinity overflows in batches of one
-
-
-@dataclasses.dataclass(frozen=True)
-class _Visit:
-    """One visit of a training example: a random crop of its picture, or one of the crops in its tokens."""
-
-    config: DataConfig
-    image_size: int
-
-    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        if "tokens" in example:
-            crop = example["tokens"][rng.integers(len(example["tokens"]))]
-            return {"tokens": crop.astype(np.int32), "label": example["label"]}
-        mirror = self.config.flip and rng.random() < 0.5
-        return {"image": _view(example["image"], self.config, self.image_size, mirror, rng), "label": example["label"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Views:
-    """An index → all crops of that picture, (crops,S,S,3)."""
-
-    source: Source
-    total: int
-    crops: int
-    config: DataConfig
-    image_size: int
-
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        first = self.source[index]
-        if self.config.source == "glyphs":
-            classes = len(self.source.class_names)
-            stride = -(-self.total // classes) * classes  # a multiple of the classes, so that the label stays
-            images = [first["image"], *(self.source[index + i * stride]["image"] for i in range(1, self.crops))]
-        else:
-            images = [first["image"]] * self.crops
-        coin = rng.integers(2)
-        views = [
-            _view(image, self.config, self.image_size, bool(self.config.flip and (coin + i) % 2), rng)
-            for i, image in enumerate(images)
-        ]
-        return {"image": np.stack(views), "label": first["label"]}
-
-
-def _view(image: np.ndarray, config: DataConfig, size: int, mirror: bool, rng: np.random.Generator) -> np.ndarray:
-    """A square of the picture (H,W,3) at S = `size`, perhaps mirrored; a glyph, drawn at S, is never cut."""
-    if config.source != "glyphs":
-        # The shorter side becomes resize · S and a square of S is cut from that; one step, to resize only the square.
-        height, width = image.shape[:2]
-        side = min(height, width) * size / round(config.resize * size)
-        across, down = rng.random(2) if config.crop == "random" else (0.5, 0.5)
-        x, y = across * (width - side), down * (height - side)
-        box = (x, y, min(x + side, width), min(y + side, height))
-        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box))
-    return np.ascontiguousarray(image[:, ::-1]) if mirror else image
 
 
 def _checked(seed: int) -> int:

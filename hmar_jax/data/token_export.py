@@ -6,6 +6,7 @@ Work in progress lies beside the cache, in `.NAME.partial`, and becomes the cach
 
     export.json                           what decides the tokens; other settings are refused
     tokens-00000-of-0000N.array_record    a shard that is finished; it appears by a rename too
+    broken.txt                            the pictures that `data.skip_broken` left out, if there were any
     validation/                           the same of the held-out pictures, where `data.held_out` says so
 
 Shard i holds the pictures from i · shard size on, the last one fewer. A process codes every so many-th of the shards
@@ -41,6 +42,7 @@ from jax.sharding import Mesh, PartitionSpec
 from hmar_jax import pictures
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, to_plain
 from hmar_jax.data import pipeline
+from hmar_jax.data.broken import Broken, WholePictures
 from hmar_jax.data.held_out import NamedSource, Part
 from hmar_jax.data.tokens import (
     Header,
@@ -62,7 +64,7 @@ from hmar_jax.progress_bar import progress
 from hmar_jax.training import distributed, sharding
 from pallas_kernels.scale_attention import BATCH_AXES
 
-MANIFEST = "export.json"
+MANIFEST, BROKEN = "export.json", "broken.txt"
 _SHARD = 4096  # pictures: of ImageNet 313 shards, which 64 hosts share well, and seconds of work to lose on a GPU
 _PIXELS = 2**21  # of the crops that a device codes at a time: 1.3 GiB for the largest map of 160 channels in float32
 _IN_FLIGHT = 3  # batches that wait on a device
@@ -122,6 +124,7 @@ def export_tokens(
             job.check_all_there()
         if distributed.is_first():
             for job in jobs:
+                job.list_left_out()
                 write_header(job.folder, job.header)
             with writing(path):
                 whole.folder.rename(path)
@@ -161,7 +164,8 @@ def _jobs(
             shards=-(-len(views) // _shard_size(len(views))),
             dtype=dtype,
         )
-        jobs[_Job(folder, header, _settings(header, data, seed, source))] = views
+        left_out = source.left_out if isinstance(source, WholePictures) else ()
+        jobs[_Job(folder, header, _settings(header, data, seed, source), left_out)] = views
     return jobs
 
 
@@ -236,8 +240,8 @@ def _encode(config: ModelConfig, dtype: str, mesh: Mesh, params: Any, images: ja
 class _Job:
     """A folder that becomes a cache. Every process calls `begin`, `write` and `check_all_there`, in that order."""
 
-    def __init__(self, folder: Path, header: Header, settings: dict[str, Any]) -> None:
-        self.folder, self.header, self._settings = folder, header, settings
+    def __init__(self, folder: Path, header: Header, settings: dict[str, Any], left_out: Sequence[Broken]) -> None:
+        self.folder, self.header, self._settings, self._left_out = folder, header, settings, left_out
         self._begun = False
         self._names = shard_names(header.shards)
         starts = range(0, header.count, settings["shard_size"])
@@ -291,6 +295,11 @@ class _Job:
                 f"{lost} of {len(self._names)} shards are not in {self.folder}; let all processes share it, end "
                 "other exports to it, and run the command again."
             )
+
+    def list_left_out(self) -> None:
+        """Writes a file of the broken pictures that were left out, one a line."""
+        if self._left_out:
+            write_whole(self.folder / BROKEN, "".join(f"{one}\n" for one in self._left_out).encode("utf-8", "replace"))
 
     def leave(self) -> None:
         """Removes the folder where no shard is in it yet, so that an export that could not begin leaves nothing."""

@@ -1,5 +1,6 @@
 """What a TFDS source promises: examples by name and split without TensorFlow, and a sentence for every fault."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -10,6 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from hmar_jax.config import DataConfig
+from hmar_jax.data import pipeline
 from hmar_jax.data.tfds import TfdsSource
 from hmar_jax.errors import InputError
 
@@ -135,3 +138,14 @@ def test_a_cut_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="'cut'"):
         list(TfdsSource("cut", str(tmp_path)))
+
+
+def test_broken_examples_are_all_named_or_left_out(tmp_path):
+    good = encoded(Image.new("RGB", (8, 8)))
+    mixed = [{"image": io.BytesIO(b"no picture") if i in (1, 3) else good, "label": i % 2} for i in range(5)]
+    prepare(tmp_path, "mixed", LABEL, mixed)
+    config = DataConfig("tfds", path=str(tmp_path), name="mixed")
+    with pytest.raises(InputError, match=r"^2 of 5 pictures cannot be used: Example . of 'mixed'.*Example . of 'mi"):
+        list(pipeline.examples(config, 8))
+    ((images, _),) = pipeline.examples(dataclasses.replace(config, skip_broken=True), 8)
+    assert images.shape == (1, 3, 8, 8, 3)

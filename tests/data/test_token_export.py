@@ -15,7 +15,7 @@ from tiny_models import TINY, lively_model
 from hmar_jax import from_pretrained, pictures
 from hmar_jax.config import DataConfig
 from hmar_jax.data import pipeline, token_export
-from hmar_jax.data.token_export import MANIFEST, export_tokens
+from hmar_jax.data.token_export import BROKEN, MANIFEST, export_tokens
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import save_model, tokenizer_fingerprint
@@ -264,3 +264,21 @@ def test_what_cannot_be_is_named(model_path, data, tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         export_tokens(model_path, data, tmp_path / "cache", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_names_all_broken_pictures_or_leaves_them_out_and_lists_them(model_path, tmp_path, caplog):
+    for i in range(6):
+        file = tmp_path / f"pictures/class {i % 2}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (40 * i,) * 3).save(file)
+        if i in (1, 2):
+            file.write_bytes(b"")
+    data, path = DataConfig("folder", path=str(tmp_path / "pictures")), tmp_path / "cache"
+    with pytest.raises(InputError, match=r"^2 of 6 pictures cannot be used: .*/2\.png' cannot .*/1\.png' cannot "):
+        export_tokens(model_path, data, path)
+    assert export_tokens(model_path, dataclasses.replace(data, skip_broken=True), path) == 4
+    source = TokenSource(path)
+    assert [int(source[i]["label"]) for i in range(4)] == [0, 0, 1, 1]
+    first, second = (path / BROKEN).read_text().splitlines()
+    assert "2.png" in first
+    assert "1.png" in second
