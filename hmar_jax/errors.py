@@ -6,12 +6,15 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+BUG = 70  # EX_SOFTWARE of sysexits.h
+
 
 class HmarError(Exception):
     """What a command prints as one sentence: the value, what was expected, what to do.
 
     Attributes:
       exit_code: what the command ends with. Launchers start it again after 1, and give up when it ends with 2 again.
+        Any other exception is a bug of ours, and ends a command with `BUG`.
     """
 
     exit_code = 2
@@ -52,11 +55,13 @@ def saying(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def device_memory(remedy: str) -> Iterator[None]:
-    """Turns a device's lack of memory in the block into a MachineError that ends with the remedy."""
+    """Turns a lack of memory in the block, the device's or this machine's, into a MachineError with the remedy."""
     import jax
 
     try:
         yield
+    except MemoryError:
+        raise MachineError(f"This machine has too little memory; {remedy}.") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

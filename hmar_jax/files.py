@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,13 @@ _WRONG_PATHS = {
     errno.ENAMETOOLONG: "check the path, which is too long",
 }
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a network file system or a disk answers while it is away, and may not answer a minute later.
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENOLINK, errno.ECOMM, errno.ENODEV, errno.ENXIO,
+}  # fmt: skip
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
@@ -133,27 +140,33 @@ def note_replaced(outputs: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses in the block into an InputError that names `path`, the reason and the remedy."""
+    """Turns what the disk refuses in the block into a sentence that names `path`, the reason and the remedy.
+
+    Raises:
+      MachineError: the disk is full. TransientError: it does not answer. InputError: another refusal.
+    """
     try:
         yield
+    except HmarError:
+        raise
     except (OSError, RuntimeError) as error:
         refused = refusal(error)
         if refused is None:
             raise
-        raise InputError(f"Could not write {path} ({refused}); {remedy(refused)}") from None
+        raise refused_by_disk(f"Could not write {path}", refused) from None
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into an InputError that names `path`, the reason and the remedy."""
+    """Turns an OSError of the block into a sentence that names `path`, the reason and the remedy, as `writing` does."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"Could not read {path} ({error}); check the path and its permissions.") from None
+        raise refused_by_disk(f"Could not read {path}", error) from None
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file under a temporary name and renames it, making its folder. Raises InputError as `writing`.
+    """Writes a file under a temporary name and renames it, making its folder. Raises as `writing` does.
 
     A power cut leaves no empty file. Waiting for the disk costs a file alone some 5 ms, of many threads' hardly any.
     """
@@ -222,9 +235,18 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remedy(error: Exception) -> str:
-    """What to do about a failed write, as the end of a sentence."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    """What to do about a refusal of a disk, as the end of a sentence."""
+    number = getattr(error, "errno", None)
+    if number in PASSING:
+        return "see whether its disk is there, and run the command again."
+    full = number in FULL
     return "make room on that disk and run the command again." if full else "check the path and its permissions."
+
+
+def refused_by_disk(what: str, error: OSError) -> HmarError:
+    """The error to raise for a refusal of a disk; `what` begins its sentence, e.g. "Could not write F"."""
+    kind = TransientError if error.errno in PASSING else MachineError if error.errno in FULL else InputError
+    return kind(f"{what} ({error}); {remedy(error)}")
 
 
 def check_refusal(what: str, error: Exception) -> None:
@@ -241,9 +263,7 @@ def check_refusal(what: str, error: Exception) -> None:
         raise InputError(f"{what} could not be read ({refused}); {wrong}.") from error
     if isinstance(refused, PermissionError):
         raise InputError(f"{what} may not be read ({refused}); check its permissions.") from error
-    raise TransientError(
-        f"{what} could not be read ({refused}); see whether its disk is there, and run the command again."
-    ) from error
+    raise refused_by_disk(f"{what} could not be read", refused) from error
 
 
 def refusal(error: Exception) -> OSError | None:

@@ -27,7 +27,7 @@ from hmar_jax import hub, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, from_plain, to_plain
 from hmar_jax.errors import InputError, saying
-from hmar_jax.files import is_there, local_path, put_back, reading, remedy, swap_in, writing
+from hmar_jax.files import is_there, local_path, put_back, reading, refused_by_disk, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
@@ -243,7 +243,7 @@ def write_model(
       layout: the official one that the transformer, or a tokenizer alone, was converted from.
 
     Raises:
-      InputError: the path exists, or the disk refused.
+      InputError: the path exists, or the disk refused. MachineError: it is full.
     """
     path = local_path(path, "The model's path")
     with writing(path):
@@ -271,7 +271,7 @@ def write_model(
         (partial / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         swap_in(partial, path)
     except OSError as error:
-        raise InputError(f"Could not write the model to {path} ({error}); {remedy(error)}") from None
+        raise refused_by_disk(f"Could not write the model to {path}", error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path

@@ -16,6 +16,7 @@ import safetensors.numpy
 from hmar_jax import InputError, official, torch_files
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.errors import HmarError
 from hmar_jax.model import Model
 from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
@@ -191,7 +192,7 @@ def stages_of(state, trunk):
 def refusal(folder, work):
     """The sentence of work that is to be refused and to leave nothing in the folder, which it doesn't name."""
     before = sorted(folder.rglob("*"))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(HmarError) as error:
         work()
     assert sorted(folder.rglob("*")) == before
     return assert_one_sentence(str(error.value).replace(f"{folder}/", ""))

@@ -27,6 +27,7 @@ from official_files import (
 
 from hmar_jax import InputError, from_pretrained, tensors
 from hmar_jax.convert import convert, export_torch
+from hmar_jax.errors import MachineError
 
 BUFFERS = {
     "lvl_1L": np.zeros((1, 30), np.int64),
@@ -106,7 +107,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, small_tokenizer, 
     monkeypatch.setattr(tensors, "_bytes", fail)
     output = tmp_path / "out.safetensors"
     arguments = ("vae", source, LADDER, output) if command is convert else (small_tokenizer, output)
-    with pytest.raises(InputError if isinstance(error, OSError) else Interrupted) as raised:
+    with pytest.raises(MachineError if isinstance(error, OSError) else Interrupted) as raised:
         command(*arguments)
     assert os.listdir(tmp_path) == ["vae.safetensors"]
     if isinstance(error, OSError):

@@ -13,8 +13,18 @@ from hmar_jax import files, tensors, torch_files
 from hmar_jax.commands.train import read_config
 from hmar_jax.data.folder import decode
 from hmar_jax.data.tokens import TokenSource
-from hmar_jax.errors import InputError, TransientError
-from hmar_jax.files import check_refusal, is_there, local_path, put_back, same_file, swap_in, write_whole, writing
+from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
+from hmar_jax.files import (
+    check_refusal,
+    is_there,
+    local_path,
+    put_back,
+    reading,
+    same_file,
+    swap_in,
+    write_whole,
+    writing,
+)
 from hmar_jax.pretrained import read_config as read_model_config
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
@@ -77,7 +87,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at, the
             patch.setattr(Path, "write_bytes", half_written(errno.ENOSPC))
         else:
             patch.setattr(os, at, fail_with(errno.ENOSPC))
-        with pytest.raises(InputError, match=r"Could not write .*/file \(.*No space left on device\); make room"):
+        with pytest.raises(MachineError, match=r"Could not write .*/file \(.*No space left on device\); make room"):
             write_whole(file, b"the new one")
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == ({"file": b"old"} if there else {})
 
@@ -109,10 +119,12 @@ def test_a_path_that_is_something_else_is_named(tmp_path, taken):
     assert list(tmp_path.rglob("*")) == before
 
 
-ROOM = "make room on that disk and run the command again."
-PATH = "check the path and its permissions."
+ROOM = MachineError, "make room on that disk and run the command again."
+PATH = InputError, "check the path and its permissions."
+AWAY = TransientError, "see whether its disk is there, and run the command again."
 
 
+@pytest.mark.parametrize(("block", "verb"), [(writing, "write"), (reading, "read")])
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
@@ -122,14 +134,18 @@ PATH = "check the path and its permissions."
         (errno.EACCES, PATH),
         (errno.EROFS, PATH),
         (errno.EISDIR, PATH),
+        (errno.EIO, AWAY),
+        (errno.ESTALE, AWAY),
+        (errno.ENOTCONN, AWAY),
     ],
     ids=lambda value: errno.errorcode.get(value) if isinstance(value, int) else "",
 )
-def test_a_refusal_names_path_reason_and_remedy(number, expected):
-    with pytest.raises(InputError) as error, writing(Path("some/file")):
+def test_a_refusal_names_path_reason_and_remedy(number, expected, block, verb):
+    with pytest.raises(HmarError) as error, block(Path("some/file")):
         fail_with(number)()
     reason = f"[Errno {number}] {os.strerror(number)}"
-    assert str(error.value) == f"Could not write some/file ({reason}); {expected}"
+    assert type(error.value) is expected[0]
+    assert str(error.value) == f"Could not {verb} some/file ({reason}); {expected[1]}"
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])

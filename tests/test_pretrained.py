@@ -18,6 +18,7 @@ import hmar_jax.model_card
 import hmar_jax.tensors
 from hmar_jax import InputError, files, from_pretrained
 from hmar_jax import params as trees
+from hmar_jax.errors import MachineError
 from hmar_jax.model import Model
 from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint, write_model
 from hmar_jax.tensors import Tensor
@@ -306,7 +307,7 @@ def fail_at(monkeypatch, at, error):
 @pytest.mark.parametrize("at", [WEIGHTS, AN_ARRAY, TEXTS, RENAME], ids=lambda at: at[1])
 def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, at):
     fail_at(monkeypatch, at, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(InputError, match=r"Could not write the model to .*No space left.*make room on that disk"):
+    with pytest.raises(MachineError, match=r"Could not write the model to .*No space left.*make room on that disk"):
         save_model(tmp_path / "model", model, "x")
     assert listing(tmp_path) == []
 
@@ -379,13 +380,14 @@ def test_a_folder_that_cannot_be_made_gets_one_sentence(model, tmp_path):
 
 _LIMITED = """
 import resource, sys
-from hmar_jax import InputError, from_pretrained
+from hmar_jax import from_pretrained
+from hmar_jax.errors import MachineError
 from hmar_jax.pretrained import save_model
 model = from_pretrained(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     save_model(sys.argv[2], model, "x")
-except InputError as error:
+except MachineError as error:
     print(error)
 """
 

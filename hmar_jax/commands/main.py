@@ -11,11 +11,13 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hmar_jax.errors import HmarError
+from hmar_jax import __version__
+from hmar_jax.errors import BUG, HmarError
 from hmar_jax.platform import set_flags, use_compilation_cache
 
 COMMANDS = {
@@ -41,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `hmar-jax` with `argv`, by default the process's arguments.
 
     Returns:
-      The exit code: 0, 2 for bad input, or 1 for what may pass by itself. argparse itself exits with 2 on a malformed
-      command line, and `compile-check` with 1 where a program does not fit.
+      The exit code: 0, 2 for what the user must mend, 1 for what may pass by itself, 130 after Ctrl-C, and 70 for a bug
+      of ours, with its traceback. argparse itself exits with 2 on a malformed command line, and `compile-check` with 1
+      where a program does not fit.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -58,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         said, torn = str(error), error.__cause__ is not None
     except KeyboardInterrupt:
         code, said, torn = 130, "interrupted", True
+    except Exception as error:
+        from hmar_jax.failures import explain
+
+        if known := explain(error, "It could not go on", memory="ask for less at a time"):
+            code, said, torn = known.exit_code, str(known), True
+        else:
+            traceback.print_exc()
+            code, said = BUG, f"this is a bug of hmar-jax {__version__}; please report it, with the lines above."
     finally:
         if torn:
             gc.collect()  # what Orbax left unheard is destroyed now; TensorStore's threads may report until the end

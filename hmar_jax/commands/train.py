@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
 
     processes.join(args)
     model = train(config, args.workdir, args.profile)
-    if distributed.is_first():
+    if model is not None and distributed.is_first():
         print(f"Trained. The model is in {model}")
 
 

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 
 from hmar_jax.config import TrainConfig, from_plain, to_plain
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, local_path, refusal, remedy
+from hmar_jax.failures import explain, explained
+from hmar_jax.files import check_refusal, local_path, writing
 from hmar_jax.tokenizer.quantizer import recorded_phis
 from hmar_jax.training.state import TrainState
 
@@ -94,7 +95,10 @@ class Checkpoints:
                     f"Checkpoint {self.folder / str(step)} was saved under a config with other parameters or another "
                     "optimizer; go on with that config, or choose another --workdir."
                 ) from error
-            check_refusal(f"Checkpoint {self.folder / str(step)}", error)
+            what = f"Checkpoint {self.folder / str(step)}"
+            check_refusal(what, error)
+            if known := explain(error, f"{what} could not be read"):
+                raise known from error
             others = [s for s in self._manager.all_steps() if s != step]
             after = f"resume from step {max(others)}" if others else "start anew"
             raise InputError(
@@ -102,14 +106,10 @@ class Checkpoints:
             ) from error
 
     def _guard(self, write: Callable[[], Any]) -> None:
-        try:
+        """Calls `write`; what the disk, the memory or another process does to it becomes a sentence."""
+        path, after = self.folder / str(self._saving), "Training resumes from the newest whole checkpoint."
+        with writing(path), explained(f"Could not save checkpoint {path}", after=after):
             write()
-        except (OSError, ValueError, RuntimeError) as error:
-            refused = refusal(error)
-            raise InputError(
-                f"Could not save checkpoint {self.folder / str(self._saving)} ({refused or reason(error)}); "
-                f"{remedy(refused or error)} Training resumes from the newest whole checkpoint."
-            ) from error
 
 
 def describe(state: TrainState) -> Any:

@@ -15,7 +15,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from hmar_jax.errors import InputError, TransientError, reason
+from hmar_jax.failures import explained
 from hmar_jax.platform import leave_compilation_cache
+from hmar_jax.training import cluster
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +32,22 @@ def join(
 ) -> None:
     """Makes this process a part of its job. To be called before anything asks JAX for devices.
 
-    Without arguments JAX recognises TPU pods, Slurm and other clusters; elsewhere the process is a job of its own.
+    Without a coordinator JAX recognises TPU pods, Slurm and other clusters; elsewhere the process is a job of its own.
 
     Args:
-      coordinator: HOST:PORT of process 0. processes: how many. process: which one this is, from 0.
+      coordinator: HOST:PORT of process 0, to be given with `process`, which one this is, from 0.
+      processes: how many there are. Given alone, it is checked against the number of those that have joined.
       patience: seconds until the others have to be there.
       heartbeat: seconds after which a process that is not heard of, or has failed, is given up; that ends all others.
 
     Raises:
-      InputError: not all three are given, or the address is none.
-      TransientError: the job does not come together.
+      InputError: coordinator and process are not given together, the address is none, or several processes are to
+        join and no cluster is recognised.
+      TransientError: the job does not come together, or only a part of it does.
     """
     options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
     who = "This process"
-    if coordinator is not None or processes is not None or process is not None:
+    if coordinator is not None or process is not None:
         if coordinator is None or processes is None or process is None or not 0 <= process < processes:
             raise InputError(
                 f"--coordinator={coordinator}, --processes={processes}, --process={process}: give all three, processes "
@@ -53,6 +57,29 @@ def join(
         _check_address(coordinator, patience, own=process == 0)
         options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         options["cluster_detection_method"] = "deactivate"
+    elif processes is not None and processes < 1:
+        raise InputError(f"--processes is {processes}; expected 1 or more.")
+    else:
+        options |= cluster.local_devices()
+    failure = _initialize(options, patience, who, coordinator)
+    if failure is not None and coordinator is None and cluster.unrecognised(failure):
+        _check_alone(processes)
+        return
+    if failure is not None:
+        raise TransientError(f"{who} could not join its job ({reason(failure)}).") from failure
+    if processes is not None and jax.process_count() != processes:
+        raise TransientError(
+            f"--processes={processes}, and {jax.process_count()} joined; see whether all have been started, and run the "
+            "command again."
+        )
+    if jax.process_count() > 1:
+        leave_compilation_cache()
+    if jax.distributed.is_initialized() and jax.process_index():
+        logging.getLogger("hmar_jax").setLevel(logging.WARNING)  # process 0 says it for all
+
+
+def _initialize(options: dict[str, Any], patience: float, who: str, coordinator: str | None) -> Exception | None:
+    """Calls `jax.distributed.initialize`; what it raised, if anything. Raises TransientError where it takes too long."""
     failed: list[Exception] = []
 
     def initialize() -> None:
@@ -70,16 +97,21 @@ def join(
             f"{who} met not all others at {coordinator or 'the coordinator'} within {patience:g} s; see whether they "
             "have all been started with the same arguments, or set --no-distributed to use this one alone."
         )
-    if failed:
-        # That is: no cluster is recognised, or JAX is in use by this process alone already.
-        alone = isinstance(failed[0], ValueError) or "must be called before" in str(failed[0])
-        if coordinator is None and alone:
-            return
-        raise TransientError(f"{who} could not join its job ({reason(failed[0])}).") from failed[0]
-    if jax.process_count() > 1:
-        leave_compilation_cache()
-    if jax.distributed.is_initialized() and jax.process_index():
-        logging.getLogger("hmar_jax").setLevel(logging.WARNING)  # process 0 says it for all
+    return failed[0] if failed else None
+
+
+def _check_alone(processes: int | None) -> None:
+    """Raises where JAX recognises no cluster, but this process is not meant to be alone."""
+    if sign := cluster.sign_of_others():
+        raise TransientError(
+            f"{sign}, but JAX does not recognise a cluster here, so that this process would train alone; run the "
+            "command again, or set --no-distributed if it is to be alone."
+        )
+    if processes is not None and processes > 1:
+        raise InputError(
+            f"--processes={processes}, and JAX recognises no cluster here, so that each process would train alone; "
+            "start them by srun, or give each of them --coordinator and --process too."
+        )
 
 
 def _check_address(coordinator: str, patience: float, *, own: bool) -> None:
@@ -134,6 +166,7 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes are here."""
+    """Returns when all processes are here. Raises TransientError where one has gone."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with explained(f"The processes did not meet ({name})"):
+            multihost_utils.sync_global_devices(name)

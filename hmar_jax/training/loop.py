@@ -26,7 +26,8 @@ from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
-from hmar_jax.errors import InputError
+from hmar_jax.errors import DivergedError, InputError, device_memory
+from hmar_jax.failures import explained
 from hmar_jax.files import is_there, local_path, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.params import Tree, flatten
@@ -47,7 +48,7 @@ _NO_STEPS = range(0)
 _STREAM = {"data.source", "data.path", "data.name", "data.split", "data.classes", "data.held_out"}
 
 
-def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path:
+def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path | None:
     """Trains one stage to its last step, resuming where the work directory has checkpoints.
 
     All processes of a job call it together, with a work directory that they share; process 0 writes the files, but for
@@ -57,21 +58,22 @@ def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Pat
       profile: steps to trace; the trace goes to `workdir/profile`.
 
     Returns:
-      The model directory, `workdir/model`.
+      The model directory, `workdir/model`; None where SIGTERM asked to stop, and the last step done is saved.
 
     Raises:
-      InputError: config, data or disk don't allow it; or the loss is not finite.
-      SystemExit: code 0, where SIGTERM asked to stop; a checkpoint of the last step done is saved.
+      InputError: config or data don't allow it. MachineError: a full disk, a permission, or too little memory.
+      DivergedError: the loss or its gradient is not finite. TransientError: a disk that does not answer, or another
+        process of the job that has gone.
     """
     workdir = local_path(workdir, "workdir")
     check_paths(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), explained(f"Training in {workdir} could not go on"):
         return _train(config, workdir, mesh, profile)
 
 
-def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Path:
+def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Path | None:
     objective = make_objective(config)
     _check_samples(config, objective.model_config)
     for note in objective.notes:
@@ -133,7 +135,8 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
                 with goodput.spent("checkpoint"):
                     checkpoints.save(step, state, position | origin, config)
             if sample:  # for which there may be no room, in memory or on disk: the step is saved by now
-                show(step, objective.model_params(state.best, frozen))
+                with device_memory("set sample_labels to fewer classes, or sample_every to 0"):
+                    show(step, objective.model_params(state.best, frozen))
             if told:
                 break
         with goodput.spent("checkpoint"):
@@ -142,7 +145,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
             writer.write_goodput(goodput.summary())
     if told:
         logger.info("Told to stop, and saved step %d of %s; run the command again to go on.", step, workdir)
-        raise SystemExit(0)
+        return None
     model, source, licences = _trained(config, objective, state, frozen)
     if distributed.is_first():
         save_model(workdir / "model", model, source, licences=licences, replace=True)
@@ -340,7 +343,7 @@ class _FiniteCheck:
             good = (
                 f"the last good checkpoint is {self._checkpoints.folder / str(last)}" if last else "none is saved yet"
             )
-            raise InputError(
+            raise DivergedError(
                 f"The {name} is {float(value)} at step {step}, examples {first} to {examples - 1} of "
                 f"the data ({self._numbers(first, size)} of its source); {good}. Lower optimizer.base_lr "
                 "or look at those examples, and run again."

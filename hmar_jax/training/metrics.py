@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -103,6 +104,8 @@ class Profiler:
 class MetricsWriter:
     """Writes `metrics.jsonl` (one object a line, a list for what there is per scale) and shows the bar.
 
+    What is not finite is written as null: JSON has no NaN.
+
     The bar is quiet where standard error is no terminal. Only process 0 writes.
     """
 
@@ -152,7 +155,16 @@ class MetricsWriter:
         with writing(self._path), self._path.open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")  # a killed run left half a line
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for each float in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(value: Any) -> Any:
@@ -178,9 +190,20 @@ def _tensorboard(workdir: Path) -> Any:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of steps in a `metrics.jsonl`, in order; where a resumed run wrote a step again, the later line."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # half a line, left by a killed run
-            lines.append(json.loads(text))
-    return [line for _, line in sorted({line["step"]: line for line in lines if "step" in line}.items())]
+    """The lines of steps in a `metrics.jsonl`, in order; where a resumed run wrote a step again, the later line.
+
+    null is read as NaN. What is no line of a step, such as half a line that a killed run left, is passed over.
+    """
+    lines = {}
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines[line["step"]] = {name: _from_null(value) for name, value in line.items()}
+    return [line for _, line in sorted(lines.items())]
+
+
+def _from_null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_null(item) for item in value]
+    return math.nan if value is None else value

@@ -1,5 +1,6 @@
 """The console script: what it does before any command runs."""
 
+import errno
 import os
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 
 from hmar_jax.commands import main as script
 from hmar_jax.commands import schedule
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import DivergedError, InputError, MachineError, TransientError
 
 NAMES = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
 
@@ -31,7 +32,9 @@ def test_every_command_explains_itself(command, capsys):
     assert f"hmar-jax {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("error", "code"), [(InputError, 2), (TransientError, 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(InputError, 2), (MachineError, 2), (DivergedError, 2), (TransientError, 1)]
+)
 def test_launchers_can_tell_what_may_pass_from_bad_input(monkeypatch, capsys, error, code):
     def run(argv):
         raise error("Something is amiss.")
@@ -54,3 +57,35 @@ def test_what_tensorstores_threads_say_after_a_failed_save_is_not_shown(monkeypa
     sys.unraisablehook(closed)
     sys.unraisablehook(other)
     assert shown == ([other] if quiet else [closed, other])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            2,
+            "It could not go on ([Errno 28] No space left); make room on that disk",
+        ),
+        (MemoryError(), 2, "It could not go on: this machine has too little memory; ask for less at a time."),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            1,
+            "Input/output error); see whether its disk is there, and run the",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyError("a name"), 70, "this is a bug of hmar-jax 0.1.0; please report it, with the lines above."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_bug_shows_its_traceback_and_has_an_exit_code_of_its_own(monkeypatch, capsys, error, code, said):
+    def run(argv):
+        raise error
+
+    monkeypatch.setattr(schedule, "run", run)
+    assert script.main(["schedule"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("hmar-jax schedule: ")
+    assert said in lines[-1]
+    assert (lines[0] == "Traceback (most recent call last):") == (code == 70)
+    assert len(lines) == 1 or code == 70

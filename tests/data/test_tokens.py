@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.data.tokens import TokenSource, write_token_cache
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, MachineError
 from hmar_jax.scales import ScaleLadder
 
 LADDER = ScaleLadder((1, 2, 3))
@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel's nearest thing to a full disk
     try:
-        with pytest.raises(InputError, match=r"write .*cache \(.*too large\); make room"):
+        with pytest.raises(MachineError, match=r"write .*cache \(.*too large\); make room"):
             write(tmp_path / "cache", stream([4000] * 4, codebook_size=2**16), codebook_size=2**16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -25,7 +25,7 @@ from tiny_models import lively_model, tiny
 
 from hmar_jax import progress_bar
 from hmar_jax.config import MeshConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, MachineError
 from hmar_jax.pretrained import save_model
 from hmar_jax.sampling import bulk
 from hmar_jax.sampling.schedule import Schedule
@@ -231,7 +231,7 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_stands(model, whole, tmp
         left = iter(range(23))
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", fail)
-            with pytest.raises(InputError, match=r"Could not write .* make room on that disk and run") as caught:
+            with pytest.raises(MachineError, match=r"Could not write .* make room on that disk and run") as caught:
                 draw(model, tmp_path / kind, pictures=kind)
         assert "\n" not in str(caught.value)
         assert not [*(tmp_path / kind).rglob("*.partial")]

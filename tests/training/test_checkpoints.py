@@ -1,8 +1,10 @@
 """What a checkpoint promises: whole or not there, the newest few kept, and a sentence when it or the disk is bad."""
 
 import dataclasses
+import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
 
+from hmar_jax.commands import train
 from hmar_jax.commands.main import main
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import DivergedError, InputError, MachineError, TransientError
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.state import TrainState
@@ -155,8 +158,123 @@ def test_what_the_disk_refuses_is_not_called_damage_nor_to_be_removed(two_saved,
     manifest = tmp_path / "checkpoints" / "4" / "state" / "manifest.ocdbt"
     manifest.unlink()
     manifest.symlink_to(manifest)  # too many levels of them: a refusal that root gets too
-    with pytest.raises(TransientError, match=r"checkpoints/4 could not be read \(.*\); see whether its disk is there"):
+    with pytest.raises(InputError, match=r"checkpoints/4 could not be read \(.*\); check the path and its permissions"):
         Checkpoints(tmp_path).restore(describe(state(0)))
+
+
+# What Orbax, TensorStore and JAX raise, and what becomes of it: a sentence of this kind, or, for a bug, the same again.
+FAILURES = {
+    "a barrier that times out": (
+        jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: orbax_save::1. Timed out tasks: 3"),
+        (TransientError, r"another process of the job has gone or is late; run the command again\."),
+    ),
+    "a coordinator that has gone": (
+        jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"),
+        (TransientError, "another process of the job"),
+    ),
+    "a peer that was preempted": (
+        RuntimeError("INTERNAL: The tasks have crashed: coordination service agent is in an error state"),
+        (TransientError, "another process of the job"),
+    ),
+    "a peer that died in a collective": (
+        jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:4711"),
+        (TransientError, "another process of the job"),
+    ),
+    "a device that is full": (
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."),
+        (MachineError, "the device has too little memory; lower batch_size, raise accumulate, set remat='all'"),
+    ),
+    "a machine that is full": (MemoryError(), (MachineError, "this machine has too little memory; lower batch_size")),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device"), (MachineError, "make room on that disk")),
+    "a full disk, as TensorStore says it": (
+        ValueError("RESOURCE_EXHAUSTED: Error writing file: Failed to write [os_error_code='28'] [source locations=x]"),
+        (MachineError, "No space left on device.*make room on that disk"),
+    ),
+    "no permission": (PermissionError(errno.EACCES, "Permission denied"), (InputError, "check the path and its perm")),
+    "a folder that has gone": (FileNotFoundError(errno.ENOENT, "No such file"), (InputError, "check the path and its")),
+    "a disk that fails": (OSError(errno.EIO, "Input/output error"), (TransientError, "see whether its disk is there")),
+    "a stale handle": (
+        ValueError("FAILED_PRECONDITION: Error reading [os_error_code='116']"),
+        (TransientError, "Stale file handle.*see whether its disk is there"),
+    ),
+    "too many files": (OSError(errno.EMFILE, "Too many open files"), (MachineError, "raise the limit of open files")),
+    "a timeout": (TimeoutError(), (TransientError, "run the command again")),
+    "a bug": (ValueError("Destination exists already."), None),
+    "a bug in a program": (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Executable expected parameter 0"), None),
+    "another bug": (RuntimeError("deque mutated during iteration"), None),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "as a cause"])
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("method", ["save", "wait_until_finished", "close"])
+def test_what_fails_a_save_is_told_apart(tmp_path, monkeypatch, method, failure, wrapped):
+    error, expected = FAILURES[failure]
+    if wrapped and (expected is None or isinstance(error, FileNotFoundError)):
+        return
+    checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_, **__):
+        if wrapped:
+            raise ValueError("A save failed.") from error
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, method, fail)
+    calls = {
+        "save": lambda: checkpoints.save(4, state(4), data(4), CONFIG),
+        "wait_until_finished": checkpoints.wait,
+        "close": checkpoints.close,
+    }
+    if expected is None:
+        with pytest.raises(type(error)) as caught:
+            calls[method]()
+        assert caught.value is error
+        return
+    with pytest.raises(expected[0], match=expected[1]) as caught:
+        calls[method]()
+    assert type(caught.value) is expected[0]
+    assert "\n" not in str(caught.value)
+    assert "checkpoints/" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "failure", ["a disk that fails", "a stale handle", "a barrier that times out", "a device that is full"]
+)
+def test_what_fails_a_restore_is_not_called_damage(two_saved, monkeypatch, failure):
+    error, (kind, expected) = FAILURES[failure]
+    checkpoints = Checkpoints(two_saved)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(kind, match=f"checkpoints/4 could not be read .*{expected}"):
+        checkpoints.restore(describe(state(0)))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (*FAILURES["a device that is full"][:1], 2, "hmar-jax train: Training in .*tells what fits."),
+        (MemoryError(), 2, "this machine has too little memory; lower batch_size"),
+        (*FAILURES["a peer that died in a collective"][:1], 1, "another process of the job has gone or is late"),
+        (*FAILURES["a bug in a program"][:1], 70, "Traceback(.*\n)*.*this is a bug of hmar-jax .*; please report it"),
+    ],
+    ids=["device memory", "memory", "a peer", "a bug"],
+)
+def test_what_fails_a_step_is_told_apart_by_sentence_and_exit_code(
+    starts, tmp_path, monkeypatch, capsys, error, code, expected
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "jit_train_step", lambda *_: fail)
+    monkeypatch.setattr(train, "read_config", lambda *_: next_scale_config(starts))
+    assert main(["train", "--config=x", f"--workdir={tmp_path}", "--no-distributed"]) == code
+    said = capsys.readouterr().err
+    assert re.search(expected, said)
+    assert ("Traceback" in said) == (code == 70)
+    assert said.splitlines()[-1].startswith("hmar-jax train: ")
 
 
 def test_the_only_checkpoint_being_damaged_means_to_start_anew(tmp_path):
@@ -277,7 +395,7 @@ NUMBERS = r"\(numbers (\d+, ){7}\d+ of its source\)"
 def test_what_is_not_finite_stops_the_run_before_it_is_saved(starts, tmp_path, monkeypatch, name, at, expected):
     monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil(name, at)))
     config = next_scale_config(starts)
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(DivergedError, match=expected):
         loop.train(config, tmp_path)
     assert Checkpoints(tmp_path).latest() == (None if at == 1 else at - 2 + at % 2)
     assert not (tmp_path / "model").exists()
@@ -290,7 +408,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(starts, tmp_path, m
 def test_what_is_not_finite_is_found_in_the_data_after_another_batch_size_too(starts, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil("loss", 4)))
     loop.train(next_scale_config(starts, steps=2), tmp_path)
-    with pytest.raises(InputError, match="The loss is nan at step 4, examples 32 to 47 of the data"):
+    with pytest.raises(DivergedError, match="The loss is nan at step 4, examples 32 to 47 of the data"):
         loop.train(next_scale_config(starts, batch_size=16), tmp_path)
 
 
@@ -323,7 +441,7 @@ def test_a_parameter_that_is_not_finite_stops_the_run(starts, tmp_path, monkeypa
         return objective
 
     monkeypatch.setattr(loop, "make_objective", poisoned)
-    with pytest.raises(InputError, match="The loss is nan at step 1"):
+    with pytest.raises(DivergedError, match="The loss is nan at step 1"):
         loop.train(config, tmp_path)
     assert steps_on_disk(tmp_path) == set()
 

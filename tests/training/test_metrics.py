@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 
 from hmar_jax import pictures
-from hmar_jax.errors import InputError
+from hmar_jax.errors import DivergedError, MachineError
 from hmar_jax.training import loop, metrics
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler, read_metrics
 
@@ -162,7 +162,7 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
         return opened(self, *mode, **options)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(MachineError) as error:
         write(tmp_path)
     assert str(error.value) == (
         f"Could not write {file} ([Errno {errno.ENOSPC}] No space left on device); make room on that disk and run the "
@@ -176,7 +176,7 @@ def test_a_step_that_is_not_finite_has_no_line(starts, tmp_path, monkeypatch, na
         return metrics | {name: jnp.where(step == 3, jnp.nan, metrics[name])}
 
     monkeypatch.setattr(loop, "make_train_step", idle_steps(spoil))
-    with pytest.raises(InputError, match="is nan at step 3"):
+    with pytest.raises(DivergedError, match="is nan at step 3"):
         loop.train(next_scale_config(starts, checkpoint_every=5), tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -285,3 +285,26 @@ def test_every_original_stands_right_above_its_own_reconstruction(number, rows):
             np.testing.assert_allclose(below, 255.0 - images[i], atol=1)
         else:  # blank, above and below
             assert above.min() == below.min() == 255
+
+
+def test_what_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
+    writer = MetricsWriter(tmp_path, steps=2, start=0, name="masked")
+    values = {"loss": np.float32("nan"), "weight": np.float32("-inf"), "scale_loss": np.float32([1, np.inf])}
+    writer.write(1, values | {"accuracy": 0.5})
+    writer.close()
+    file = tmp_path / "metrics.jsonl"
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads(file.read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "weight": None, "scale_loss": [1.0, None], "accuracy": 0.5}
+    (read,) = read_metrics(file)
+    np.testing.assert_equal([read["loss"], read["scale_loss"], read["accuracy"]], [np.nan, [1, np.nan], 0.5])
+
+
+@pytest.mark.parametrize("line", [b"7", b"\xff", b"[1]", b'{"step": "a"}', b"null", b"[" * 100_000, b'{"step": 1'])
+def test_a_line_that_is_no_steps_is_passed_over(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(line + b'\n{"step": 2, "loss": 1.0}\n')
+    assert read_metrics(file) == [{"step": 2, "loss": 1.0}]
