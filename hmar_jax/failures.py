@@ -1,8 +1,8 @@
 """exception → what the user must mend, what may pass by itself, or a bug of ours.
 
-Saves, restores, barriers, the train step and the joining of a job meet the same failures: a disk, a device's memory, or
-another process. JAX, Orbax and TensorStore raise them as RuntimeError, ValueError or OSError and tell them apart by text
-alone, so that the text is read here and nowhere else.
+Saves, restores, barriers and the train step meet the same failures: of a disk, of memory, or of another process.
+JAX, Orbax and TensorStore raise them as RuntimeError, ValueError or OSError and tell them apart by their text alone,
+which is read here and nowhere else.
 """
 
 from __future__ import annotations

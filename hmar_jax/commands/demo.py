@@ -48,14 +48,17 @@ def run(argv: Sequence[str]) -> None:
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["steps"] != configs["tokenizer"].steps:
         raise InputError(f"{folder} holds a demo of another length; remove it, or choose another --output.")
     print(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
-    tokenizer = train(configs["tokenizer"], folder / "tokenizer")
+    if (tokenizer := train(configs["tokenizer"], folder / "tokenizer")) is None:
+        return
     print("2/4 next-scale: each scale from the coarser ones", flush=True)
     if not (folder / "tokens").exists():
         count = QUICK_PICTURES if args.quick else PICTURES
         export_tokens(tokenizer, configs["tokenizer"].data, folder / "tokens", count=count)
-    train(configs["next_scale"], folder / "next_scale")
+    if train(configs["next_scale"], folder / "next_scale") is None:
+        return
     print("3/4 masked: a scale from a part of its own tokens", flush=True)
-    model = train(configs["masked"], folder / "masked")
+    if (model := train(configs["masked"], folder / "masked")) is None:
+        return
     print("4/4 pictures", flush=True)
     for picture, what in draw(folder, model, configs).items():
         print(f"  {picture}  {what}")

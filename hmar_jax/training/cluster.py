@@ -1,7 +1,7 @@
 """environment → what JAX does not see of a cluster: processes that should be there, and GPUs that nobody uses.
 
-JAX's detection is private (`jax._src.clusters`, read at 0.11.2). It takes a cluster for recognised when all variables or
-services that it looks at are there, and for no cluster when one is missing; in Slurm and Open MPI it gives each process
+JAX's detection is private (`jax._src.clusters`, read at 0.11.2). It recognises a cluster when all variables or
+services that it looks at are there, and none when one of them is missing. In Slurm and Open MPI it gives each process
 the one GPU of its number on the machine, however many processes run there.
 """
 

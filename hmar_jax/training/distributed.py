@@ -69,8 +69,8 @@ def join(
         raise TransientError(f"{who} could not join its job ({reason(failure)}).") from failure
     if processes is not None and jax.process_count() != processes:
         raise TransientError(
-            f"--processes={processes}, and {jax.process_count()} joined; see whether all have been started, and run the "
-            "command again."
+            f"--processes={processes}, and {jax.process_count()} joined; see whether all have been started, and run "
+            "the command again."
         )
     if jax.process_count() > 1:
         leave_compilation_cache()
@@ -79,7 +79,7 @@ def join(
 
 
 def _initialize(options: dict[str, Any], patience: float, who: str, coordinator: str | None) -> Exception | None:
-    """Calls `jax.distributed.initialize`; what it raised, if anything. Raises TransientError where it takes too long."""
+    """Calls `jax.distributed.initialize`; what it raised. Raises TransientError where it takes too long."""
     failed: list[Exception] = []
 
     def initialize() -> None:
