@@ -6,8 +6,6 @@ To try it on a CPU, add --config.dtype=float32 --config.steps=100
 
 import ml_collections
 
-from configs.folder_next_scale import TRANSFORMER
-from configs.folder_tokenizer import SIDES, TOKENIZER
 from hmar_jax.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig, to_config_dict
 
 
@@ -18,9 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
             stage="masked",
             steps=50_000,
             batch_size=128,
-            sides=SIDES,  # these three are those of init_from, for compile-check before that is there
-            tokenizer=TOKENIZER,
-            transformer=TRANSFORMER,
             init_from="runs/my_next/model",
             data=DataConfig("tokens", path="runs/my_tokens"),
             optimizer=OptimizerConfig(base_lr=2e-4),

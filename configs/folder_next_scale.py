@@ -9,7 +9,6 @@ N is the number of subfolders, or 1. To try it on a CPU, add --config.dtype=floa
 
 import ml_collections
 
-from configs.folder_tokenizer import SIDES, TOKENIZER
 from hmar_jax.config import DataConfig, EvalConfig, OptimizerConfig, TrainConfig, TransformerConfig, to_config_dict
 
 TRANSFORMER = TransformerConfig(depth=12, width=512, heads=8, num_classes=1, branch_depth=4, drop_path=0.05)
@@ -22,8 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
             stage="next_scale",
             steps=100_000,
             batch_size=128,
-            sides=SIDES,  # these two are those of init_from, for compile-check before that is there
-            tokenizer=TOKENIZER,
             init_from="runs/my_tokenizer/model",
             transformer=TRANSFORMER,
             data=DataConfig("tokens", path="runs/my_tokens"),

@@ -5,8 +5,6 @@ Command:  hmar-jax train --config=configs/glyphs_masked.py --workdir=runs/masked
 
 import ml_collections
 
-from configs.glyphs_next_scale import TRANSFORMER
-from configs.glyphs_tokenizer import SIDES, TOKENIZER
 from hmar_jax.config import DataConfig, OptimizerConfig, TrainConfig, to_config_dict
 
 
@@ -17,9 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
             stage="masked",
             steps=400,
             batch_size=16,
-            sides=SIDES,  # these three are those of init_from, for compile-check before that is there
-            tokenizer=TOKENIZER,
-            transformer=TRANSFORMER,
             init_from="runs/next_scale/model",
             data=DataConfig("tokens", path="runs/tokens"),
             optimizer=OptimizerConfig(base_lr=0.016, final_lr=0.01),

@@ -7,7 +7,6 @@ Command:  hmar-jax train --config=configs/glyphs_next_scale.py --workdir=runs/ne
 
 import ml_collections
 
-from configs.glyphs_tokenizer import SIDES, TOKENIZER
 from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, TransformerConfig, to_config_dict
 
 TRANSFORMER = TransformerConfig(depth=4, width=128, heads=4, num_classes=34, branch_depth=2, gate_init=1.0)
@@ -20,8 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
             stage="next_scale",
             steps=1800,
             batch_size=16,
-            sides=SIDES,  # these two are those of init_from, for compile-check before that is there
-            tokenizer=TOKENIZER,
             init_from="runs/tokenizer/model",
             transformer=TRANSFORMER,
             data=DataConfig("tokens", path="runs/tokens"),

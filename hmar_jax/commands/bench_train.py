@@ -182,13 +182,15 @@ def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
     """Objective, state, frozen parameters and optimizer of a stage that starts from made-up weights."""
     from hmar_jax.compile_check.programs import start_model
     from hmar_jax.training import sharding
-    from hmar_jax.training.objectives import OBJECTIVES
+    from hmar_jax.training.objectives import OBJECTIVES, Start
     from hmar_jax.training.optimizer import make_optimizer
     from hmar_jax.training.state import TrainState
 
     start = start_model(config)
-    objective = OBJECTIVES[config.stage](dataclasses.replace(config, init_from="nothing"), (), start)
-    parts = objective.init([], _made_up_params(start, sharding.shardings_in_use))
+    made_up = _made_up_params(start, sharding.shardings_in_use)
+    named = dataclasses.replace(config, init_from="nothing")
+    objective = OBJECTIVES[config.stage](named, (), Start(start, {}, lambda _: made_up))
+    parts = objective.init([])
     optimizer = make_optimizer(
         config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 
 from hmar_jax.commands import options, processes
@@ -74,8 +73,6 @@ def _sample_labels(args: argparse.Namespace) -> None:
 def _sample_classes(args: argparse.Namespace) -> None:
     """Many pictures of each class, by all processes together."""
     processes.join(args)
-    # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     import jax
 
@@ -105,8 +102,14 @@ def _sample_classes(args: argparse.Namespace) -> None:
         numbers = sorted({label.number for label in labels})
         per_class = 50 if args.per_class is None else args.per_class
         batch = 16 if args.batch is None else args.batch
-        with device_memory("choose a smaller --batch"):
-            drawn = bulk.sample_classes(model, settings, numbers, per_class, args.output, batch=batch)
+        with device_memory("choose a smaller --batch"), distributed.preemption() as asked:
+            drawn = bulk.sample_classes(model, settings, numbers, per_class, args.output, batch=batch, stop=asked)
+    if drawn is None and distributed.is_first():
+        print(f"Stopped; run the command again to go on with the pictures in {args.output}")
+    if asked.interrupted:
+        raise KeyboardInterrupt
+    if drawn is None:
+        return
     if distributed.is_first():
         before = f", {total - drawn} of them from before" if (total := per_class * len(numbers)) > drawn else ""
         print(f"{total} pictures, {per_class} of each of {len(numbers)} classes, are in {args.output}{before}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import re
 import time
 from typing import Any, NamedTuple
@@ -30,9 +31,12 @@ from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
 from hmar_jax.training import sharding
-from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, unjudged
+from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, Start, unjudged
 from hmar_jax.training.optimizer import make_optimizer
+from hmar_jax.training.settings import check_used
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
+
+logger = logging.getLogger(__name__)
 
 
 class Compiled(NamedTuple):
@@ -76,12 +80,13 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
     """
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     sharding.check_batch(config, mesh)
-    start, params, judge = start_of(config)
-    build = functools.partial(OBJECTIVES[config.stage], class_names=(), start=start)
+    model, params, judge = start_of(config)
+    check_used(config, model if config.init_from else None)
+    build = functools.partial(OBJECTIVES[config.stage], class_names=(), start=Start(model, {}, lambda _: params))
 
     def create(params: Tree) -> tuple[TrainState, Tree]:
         # Weights that are only passed on need not be here.
-        parts: Parts = build(unjudged(config)).init([], params)
+        parts: Parts = build(unjudged(config), start=Start(model, {}, lambda _: params)).init([])
         optimizer = make_optimizer(
             config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
         )
@@ -123,6 +128,9 @@ def start_model(config: TrainConfig) -> ModelConfig:
     """
     if config.init_from and (start := local_path(config.init_from, "init_from")).is_dir():
         return read_config(start)[0]
+    if config.stage != "tokenizer" and config.init_from:
+        what = "init_from=%s is not here; sides=%s and the tokenizer are taken from this config."
+        logger.info(what, config.init_from, config.sides)
     transformer = config.transformer if config.stage == "masked" else None
     return ModelConfig(ScaleLadder(config.sides), config.tokenizer, transformer)
 

@@ -88,8 +88,15 @@ class Part(NamedTuple):
 
 
 def sample_classes(
-    model: Model, settings: Settings, labels: Sequence[int], per_class: int, path: Path, *, batch: int = 16
-) -> int:
+    model: Model,
+    settings: Settings,
+    labels: Sequence[int],
+    per_class: int,
+    path: Path,
+    *,
+    batch: int = 16,
+    stop: Callable[[int], bool] = lambda _: False,
+) -> int | None:
     """Writes `per_class` samples of each class, those that are not there yet, as all processes call it together.
 
     Args:
@@ -97,9 +104,10 @@ def sample_classes(
       labels: in [0, num_classes); their order and repetitions do not matter.
       path: the directory, new, or begun with the same settings; one that all processes share.
       batch: pictures at a time on each device.
+      stop: called after each batch with its number, from 1; where it is true, in all processes, no other one is drawn.
 
     Returns:
-      How many were written.
+      How many were written; None where it was stopped before the last.
 
     Raises:
       InputError: labels or numbers out of range, a directory with other things or of other settings, a full disk, or
@@ -126,10 +134,12 @@ def sample_classes(
         progress(len(wanted), done, "written", shown=shown) as advance,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for number, part in _draw(model, settings, missing, size):
+        for i, (number, part) in enumerate(_draw(model, settings, missing, size), 1):
             if part.labels.size:
                 folder.write(part, pool)
             advance(number)
+            if stop(i) and i * size < len(missing):
+                return None
     distributed.barrier("all samples are written")
     _check_all_there(folder, wanted)
     return len(missing)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from hmar_jax.errors import InputError, TransientError, reason
+from hmar_jax import errors, lock
+from hmar_jax.errors import HmarError, InputError, TransientError, reason
 from hmar_jax.failures import explained
 from hmar_jax.platform import leave_compilation_cache
 from hmar_jax.training import cluster
@@ -138,31 +143,89 @@ def _check_address(coordinator: str, patience: float, *, own: bool) -> None:
             time.sleep(min(1, patience / 10))
 
 
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Asks for an orderly end on SIGTERM, which clusters send before they take a machine away.
+class StopRequests:
+    """Called after every step with its number: whether to save and leave there, the same answer in all processes.
 
-    Yields:
-      A function of the step that is done: whether to save and leave there. To be asked after every step; all processes
-      of a job get the same answer, whichever of them were told.
+    Attributes:
+      interrupted: whether Ctrl-C was pressed here.
     """
-    if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone may listen to signals
-        yield lambda _: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._told = False
+
+    def __call__(self, step: int) -> bool:
+        if jax.distributed.is_initialized():
+            with explained("The processes could not agree on whether to stop"):
+                return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def terminate(self, *_: Any) -> None:
+        """Handles SIGTERM where there is no job, in which JAX does."""
+        self._told = True
+
+    def interrupt(self, *_: Any) -> None:
+        """Handles the first Ctrl-C as SIGTERM, which JAX tells the other processes of; the second one kills at once."""
+        self.interrupted = self._told = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nStopping after the steps under way; another Ctrl-C leaves at once, without saving.\n")
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[StopRequests]:
+    """Asks for an orderly end on SIGTERM, which clusters send before they take a machine away, and on Ctrl-C.
+
+    Signals are the main thread's. In a job of several processes JAX handles SIGTERM, in whichever it arrives. Where
+    SIGINT is ignored, as in a shell's background jobs, it stays so.
+    """
+    requests, before = StopRequests(), {}
+    if threading.current_thread() is threading.main_thread():
+        if not jax.distributed.is_initialized():
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, requests.terminate)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, requests.interrupt)
     try:
-        yield lambda _: told.is_set()
+        yield requests
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_first() -> bool:
     """Whether this is process 0, which writes and says what concerns all."""
     return jax.process_index() == 0
+
+
+def by_first[T](call: Callable[[], T]) -> T:
+    """What process 0's call returns, as JSON keeps it, or the HmarError that it raises, in all processes."""
+    if jax.process_count() == 1:
+        return call()
+    answer: dict[str, Any] = {}
+    if is_first():
+        try:
+            answer["value"] = call()
+        except HmarError as error:
+            answer |= {"error": type(error).__name__, "said": str(error)}
+    text = json.dumps(answer).encode()
+    with explained("Process 0 did not answer"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        sent = np.frombuffer(text, np.uint8) if is_first() else np.zeros(size, np.uint8)
+        answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)))
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["said"])
+    return answer["value"]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, doing: str) -> Iterator[lock.Lock]:
+    """`lock.locked` for a folder that all processes share: process 0 holds it, and all get the same refusal."""
+    held = lock.Lock(folder, doing)
+    while not by_first(held.take):
+        time.sleep(lock.POLL)
+    with contextlib.closing(held):
+        yield held
 
 
 def barrier(name: str) -> None:

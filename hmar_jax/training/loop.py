@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,29 +21,29 @@ from jax.sharding import Mesh
 
 from hmar_jax import pictures
 from hmar_jax.arrays import on_host
-from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths, to_plain
+from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import DivergedError, InputError, device_memory
 from hmar_jax.failures import explained
-from hmar_jax.files import is_there, local_path, write_whole, writing
+from hmar_jax.files import is_there, local_path
 from hmar_jax.model import Model
-from hmar_jax.params import Tree, flatten
-from hmar_jax.pretrained import save_model
+from hmar_jax.params import Tree
+from hmar_jax.pretrained import locate, read_config, save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.evals import Evals
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
-from hmar_jax.training.objectives import OBJECTIVES, Objective, start_config, unjudged
+from hmar_jax.training.objectives import OBJECTIVES, Objective, open_start, unjudged
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
+from hmar_jax.training.settings import check_used
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
+from hmar_jax.training.workdir import open_workdir, origin_of
 
 logger = logging.getLogger(__name__)
 _NO_STEPS = range(0)
-# What another stream of examples differs in.
-_STREAM = {"data.source", "data.path", "data.name", "data.split", "data.classes", "data.held_out"}
 
 
 def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Path | None:
@@ -59,27 +57,32 @@ def train(config: TrainConfig, workdir: Path, profile: range = _NO_STEPS) -> Pat
 
     Returns:
       The model directory, `workdir/model`; None where SIGTERM asked to stop, and the last step done is saved.
+      Ctrl-C stops in the same way, the second one at once.
 
     Raises:
-      InputError: config or data don't allow it. MachineError: a full disk, a permission, or too little memory.
-      DivergedError: the loss or its gradient is not finite. TransientError: a disk that does not answer, or another
-        process of the job that has gone.
+      KeyboardInterrupt: after Ctrl-C, when the last step done is saved.
+      InputError: config, data, or another process in the work directory don't allow it.
+      MachineError: a full disk, or too little memory.
+      DivergedError: the loss or its gradient is not finite.
+      TransientError: a disk that does not answer, or another process of the job that has gone.
     """
     workdir = local_path(workdir, "workdir")
     check_paths(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    with jax.set_mesh(mesh), explained(f"Training in {workdir} could not go on"):
-        return _train(config, workdir, mesh, profile)
+    with jax.set_mesh(mesh), explained(f"Training in {workdir} could not go on"), contextlib.ExitStack() as stack:
+        return _train(config, workdir, mesh, profile, stack)
 
 
-def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Path | None:
+def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack: contextlib.ExitStack) -> Path | None:
     objective = make_objective(config)
+    check_used(config, objective.start and objective.start.config)
     _check_samples(config, objective.model_config)
     for note in objective.notes:
         logger.info(note)
     data = _batches(config, objective, mesh)
-    checkpoints = _open_workdir(workdir, config)
+    origin = origin_of(objective)
+    checkpoints, lock = stack.enter_context(open_workdir(workdir, config, origin))
     resumes = checkpoints.latest() is not None
     state, frozen, optimizer = _initial_state(config, objective, mesh, fresh=not resumes)
     if resumes:
@@ -100,7 +103,6 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
     feed = pipeline.ahead(data, functools.partial(sharding.put_batch, mesh=mesh))
     writer = MetricsWriter(workdir, steps=config.steps, start=start, name=config.stage)
     check = _FiniteCheck(config, objective.model_config.image_size, checkpoints)
-    origin = {"class_names": objective.model_config.class_names, "start": _start_of(config)}
     steps = range(start + 1, config.steps + 1)
     goodput, profiler = Goodput(start), Profiler(profile, steps, workdir / "profile")
     told = False
@@ -122,6 +124,8 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
                     check.finish()
             writer.advance()
             if save:  # the save before is on disk by now or waited for, so that a kill never loses two
+                if distributed.is_first():
+                    lock.check()
                 with goodput.spent("checkpoint"):
                     checkpoints.wait()
             if profiler.ends(step):
@@ -145,12 +149,14 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range) -> Pa
             writer.write_goodput(goodput.summary())
     if told:
         logger.info("Told to stop, and saved step %d of %s; run the command again to go on.", step, workdir)
-        return None
-    model, source, licences = _trained(config, objective, state, frozen)
-    if distributed.is_first():
-        save_model(workdir / "model", model, source, licences=licences, replace=True)
-    distributed.barrier("model saved")
-    return workdir / "model"
+    else:
+        model, source, licences = _trained(config, objective, state, frozen)
+        if distributed.is_first():
+            save_model(workdir / "model", model, source, licences=licences, replace=True)
+        distributed.barrier("model saved")
+    if asked.interrupted:
+        raise KeyboardInterrupt
+    return None if told else workdir / "model"
 
 
 def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = None) -> Objective:
@@ -161,13 +167,14 @@ def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = No
         size = ScaleLadder(config.sides).sides[-1] * config.tokenizer.downsampling
         return OBJECTIVES[config.stage](config, pipeline.open_source(config.data, size).class_names)
     cache = TokenSource(config.data.path)
-    model, meta = start_config(config)
-    if cache.ladder != model.ladder or cache.tokenizer != meta["tokenizer_sha256"]:
+    start = open_start(config)
+    assert start is not None  # TrainConfig sees to it
+    if cache.ladder != start.config.ladder or cache.tokenizer != start.meta["tokenizer_sha256"]:
         raise InputError(
             f"The token cache {config.data.path} was written by another tokenizer than that of {config.init_from}; "
             "export it again with this one."
         )
-    return OBJECTIVES[config.stage](config, cache.class_names)
+    return OBJECTIVES[config.stage](config, cache.class_names, start)
 
 
 def load_trained(workdir: Path, init_from: str = "") -> tuple[Model, str, list[str]]:
@@ -199,8 +206,7 @@ def _trained(
     """The model that a state holds, in host memory, its source and its licences."""
     model = Model(objective.model_config, jax.tree.map(on_host, objective.model_params(state.best, frozen)))
     run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
-    # What a model starts from binds what it becomes.
-    licences = start_config(config)[1]["licences"] if config.init_from else []
+    licences = objective.start.meta["licences"] if objective.start else []  # a start binds what comes of it
     return model, f"trained by hmar-jax, {run}", licences
 
 
@@ -233,64 +239,9 @@ def _initial_state(
     return jax.jit(create, out_shardings=layout)(changing), parts.frozen, optimizer
 
 
-def _open_workdir(workdir: Path, config: TrainConfig) -> Checkpoints:
-    """Makes the work directory, or checks that the run in it can go on with this config, which it records there."""
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir, config.keep)
-    if (done := checkpoints.latest()) is not None:
-        before = checkpoints.config()
-        _check_same_run(before, config, workdir)
-        _check_same_start(checkpoints, config, workdir)
-        if config.steps < done:
-            raise InputError(
-                f"steps={config.steps}, and the run in {workdir} has done {done} already; set steps to {done} or more, "
-                "or choose another --workdir."
-            )
-        _log_changes(before, config)
-    distributed.barrier("work directory checked")
-    if distributed.is_first():
-        write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
-    return checkpoints
-
-
-def _check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> None:
-    """Raises InputError where a setting that must last is not what the work directory's run had."""
-    for name in ("stage", "seed", "sides", "tokenizer", "transformer", "objective", "optimizer.ema"):
-        old, new = (operator.attrgetter(name)(config) for config in (before, now))
-        if old != new:
-            raise InputError(
-                f"The run in {workdir} has {name}={old}, this config {new}; set it back, or choose another --workdir."
-            )
-    if bool(before.tokenizer_loss.adversarial) != bool(now.tokenizer_loss.adversarial):
-        raise InputError(
-            f"The run in {workdir} was started with tokenizer_loss.adversarial={before.tokenizer_loss.adversarial}; a "
-            "discriminator can neither join nor leave, so set it back, or choose another --workdir."
-        )
-
-
-def _log_changes(before: TrainConfig, now: TrainConfig) -> None:
-    """Says, a line each, which settings a run goes on with that are not those it had."""
-    old, new = (flatten(to_plain(config)) for config in (before, now))
-    changed = [name for name in new if old[name] != new[name]]
-    for name in changed:
-        logger.info("Going on with %s=%r instead of %r.", name, new[name], old[name])
-    if _STREAM & set(changed):
-        logger.warning("The position in the data is that of the old stream; the new one goes on from the same number.")
-
-
 def _start_of(config: TrainConfig) -> str:
     """The checksum of the model that a run starts from, empty where it starts from nothing."""
-    return start_config(config)[1]["sha256"] if config.init_from else ""
-
-
-def _check_same_start(checkpoints: Checkpoints, config: TrainConfig, workdir: Path) -> None:
-    """Raises InputError where `init_from` is another model by now: frozen parameters are read from there again."""
-    if checkpoints.position()["start"] != _start_of(config):
-        raise InputError(
-            f"{config.init_from or 'A start from nothing'} is not what the run in {workdir} started from; set "
-            "init_from back to that model, or choose another --workdir."
-        )
+    return read_config(locate(config.init_from))[1]["sha256"] if config.init_from else ""
 
 
 def _with_start(checkpoints: Checkpoints, init_from: str, workdir: Path) -> TrainConfig:

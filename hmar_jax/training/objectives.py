@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,10 +23,11 @@ from hmar_jax.errors import InputError
 from hmar_jax.networks import Networks, init_params, networks
 from hmar_jax.params import Tree
 from hmar_jax.pictures import to_unit
-from hmar_jax.pretrained import locate, open_model, read_config, read_params
+from hmar_jax.pretrained import open_model, read_params
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
 from hmar_jax.training import sharding
+from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.weights_and_masks import Mean, per_scale, random_masks, scale_weights
 from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.fused import Scores
@@ -47,20 +49,17 @@ class Objective(Protocol):
 
     Attributes:
       model_config: what `model_params` are the parameters of. start_batches: batches of data that `init` wants.
+      start: the model in `init_from`, None where the stage starts from nothing.
       notes: sentences, each on what the config leaves out or takes from `init_from`, for the log of a training.
     """
 
     model_config: ModelConfig
+    start: Start | None
     start_batches: int
     notes: list[str]
 
-    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
-        """The state at step 0, laid out on the mesh in use, if any.
-
-        Args:
-          first: `start_batches` batches of data.
-          start: the parameters of `init_from`; read from there when None.
-        """
+    def init(self, first: list[Batch]) -> Parts:
+        """The state at step 0 from `start_batches` batches of data, laid out on the mesh in use, if any."""
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
         """The scalar to minimise over `trained`, and (metrics, what `after_update` wants to see of the batch).
@@ -86,19 +85,30 @@ class Objective(Protocol):
         """The parameters of a whole model, as `Model` takes them."""
 
 
-def start_config(config: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config of the model in `init_from`, a directory or hub id, and all of its `config.json`."""
-    return read_config(locate(config.init_from))
+class Start(NamedTuple):
+    """The model in `init_from`, opened once in a run.
+
+    Attributes:
+      config: its config. meta: all of its `config.json`.
+      read: the name of a network, or "" for both → its parameters, laid out on the mesh in use, if any.
+    """
+
+    config: ModelConfig
+    meta: dict[str, Any]
+    read: Callable[[str], Tree]
+
+
+def open_start(config: TrainConfig) -> Start | None:
+    """Opens the model in `init_from`, a directory or hub id; None where that is empty."""
+    if not config.init_from:
+        return None
+    opened = open_model(config.init_from)
+    return Start(opened.config, opened.meta, lambda only: read_params(opened, only, sharding.put))
 
 
 def unjudged(config: TrainConfig) -> TrainConfig:
     """The config without LPIPS, whose weights then need not be here."""
     return dataclasses.replace(config, tokenizer_loss=dataclasses.replace(config.tokenizer_loss, perceptual_weights=""))
-
-
-def _read(config: TrainConfig, only: str = "") -> Tree:
-    """The parameters of `init_from`, laid out on the mesh in use, if any."""
-    return read_params(open_model(config.init_from), only, sharding.put)
 
 
 # ---------------------------------------------------------------------------------------------- stage `tokenizer`
@@ -110,7 +120,7 @@ class TokenizerObjective:
     One scalar trains tokenizer and discriminator, each by its own terms (`losses.generator_terms`).
 
     Args:
-      start: config of the model in `init_from`; read from there when None.
+      start: the model in `init_from`; opened when None.
       judge: LPIPS's parameters, or their shapes; read from `tokenizer_loss.perceptual_weights` when None.
     """
 
@@ -118,17 +128,18 @@ class TokenizerObjective:
         self,
         config: TrainConfig,
         class_names: tuple[str, ...],
-        start: ModelConfig | None = None,
+        start: Start | None = None,
         judge: Tree | None = None,
     ):
         self.config, self.weights = config, config.tokenizer_loss
         self.model_config = ModelConfig(ScaleLadder(config.sides), config.tokenizer, None, class_names)
-        if config.init_from:
-            start = start or start_config(config)[0]
-            _check_same_tokenizer(config, start)
-            if start.ladder.num_scales == len(config.sides):  # each scale keeps the phi that it was trained with
+        self.start = start or open_start(config)
+        if config.init_from and self.start is not None:
+            before = self.start.config
+            _check_same_tokenizer(config, before)
+            if before.ladder.num_scales == len(config.sides):  # each scale keeps the phi that it was trained with
                 self.model_config = dataclasses.replace(
-                    self.model_config, tokenizer=start.tokenizer, phi_layout=start.phi_layout
+                    self.model_config, tokenizer=before.tokenizer, phi_layout=before.phi_layout
                 )
         self.start_batches = 0 if config.init_from else self.weights.kmeans_batches
         self._perceptual = judge
@@ -137,10 +148,10 @@ class TokenizerObjective:
         off = "The perceptual term is off: tokenizer_loss.perceptual_weights names no file."
         self.notes = [off] if self._perceptual is None else []
 
-    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
+    def init(self, first: list[Batch]) -> Parts:
         seed, weights = self.config.seed, self.weights
-        if self.config.init_from:
-            params = (start or _read(self.config, "tokenizer"))["tokenizer"]
+        if self.config.init_from and self.start is not None:
+            params = self.start.read("tokenizer")["tokenizer"]
         else:
             params = init_params(self.model_config, seed, "tokenizer", sharding.shardings_in_use)
         if first:
@@ -274,15 +285,18 @@ class _TransformerObjective:
     """What both transformer stages share: the model they start from, class dropout, metrics per scale.
 
     Args:
-      start: config of the model in `init_from`; read from there when None.
+      start: the model in `init_from`; opened when None.
     """
 
     start_batches = 0
 
-    def __init__(self, config: TrainConfig, class_names: tuple[str, ...], start: ModelConfig | None = None):
+    def __init__(self, config: TrainConfig, class_names: tuple[str, ...], start: Start | None = None):
         self.config = config
         self.notes: list[str] = []
-        self.model_config = self._model_config(start or start_config(config)[0], class_names)
+        opened = start or open_start(config)
+        assert opened is not None  # TrainConfig sees to it
+        self.start = opened
+        self.model_config = self._model_config(opened.config, class_names)
         assert self.model_config.transformer is not None
         if class_names and len(class_names) != self.model_config.num_classes:
             raise InputError(
@@ -336,8 +350,8 @@ class NextScaleObjective(_TransformerObjective):
             self.notes = [f"The transformer in {self.config.init_from} is another network; only its tokenizer is used."]
         return dataclasses.replace(start, transformer=transformer, class_names=class_names)
 
-    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
-        start = start or _read(self.config, "" if self._goes_on else "tokenizer")
+    def init(self, first: list[Batch]) -> Parts:
+        start = self.start.read("" if self._goes_on else "tokenizer")
         transformer = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
         if self._goes_on:
             fresh, known = trees.flatten(transformer), trees.flatten(start["transformer"])
@@ -373,11 +387,16 @@ class MaskedObjective(_TransformerObjective):
                 f"init_from={self.config.init_from} has no next-scale transformer with block-diagonal attention, which "
                 "stage 'masked' starts from; give the model directory of a finished next_scale stage."
             )
+        check_same_classes(
+            ("The token cache", class_names),
+            (f"init_from={self.config.init_from}", start.class_names),
+            "whose class embeddings are trained in that order; export the tokens again from folders of those names",
+        )
         transformer = dataclasses.replace(start.transformer, masked=True, leak_free=self.config.objective.leak_free)
         return dataclasses.replace(start, transformer=transformer, class_names=class_names or start.class_names)
 
-    def init(self, first: list[Batch], start: Tree | None = None) -> Parts:
-        params = dict(start or _read(self.config))
+    def init(self, first: list[Batch]) -> Parts:
+        params = dict(self.start.read(""))
         if "masked" not in params["transformer"]:  # the branch starts as a copy of the next-scale one
             fresh = init_params(self.model_config, self.config.seed, "transformer", sharding.shardings_in_use)
             branch = jax.tree.map(jnp.array, params["transformer"]["next_scale"])

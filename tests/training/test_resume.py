@@ -25,6 +25,7 @@ from hmar_jax.tokenizer import codebook, perceptual
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import MetricsWriter, read_metrics
+from hmar_jax.training.workdir import check_same_run
 
 CHANGES = {
     "tokenizer": {},
@@ -222,10 +223,10 @@ def test_the_adversarial_weight_may_change_but_the_discriminator_not_join_or_lea
         for weight in (old, new)
     )
     if bool(old) == bool(new):
-        loop._check_same_run(before, now, Path("run"))
+        check_same_run(before, now, Path("run"))
     else:
         with pytest.raises(InputError, match=rf"run was started with tokenizer_loss\.adversarial={old}; a discrim"):
-            loop._check_same_run(before, now, Path("run"))
+            check_same_run(before, now, Path("run"))
 
 
 def test_a_run_starts_from_a_hub_id_and_its_model_is_exported(starts, tmp_path, monkeypatch):
