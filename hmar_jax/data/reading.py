@@ -68,6 +68,8 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 def end_with_parent(index: int, count: int) -> None:
     """Has this worker process end as soon as the one that started it is gone; grain calls it in each worker.
 
+    Ctrl-C, which a terminal sends to all processes of a program, is left to that one.
+
     A thread waits for a pipe of the parent to close, as it does however the parent ends. (Linux can send a signal when
     the parent's thread that started a process ends, but grain's threads that do so end early.)
     """
@@ -78,6 +80,7 @@ def end_with_parent(index: int, count: int) -> None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 

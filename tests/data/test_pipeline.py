@@ -6,6 +6,9 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -157,12 +160,17 @@ def test_a_state_suits_another_batch_size_that_divides_it_and_no_other(cache):
 
 
 @pytest.mark.parametrize("source", ["folder", "tokens"])
-def test_workers_change_nothing_not_even_the_state(source, folder, cache):
+def test_workers_change_nothing_not_even_the_state_and_leave_ctrl_c_to_the_program(source, folder, cache):
     config = {"folder": folder, "tokens": cache}[source]
     expected = take(config, 5)
     iterator = batches(dataclasses.replace(config, workers=2), batch_size=4, image_size=S, seed=7)
     iterator.set_state({"examples": 8})
-    parts = [next(iterator) for _ in range(3)]
+    parts = [next(iterator)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    parts += [next(iterator) for _ in range(2)]
     assert iterator.get_state() == {"examples": 20}
     iterator.close()
     joined = {key: np.concatenate([part[key] for part in parts]) for key in expected}

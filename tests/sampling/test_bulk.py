@@ -52,10 +52,10 @@ def model():
     return lively_model(CONFIG)
 
 
-def draw(network, folder, labels=ALL, per_class=EACH, batch=BATCH, **changes):
+def draw(network, folder, labels=ALL, per_class=EACH, batch=BATCH, stop=lambda _: False, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
-        return bulk.sample_classes(network, settings, labels, per_class, folder, batch=batch)
+        return bulk.sample_classes(network, settings, labels, per_class, folder, batch=batch, stop=stop)
 
 
 def read(folder):
@@ -138,7 +138,17 @@ def test_the_next_batch_is_under_way_before_one_is_written(model, tmp_path, monk
     assert happened == ["dispatch", "dispatch", "write", "dispatch", "write", "dispatch", "write", "write"]
 
 
-# --- killed
+# --- stopped and killed
+
+
+def test_a_run_that_is_told_to_stop_finishes_its_batch_and_goes_on_later(model, whole, tmp_path):
+    asked = []
+    assert draw(model, tmp_path, stop=lambda batch: asked.append(batch) or batch == 2) is None
+    assert asked == [1, 2]
+    there = sum(len(np.load(file)["labels"]) for file in tmp_path.glob("tokens/*.npz"))
+    assert there == 2 * BATCH
+    assert draw(model, tmp_path) == 65 - there
+    assert read(tmp_path) == whole["png"]
 
 
 def write_slowly(folder):

@@ -158,7 +158,7 @@ def test_what_the_disk_refuses_is_not_called_damage_nor_to_be_removed(two_saved,
     manifest = tmp_path / "checkpoints" / "4" / "state" / "manifest.ocdbt"
     manifest.unlink()
     manifest.symlink_to(manifest)  # too many levels of them: a refusal that root gets too
-    with pytest.raises(InputError, match=r"checkpoints/4 could not be read \(.*\); check the path and its permissions"):
+    with pytest.raises(InputError, match=r"checkpoints/4 could not be read \(.*\); a symbolic link leads to itself"):
         Checkpoints(tmp_path).restore(describe(state(0)))
 
 

@@ -16,10 +16,11 @@ import pytest
 import safetensors.numpy
 from tiny_training import CLASSES, LOSS, next_scale_config, once, shared_folder, tokenizer_config
 
+from hmar_jax import lock
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig, MeshConfig
 from hmar_jax.data import token_export
-from hmar_jax.errors import InputError, TransientError
+from hmar_jax.errors import BUG, InputError, TransientError
 from hmar_jax.training import cluster, distributed, loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
@@ -92,6 +93,33 @@ loop.train(moved_config(starts, mesh=MESH), out / "moved")
 SECOND = """
 at_step(1, (lambda: os.kill(os.getpid(), signal.SIGTERM)) if process == 1 else lambda: None)
 loop.train(moved_config(starts, mesh=MESH, steps=100_000, checkpoint_every=100_000), out / "told")
+"""
+
+
+# A work directory that another process holds, then one of their own, in which process 1 dies in its second save.
+THIRD = """
+from tiny_training import idle_steps
+from hmar_jax.commands import main, processes, train
+from hmar_jax.errors import HmarError
+from hmar_jax.training.checkpoint import Checkpoints
+loop.make_train_step = idle_steps()
+config = moved_config(starts, mesh=MESH)
+try:
+    loop.train(config, out / "held")
+except HmarError as error:
+    (out / f"refused{process}.txt").write_text(f"{type(error).__name__}: {error}")
+save = Checkpoints.save
+
+def die(self, step, *rest):
+    if step == 4 and process == 1:
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, step, *rest)
+
+Checkpoints.save = die
+train.read_config = lambda *_: config
+processes.join = lambda args: None  # they have
+sys.exit(main.main(["train", "--config=x", f"--workdir={out / 'dying'}"]))
 """
 
 
@@ -216,6 +244,17 @@ def test_all_processes_stop_at_the_same_step_when_one_is_told_to(hosts):
     assert 4 < step < 100_000
     assert position["examples"] == 8 * step
     assert not (hosts / "told" / "model").exists()
+
+
+def test_a_peer_that_dies_in_a_save_is_no_fault_of_the_user_nor_of_ours_and_all_get_the_same_refusal(starts, tmp_path):
+    with lock.locked(tmp_path / "held"):
+        codes, said = pair(THIRD, starts, tmp_path)
+    refused = [(tmp_path / f"refused{i}.txt").read_text() for i in range(2)]
+    assert refused[0] == refused[1]
+    assert refused[0].startswith(f"InputError: Another process trains in {tmp_path / 'held'}: PID {os.getpid()} on ")
+    assert codes[1] == -signal.SIGKILL, said[1][-3000:]
+    assert codes[0] not in (0, 2, BUG), said[0][-3000:]  # 1, or what JAX ends it with when the heartbeat stops
+    assert Checkpoints(tmp_path / "dying").latest() == 2
 
 
 # --- a job that does not come together
