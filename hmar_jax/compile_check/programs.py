@@ -33,7 +33,6 @@ from hmar_jax.tokenizer import perceptual
 from hmar_jax.training import sharding
 from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, Start, unjudged
 from hmar_jax.training.optimizer import make_optimizer
-from hmar_jax.training.settings import check_used
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,6 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     sharding.check_batch(config, mesh)
     model, params, judge = start_of(config)
-    check_used(config, model if config.init_from else None)
     build = functools.partial(OBJECTIVES[config.stage], class_names=(), start=Start(model, {}, lambda _: params))
 
     def create(params: Tree) -> tuple[TrainState, Tree]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import signal
 
 import jax
@@ -126,13 +127,17 @@ def test_the_command_joins_its_job_unless_told_not_to(command, tmp_path, monkeyp
     assert joined == [(None, None, None), ("h:1", 3, 2)]
 
 
-def test_a_terminated_run_ends_at_once_though_jax_takes_the_signal_in_a_job(command, tmp_path, monkeypatch):
-    def join(*_):
-        signal.signal(signal.SIGTERM, lambda *_: None)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_finishes_its_batch_and_leaves(command, tmp_path, capsys, monkeypatch, number, code):
+    def sample_classes(*_, stop, **__):
+        assert not stop(1)
+        os.kill(os.getpid(), number)
+        return None if stop(2) else 5
 
-    monkeypatch.setattr(distributed, "join", join)
-    assert command("--classes=9", "--output", tmp_path) == 2
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr("hmar_jax.sampling.bulk.sample_classes", sample_classes)
+    assert command("--classes=0", "--output", tmp_path) == code
+    assert capsys.readouterr().out == f"Stopped; run the command again to go on with the pictures in {tmp_path}\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
