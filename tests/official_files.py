@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hmar_jax import InputError, official, torch_files
+from hmar_jax import official, torch_files
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import HmarError
