@@ -82,6 +82,7 @@ def test_a_bug_shows_its_traceback_and_has_an_exit_code_of_its_own(monkeypatch, 
     def run(argv):
         raise error
 
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back
     monkeypatch.setattr(schedule, "run", run)
     assert script.main(["schedule"]) == code
     lines = capsys.readouterr().err.splitlines()

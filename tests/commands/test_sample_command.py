@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -134,6 +135,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_batch_and_leaves(command, tmp_p
         os.kill(os.getpid(), number)
         return None if stop(2) else 5
 
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back
     monkeypatch.setattr("hmar_jax.sampling.bulk.sample_classes", sample_classes)
     assert command("--classes=0", "--output", tmp_path) == code
     assert capsys.readouterr().out == f"Stopped; run the command again to go on with the pictures in {tmp_path}\n"

@@ -268,6 +268,7 @@ def test_what_fails_a_step_is_told_apart_by_sentence_and_exit_code(
     def fail(*_):
         raise error
 
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back
     monkeypatch.setattr(loop, "jit_train_step", lambda *_: fail)
     monkeypatch.setattr(train, "read_config", lambda *_: next_scale_config(starts))
     assert main(["train", "--config=x", f"--workdir={tmp_path}", "--no-distributed"]) == code
