@@ -260,7 +260,7 @@ class DataConfig:
             _convert(kind, getattr(self, name), f"data.{name}")
         if not 1 <= self.resize <= 16:
             raise InputError(
-                f"data.resize is {self.resize}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
+                f"data.resize is {self.resize:g}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
                 "shorter side, before the crop, to the model's image size."
             )
         if self.workers < 0:

@@ -62,7 +62,7 @@ class FolderSource:
             folders = [root]
         if not folders:
             raise InputError(
-                f"Folder {str(root)!r} holds no pictures{_left_out(others)}; put pictures such as .jpg, .png or .webp "
+                f"Folder {str(root)!r} holds no pictures{_others(others)}; put pictures such as .jpg, .png or .webp "
                 "files in it, or in one subfolder a class."
             )
         self.class_names: tuple[str, ...] = tuple(
@@ -76,14 +76,16 @@ class FolderSource:
             if not files:
                 _refuse_splits(root, folders)
                 raise InputError(
-                    f"Class folder {str(folder)!r} holds no pictures{_left_out(more)}"
+                    f"Class folder {str(folder)!r} holds no pictures{_others(more)}"
                     f"{' but folders' if deeper else ''}; fill it or take it away."
                 )
             others += more if folder != root else []
             self._files += files
             self._labels += [label] * len(files)
         if others:
-            _log_once(f"{str(root)!r}: {len(self._files)} pictures are used{_left_out(others)}")
+            _log_once(
+                f"{str(root)!r}: {len(self._files)} pictures are used, what is no picture is left out{_others(others)}."
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -143,15 +145,14 @@ def _refuse_splits(root: Path, folders: list[Path]) -> None:
         )
 
 
-def _left_out(names: Iterable[str]) -> str:
-    """The end of a sentence, such as ", and 3 files left out (2 .txt, 1 without ending)"; "" where there are none."""
+def _others(names: Iterable[str]) -> str:
+    """Files that are no pictures, by ending, such as " (3 other files: 2 .txt, 1 without ending)"; "" without any."""
     counts = collections.Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names)
     if not counts:
         return ""
-    shown = [f"{count} {ending}" for ending, count in counts.most_common(_SHOWN)]
-    more = ["…"] if len(counts) > _SHOWN else []
+    shown = [f"{count} {ending}" for ending, count in counts.most_common(_SHOWN)] + ["…"] * (len(counts) > _SHOWN)
     number = counts.total()
-    return f", and {number} file{'s' * (number > 1)} left out ({', '.join(shown + more)})"
+    return f" ({number} other file{'s' * (number > 1)}: {', '.join(shown)})"
 
 
 @functools.cache

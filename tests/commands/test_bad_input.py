@@ -161,6 +161,7 @@ OVERRIDES = {
     "a ladder of nothing": ("tokenizer", "sides=()", "Sides () are not an increasing list of positive integers"),
     "no steps": ("tokenizer", "steps=0", "steps is 0; expected 1 or more"),
     "more devices than there are": ("tokenizer", "mesh.data=3", "does not make the 1 devices here"),
+    "pixels for a ratio": ("tokenizer", "data.resize=288", "data.resize is 288; expected 1 to 16: it is not in pixels"),
     "a picture folder that is none": ("tokenizer", "data.source=folder", "Folder '' does not exist; set data.path"),
     "a stage without its start": ("next_scale", "init_from=", "'next_scale' needs init_from"),
     "a start that is not there": ("next_scale", "init_from=/nowhere", "/nowhere is not a model directory"),
@@ -245,6 +246,7 @@ def photograph(width, height):
 FOLDERS = {
     "empty": ({}, "holds no pictures; put"),
     "an empty class": ({"a/1.jpg": photograph(20, 20), "b/notes.txt": b"hello"}, "Class folder"),
+    "splits": ({"train/a/1.jpg": photograph(20, 20), "val/a/1.jpg": photograph(20, 20)}, "pictures/train'"),
     "a cut picture": ({"1.jpg": photograph(20, 20), "2.jpg": photograph(40, 40)[:300]}, "2.jpg' cannot be read"),
     "a text called picture": ({"1.jpg": photograph(20, 20), "2.png": b"hello"}, "2.png' cannot be read"),
     "an empty picture": ({"1.jpg": photograph(20, 20), "2.png": b""}, "2.png' cannot be read"),
@@ -257,7 +259,7 @@ def test_a_bad_folder_of_pictures_makes_no_cache(starts, tmp_path, refused, writ
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, content in pictures.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     file = write_config(tmp_path / "c.py", tiny.tokenizer_config(data=DataConfig("folder", path=str(folder))))
     before = left(tmp_path)

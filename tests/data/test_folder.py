@@ -145,7 +145,7 @@ def test_every_ending_of_a_picture_is_taken_and_what_is_left_out_is_said_once(tm
     for _ in range(2):
         assert len(FolderSource(tmp_path)) == 6
     (message,) = caplog.messages
-    for part in ("6 pictures", "5 files left out", "2 .heic", "1 .jpg_large", "1 without ending", "1 .md"):
+    for part in ("6 pictures", "left out (5 other files: ", "2 .heic", "1 .jpg_large", "1 without ending", "1 .md"):
         assert part in message
 
 
@@ -238,11 +238,13 @@ def test_a_folder_of_splits_of_which_one_is_not_sorted_into_classes(tmp_path):
 def test_no_pictures_names_the_endings_that_are_there(tmp_path):
     for name in ("a.heic", "b.heic", "c.pdf", "d"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds no pictures, and 4 files left out \(2 .heic, 1 .pdf, 1 without"):
+    with pytest.raises(
+        InputError, match=r"holds no pictures \(4 other files: 2 \.heic, 1 \.pdf, 1 without ending\); put"
+    ):
         FolderSource(tmp_path)
     (tmp_path / "cat").mkdir()
     (tmp_path / "a.heic").rename(tmp_path / "cat/a.heic")
-    with pytest.raises(InputError, match=r"cat' holds no pictures, and 1 file left out \(1 .heic\)"):
+    with pytest.raises(InputError, match=r"cat' holds no pictures \(1 other file: 1 \.heic\); fill"):
         FolderSource(tmp_path)
 
 
