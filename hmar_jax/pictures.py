@@ -290,7 +290,7 @@ def _figure(what: str, width: float, height: float) -> Any:
 def _rendered(figure: Any) -> Image.Image:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
-    return Image.open(stream).convert("RGB")
+    return Image.open(stream, formats=["PNG"]).convert("RGB")
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:

@@ -116,7 +116,7 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
         written = export_tokens(args.model, data, args.output, **{name: getattr(args, name) for name in names})
     if distributed.is_first():
         print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
-        lists = [file for file in (args.output / BROKEN, args.output / "validation" / BROKEN) if file.is_file()]
-        for file in lists:
-            count = len(file.read_text(encoding="utf-8").splitlines())
-            print(f"{count} pictures that cannot be read were left out; they are listed in {file}")
+        for file in (args.output / BROKEN, args.output / "validation" / BROKEN):
+            if file.is_file():
+                count = len(file.read_text(encoding="utf-8").splitlines())
+                print(f"Broken pictures that were left out: {count}, listed in {file}")

@@ -105,9 +105,11 @@ def _opened(file: str | os.PathLike[str] | io.BytesIO) -> Iterator[BinaryIO]:
     if isinstance(file, io.BytesIO):
         yield file
         return
-    kind = os.stat(file).st_mode
-    if not stat.S_ISREG(kind):  # reading a pipe might never end
-        raise ValueError("it is a folder" if stat.S_ISDIR(kind) else "it is no regular file")
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
+        raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    if not status.st_size:
+        raise ValueError("it is empty")
     with open(file, "rb") as stream:
         yield stream
 

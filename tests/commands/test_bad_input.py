@@ -13,6 +13,7 @@ import pytest
 import tiny_training as tiny
 from PIL import Image
 
+from hmar_jax.commands import export
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig
 from hmar_jax.pretrained import from_pretrained, save_model
@@ -266,6 +267,19 @@ def test_a_bad_folder_of_pictures_makes_no_cache(starts, tmp_path, refused, writ
     options = ["--model", starts / "tokenizer", f"--config={file}", "--batch-size=2", "--output", tmp_path / "out"]
     assert expected in refused("export", "tokens", *options)
     assert [name for name in left(tmp_path) if "__pycache__" not in name] == before
+
+
+def test_an_export_may_leave_out_broken_pictures_and_counts_them(starts, tmp_path, capsys, write_config):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.jpg").write_bytes(photograph(40, 40)[: 300 if i % 2 else None])
+    file = write_config(tmp_path / "c.py", tiny.tokenizer_config(data=DataConfig("folder", path=str(folder))))
+    options = ["--model", starts / "tokenizer", f"--config={file}", "--batch-size=2", "--output", tmp_path / "out"]
+    export.run(["tokens", *map(str, options), "--skip-broken"])
+    said = capsys.readouterr().out
+    assert "Tokens of 2 pictures" in said
+    assert f"Broken pictures that were left out: 2, listed in {tmp_path / 'out' / 'broken.txt'}" in said
 
 
 def test_a_corrupt_picture_stops_training_with_its_name(tmp_path, refused, write_config):

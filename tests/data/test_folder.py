@@ -151,7 +151,7 @@ def test_every_ending_of_a_picture_is_taken_and_what_is_left_out_is_said_once(tm
 
 def test_an_empty_file_named_as_a_picture_is_a_broken_picture(tmp_path):
     (tmp_path / "h.tga").write_bytes(b"")
-    with pytest.raises(InputError, match=r"h\.tga' cannot be read"):
+    with pytest.raises(InputError, match=r"h\.tga' cannot be read \(it is empty\)"):
         only(tmp_path)
 
 
