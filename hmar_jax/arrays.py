@@ -42,7 +42,7 @@ def shown(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # an int of thousands of digits, a deep list
-        text = f"a {type(value).__name__}"
+        text = f"({type(value).__name__})"
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

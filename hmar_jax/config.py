@@ -8,6 +8,7 @@ A *model config* (`ModelConfig`) says what a model is and travels with its weigh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -15,6 +16,7 @@ import string
 import types
 import typing
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import ml_collections
@@ -42,18 +44,40 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return from_plain(typing.cast(type, hint), value, f"{name}.")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], item, name) for item in value)
-    if origin is Literal and value in args:
+    if origin is Literal and isinstance(value, str) and value in args:
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):  # NumPy's too
+        return int(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
-    raise InputError(f"Config field '{name}' is {value!r}; expected {expected}.")
+    raise InputError(f"Config field '{name}' is {repr(value)[:80]}; expected {expected}.")
+
+
+class _Checked:
+    """A config whose fields have their declared types, however it is made: numbers and lists are converted, other types
+    refused. `group` is what its fields' names begin with in a sentence.
+    """  # fmt: skip
+
+    _group: typing.ClassVar[str]
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls._group = group
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            given = getattr(self, field.name)
+            value = _convert(hints[field.name], given, self._group + field.name)
+            if type(given) is not int:  # which stays one where a float is declared, as sentences show it
+                object.__setattr__(self, field.name, value)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(_Checked, group="tokenizer."):
     """The multi-scale residual VQ-VAE (VAR §3.2, a VQGAN CNN); defaults are the released ch160 v4096 z32 one.
 
     Attributes:
@@ -80,9 +104,10 @@ class TokenizerConfig:
     phi_of_scale: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
         _positive(self, "tokenizer.", "channels", "norm_groups", *counts)
-        if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):
+        if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers is {self.multipliers}; expected whole numbers of 1 or more.")
         if self.channels % self.norm_groups:
             raise InputError(
@@ -106,7 +131,7 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(_Checked, group="transformer."):
     """The scale-Markov masked transformer (HMAR §4), or VAR with `pattern="block_causal"` and no mask branch.
 
     Attributes:
@@ -139,6 +164,7 @@ class TransformerConfig:
     gate_init: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "transformer.", "depth", "width", "heads", "num_classes", "mlp_ratio")
         if not 0 <= self.class_dropout <= 1 or not 0 <= self.drop_path < 1:
             raise InputError(
@@ -168,7 +194,7 @@ class TransformerConfig:
         Args:
           name: of the preset. overrides: fields to change, e.g. `masked=False` for stage 1.
         """
-        depth, var, shared = _TRANSFORMERS.get(name, (0, False, False))
+        depth, var, shared = _TRANSFORMERS.get(str(name), (0, False, False))
         if not depth:
             raise InputError(f"No transformer is named {name!r}; choose one of {', '.join(_TRANSFORMERS)}.")
         fields: dict[str, Any] = {
@@ -190,7 +216,7 @@ _TRANSFORMERS["d36-s"] = (36, True, True)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """What a model directory holds: geometry, tokenizer and, unless it is a tokenizer alone, a transformer.
 
     Attributes:
@@ -205,6 +231,7 @@ class ModelConfig:
     phi_layout: Literal["", "qresi_ls", "each"] = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         scales, phis = self.ladder.num_scales, self.tokenizer.phi_of_scale
         if len(phis) not in (0, scales):
             raise InputError(f"tokenizer.phi_of_scale is {phis}; expected one number for each of {scales} scales.")
@@ -225,7 +252,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked, group="data."):
     """Where training examples come from.
 
     Attributes:
@@ -256,8 +283,7 @@ class DataConfig:
     skip_broken: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(DataConfig).items():
-            _convert(kind, getattr(self, name), f"data.{name}")
+        super().__post_init__()
         if not 1 <= self.resize <= 16:
             raise InputError(
                 f"data.resize is {self.resize:g}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
@@ -274,7 +300,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Checked, group="optimizer."):
     """AdamW with the published schedules of HMAR's and VAR's training.
 
     Attributes:
@@ -299,6 +325,7 @@ class OptimizerConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "base_lr",
             "warmup",
@@ -319,7 +346,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerLossConfig:
+class TokenizerLossConfig(_Checked, group="tokenizer_loss."):
     """Weights of the tokenizer's terms and what keeps its codebook alive.
 
     Attributes:
@@ -353,6 +380,7 @@ class TokenizerLossConfig:
     scale_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         weights = ("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below")
         for name in (*weights, "adversarial_start", "adversarial_ramp"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -366,7 +394,7 @@ class TokenizerLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(_Checked, group="objective."):
     """The two transformer objectives (HMAR §4.2, §4.3).
 
     Attributes:
@@ -383,7 +411,7 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Checked, group="mesh."):
     """Devices along each mesh axis; -1 takes all that are left.
 
     Attributes:
@@ -397,7 +425,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Checked, group="evals."):
     """A measurement on held-out examples while a stage trains, written to `metrics.jsonl` as `eval/KIND/NAME`.
 
     Attributes:
@@ -411,6 +439,7 @@ class EvalConfig:
     count: int = 1024
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "evals: ", "every", "count")
 
 
@@ -418,7 +447,7 @@ _STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """One training stage.
 
     Attributes:
@@ -463,6 +492,7 @@ class TrainConfig:
     evals: tuple[EvalConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")

@@ -6,10 +6,13 @@ rest stays as XLA has it: on GPUs it times cuBLAS's ways for each matrix product
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+
+from hmar_jax.errors import HmarError, MachineError, TransientError, reason
 
 # Environment variable → flags. XLA aborts where it does not know one; the tests compile with all of them.
 FLAGS = {
@@ -37,6 +40,41 @@ def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
         present = environment.get(variable, "").split()
         names = {flag.partition("=")[0] for flag in present}
         environment[variable] = " ".join([*(f for f in flags if f.partition("=")[0] not in names), *present])
+
+
+@contextlib.contextmanager
+def naming_absent_platforms(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Makes one sentence of it where JAX, in the block, cannot start on what JAX_PLATFORMS names.
+
+    Raises:
+      MachineError: it is not there, or what JAX needs for it is not. TransientError: another process has it.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        asked, refusal = environment.get("JAX_PLATFORMS"), _refusal(error)
+        if not asked or not refusal:
+            raise
+        kind = TransientError if "in use" in refusal else MachineError
+        raise kind(
+            f"JAX cannot start on JAX_PLATFORMS={asked} ({refusal}); see that the device and the package for it are "
+            "here (`pip install -c constraints.txt -e '.[cuda]'`, or tpu), or unset JAX_PLATFORMS to have JAX choose."
+        ) from None
+
+
+def _refusal(error: Exception) -> str:
+    """Why JAX cannot start, if that is what an error says; empty otherwise."""
+    if isinstance(error, HmarError) or "jax" not in sys.modules:
+        return ""
+    if "Unable to initialize backend" in str(error):
+        return reason(error)
+    if str(error) or not isinstance(error, AssertionError):
+        return ""
+    try:  # without a plugin for it, JAX 0.11 and 0.12 fail in an assertion that says nothing, again if asked again
+        sys.modules["jax"].devices()
+    except (AssertionError, RuntimeError):
+        return "it has no plugin for that, or one that fails"
+    return ""
 
 
 # JAX's variable for the directory of compiled programs; set but empty, it keeps none.

@@ -11,7 +11,14 @@ from PIL import Image
 from tiny_models import TINY, lively_model
 
 from hmar_jax.commands.main import main
-from hmar_jax.platform import FLAGS, leave_compilation_cache, set_flags, use_compilation_cache
+from hmar_jax.errors import TransientError
+from hmar_jax.platform import (
+    FLAGS,
+    leave_compilation_cache,
+    naming_absent_platforms,
+    set_flags,
+    use_compilation_cache,
+)
 from hmar_jax.pretrained import save_model
 
 
@@ -146,3 +153,61 @@ def test_a_command_finds_its_programs_again_and_they_give_the_same_pictures(tmp_
     assert "cache hit for 'jit_sample'" in said[1]
     foreign = [line for line in said[1].splitlines() if ".cc:" in line]  # XLA's, about machines that do not match
     assert foreign == []
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Command lines, one a subcommand that computes, whose arguments are right."""
+    folder = tmp_path_factory.mktemp("platforms")
+    model = save_model(folder / "model", lively_model(TINY), "a test")
+    picture = folder / "a.png"
+    Image.new("RGB", (6, 6)).save(picture)
+    config = folder / "config.py"
+    config.write_text(
+        "from hmar_jax.config import DataConfig, TrainConfig, to_config_dict\n"
+        "def get_config():\n    return to_config_dict(TrainConfig(stage='tokenizer', data=DataConfig('glyphs')))\n"
+    )
+    output = f"--output={folder / 'out'}"
+    return {
+        "train": [f"--config={config}", f"--workdir={folder / 'run'}"],
+        "sample": [f"--model={model}", "--labels=0", output],
+        "edit": [f"--model={model}", f"--image={picture}", "--box=0,0,2,2", f"--output={folder / 'b.png'}"],
+        "export": ["tokens", f"--config={config}", f"--model={model}", "--count=2", output],
+        "bench": ["attention", "--sides=1,2", output],
+        "demo": ["--quick", output],
+    }
+
+
+# What the command would do; JAX is started by the first that it computes.
+NOTHING_THERE = """
+import sys
+from hmar_jax.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "command"),
+    [*(("cuda", command) for command in ("train", "sample", "edit", "export", "bench", "demo")), ("no-such", "demo")],
+)
+def test_a_platform_that_is_not_here_is_one_sentence(commands, platform, command):
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(
+        [sys.executable, "-c", NOTHING_THERE, command, *commands[command]],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert f"JAX cannot start on JAX_PLATFORMS={platform} (" in done.stderr.splitlines()[-1]
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (AssertionError(), AssertionError("x"), RuntimeError("Unable to initialize backend 'tpu': busy")):
+        with pytest.raises(type(error)) as caught, naming_absent_platforms({}):
+            raise error
+        assert caught.value is error
+
+
+def test_a_device_that_another_process_has_may_be_free_later():
+    with pytest.raises(TransientError, match="JAX_PLATFORMS=tpu"), naming_absent_platforms({"JAX_PLATFORMS": "tpu"}):
+        raise RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process 7")

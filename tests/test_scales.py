@@ -81,3 +81,15 @@ def test_a_ladder_is_a_value():
 @hypothesis.given(ladders)
 def test_only_is_the_ladder_of_one_scale(ladder):
     assert [ladder.only(scale).sides for scale in range(ladder.num_scales)] == [(side,) for side in ladder.sides]
+
+
+@pytest.mark.parametrize("sides", [7, None, (1, 2.9), (1, 2.0), "12", ("1", "2"), [[1], [2]], (1, None)], ids=repr)
+def test_sides_that_are_no_list_of_whole_numbers_are_refused(sides):
+    with pytest.raises(InputError, match=r"^Sides are .*; expected an increasing list of positive integers") as error:
+        ScaleLadder(sides)
+    assert "\n" not in str(error.value)
+
+
+def test_sides_may_be_any_list_of_whole_numbers():
+    assert ScaleLadder(np.array([1, 2, 5])) == ScaleLadder([1, 2, 5]) == ScaleLadder((1, 2, 5))
+    assert all(type(side) is int for side in ScaleLadder(np.array([1, 2])).sides)

@@ -18,7 +18,7 @@ from typing import Any
 
 from hmar_jax import __version__
 from hmar_jax.errors import BUG, HmarError
-from hmar_jax.platform import set_flags, use_compilation_cache
+from hmar_jax.platform import naming_absent_platforms, set_flags, use_compilation_cache
 
 COMMANDS = {
     "train": "train one stage from a config",
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
     code, said, torn = 0, "", False
     try:
-        importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
+        with naming_absent_platforms():
+            importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
     except HmarError as error:
         code = error.exit_code
         said, torn = str(error), error.__cause__ is not None

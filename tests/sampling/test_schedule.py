@@ -374,3 +374,52 @@ def test_a_digest_is_the_same_in_another_process_and_for_good():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == schedule.digest
+
+
+LADDER = ScaleLadder((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Schedule.from_json(None), "The schedule is None; expected JSON"),
+        (lambda: Schedule.from_json({"counts": COUNTS}), "The schedule is {'counts'.*; expected JSON"),
+        (lambda: Schedule.from_json(b"\xff{"), "The schedule is not JSON"),
+        (lambda: Schedule.from_json("[" * 100_000), "The schedule is not JSON"),
+        (lambda: Schedule.from_json('{"counts": [[1' + "0" * 5000 + "]]}"), "The schedule is not JSON"),
+        (lambda: Schedule.from_json('{"counts": [[1' + "0" * 400 + "]]}"), "Counts .* sum to 1000.*…; expected one"),
+        (lambda: Schedule.from_json('{"counts": 7}'), "Counts are 7; expected whole numbers"),
+        (lambda: Schedule.from_json('{"counts": [[1]], "cfg": null}'), "cfg is None; expected a number"),
+        (lambda: Schedule.from_json('{"counts": [[1]], "cfg": 1' + "0" * 400 + "}"), "cfg is inf; expected a finite"),
+        (lambda: Schedule.from_json('{"counts": [[1]], "top_p": [["1"]]}'), r"top_p is \[\['1'\]\]; expected a number"),
+        (lambda: Schedule.from_json("x" * 10_000), "The schedule is not JSON"),
+        (lambda: Schedule.from_json(f'["{"x" * 10_000}"]'), "A schedule's JSON has 'counts'"),
+        (lambda: Schedule.parse(None, LADDER), "The schedule is None; expected a Schedule, the name of one"),
+        (lambda: Schedule.parse(3.5, LADDER), "The schedule is 3.5;"),
+        (lambda: Schedule.parse("a\0.json", LADDER), r"The schedule is 'a\\x00.json';"),
+        (lambda: Schedule.parse("\0", LADDER), r"The schedule is '\\x00';"),
+        (lambda: Schedule.parse("", LADDER), "Schedule '' is unknown"),
+        (lambda: Schedule.parse("small", (1, 2, 3)), r"The ladder is \(1, 2, 3\); expected a ScaleLadder"),
+        (lambda: Schedule.parse("small", LADDER, "d16"), "The depth is 'd16'; expected"),
+        (lambda: Schedule.preset(None, LADDER), "Schedule None is unknown"),
+        (lambda: Schedule.preset(["small"], LADDER), r"Schedule \['small'\] is unknown"),
+        (lambda: Schedule.preset("small", None), "The ladder is None"),
+        (lambda: Schedule.generate(None), "The ladder is None"),
+        (lambda: Schedule.generate(LADDER, []), r"Curve \[\] is unknown"),
+        (lambda: Schedule.generate(LADDER, "equal", [2]), r"The steps of curve 'equal' are \[2\]"),
+        (lambda: Schedule.generate(LADDER, "equal", 2, 3), "Scales are 3; expected the first and the last"),
+        (lambda: Schedule.generate(LADDER, "power", 2, exponent="2"), "The exponent of curve 'power' is '2'"),
+        (lambda: Schedule.from_counts(None), "Counts are None"),
+        (lambda: Schedule.from_counts([["1"]]), r"Counts are \[\['1'\]\]"),
+        (lambda: Schedule.from_counts([[10**5000]]), r"Counts \(list\) of scale 1 sum to \(int\); expected one step"),
+        (lambda: Schedule.from_counts(COUNTS, cfg="1"), "cfg is '1'; expected a number"),
+        (lambda: Schedule.from_counts(COUNTS, order=None), "order is None; expected confidence, random or halton"),
+        (lambda: Schedule.from_counts(COUNTS).check_ladder("256"), "The ladder is '256'"),
+        (lambda: Schedule.from_counts(COUNTS).replace(noise={}), r"noise is \{\}; expected a number"),
+    ],
+)
+def test_odd_arguments_get_one_sentence(call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

@@ -27,6 +27,7 @@ from hmar_jax.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
 MESH = MeshConfig(data=-1, fsdp=2)
+ACROSS = MeshConfig(data=1, fsdp=8)  # parameters in parts on both processes
 STEPS = 6
 START = """
 import json, os, signal, sys, time
@@ -36,7 +37,7 @@ from hmar_jax.training import distributed
 process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
 import jax
-from test_hosts import MESH, STEPS, export, moved_config, one_step
+from test_hosts import ACROSS, MESH, STEPS, export, moved_config, one_step
 from tiny_training import quick_compilation
 from hmar_jax.data import pipeline, token_export
 from hmar_jax.training import loop
@@ -74,7 +75,7 @@ def recorded(*args, **kwargs):
     rows.append(kwargs.get("rows") and list(kwargs["rows"]))
     return read(*args, **kwargs)
 pipeline.batches = recorded
-loop.train(one_step(mesh=MESH), out / "tokenizer")
+loop.train(one_step(mesh=ACROSS), out / "tokenizer")
 (out / f"rows{process}.json").write_text(json.dumps(rows))
 coded, encoded = [], token_export._encoded
 token_export._encoded = lambda *arguments: coded.extend(arguments[-1]) or encoded(*arguments)
