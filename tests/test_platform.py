@@ -160,19 +160,21 @@ def commands(tmp_path_factory):
     """Command lines, one a subcommand that computes, whose arguments are right."""
     folder = tmp_path_factory.mktemp("platforms")
     model = save_model(folder / "model", lively_model(TINY), "a test")
-    picture = folder / "a.png"
+    picture = folder / "pictures/class/a.png"
+    picture.parent.mkdir(parents=True)
     Image.new("RGB", (6, 6)).save(picture)
     config = folder / "config.py"
     config.write_text(
         "from hmar_jax.config import DataConfig, TrainConfig, to_config_dict\n"
         "def get_config():\n    return to_config_dict(TrainConfig(stage='tokenizer', data=DataConfig('glyphs')))\n"
     )
+    of_folder = ["--config.data.source=folder", f"--config.data.path={folder / 'pictures'}"]
     output = f"--output={folder / 'out'}"
     return {
         "train": [f"--config={config}", f"--workdir={folder / 'run'}"],
         "sample": [f"--model={model}", "--labels=0", output],
         "edit": [f"--model={model}", f"--image={picture}", "--box=0,0,2,2", f"--output={folder / 'b.png'}"],
-        "export": ["tokens", f"--config={config}", f"--model={model}", "--count=2", output],
+        "export": ["tokens", f"--config={config}", *of_folder, f"--model={model}", output],
         "bench": ["attention", "--sides=1,2", output],
         "demo": ["--quick", output],
     }
