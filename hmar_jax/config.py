@@ -26,6 +26,7 @@ from hmar_jax.files import local_path
 from hmar_jax.scales import Pattern, ScaleLadder
 
 Stage = Literal["tokenizer", "next_scale", "masked"]
+Kind = Literal["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"]  # of official PyTorch files
 
 
 def _positive(config: Any, group: str, *names: str) -> None:

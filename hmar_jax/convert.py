@@ -17,11 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from hmar_jax import official, tensors, torch_files
-from hmar_jax.config import ModelConfig
+from hmar_jax.config import Kind, ModelConfig
 from hmar_jax.errors import InputError, saying
 from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
-from hmar_jax.official import Kind
 from hmar_jax.params import check_shapes
 from hmar_jax.pretrained import WEIGHTS, open_model, write_model
 from hmar_jax.scales import ScaleLadder

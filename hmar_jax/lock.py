@@ -25,7 +25,7 @@ from hmar_jax.files import writing
 
 RENEWED, STALE = 30.0, 300.0  # seconds between renewals; without one, until the holder is taken for gone
 POLL = 5.0
-_NAME = ".lock"
+NAME = ".lock"  # of the file; others that are there for moments begin with it
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Lock:
     """The lock of a folder, which `take` takes and `close` gives back; `locked` does both."""
 
     def __init__(self, folder: Path, doing: str = "writes"):
-        self._folder, self._doing, self._file = folder, doing, folder / _NAME
+        self._folder, self._doing, self._file = folder, doing, folder / NAME
         self._me = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "token": uuid.uuid4().hex}
         self._seen: tuple[str, float] | None = None  # token and time of a lock of another machine, as first seen
         self._done = threading.Event()
@@ -139,7 +139,7 @@ class Lock:
 
     def _now(self) -> float:
         """The file system's time."""
-        probe = self._folder / f"{_NAME}-{self._me['token']}"
+        probe = self._folder / f"{NAME}-{self._me['token']}"
         try:
             probe.touch()
             return probe.stat().st_mtime
@@ -148,7 +148,7 @@ class Lock:
 
     def _take_over(self, holder: dict[str, Any]) -> bool:
         """Replaces the lock of a holder that is gone; False where another process is about to, or has."""
-        guard = self._folder / f"{_NAME}-taken-over"
+        guard = self._folder / f"{NAME}-taken-over"
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL))
         except FileExistsError:

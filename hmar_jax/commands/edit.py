@@ -17,7 +17,6 @@ from hmar_jax.data.picture_files import decode
 from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import check_outputs, note_replaced
 from hmar_jax.labels import parse_label
-from hmar_jax.sampling import editing
 
 _WHITE = 128  # of 255: from here on a pixel of a mask is to be drawn anew
 _GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and pictures a row
@@ -114,9 +113,11 @@ def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
         # Repeated edges, for the encoder sees what lies around a kept token.
         padded = np.pad(image, ((args.pad, args.pad), (args.pad, args.pad), (0, 0)), mode="edge")
         return padded, np.pad(np.zeros((height, width), bool), args.pad, constant_values=True)
+    from hmar_jax.sampling.editing import box_mask  # JAX imports for seconds
+
     if args.keep is not None:
-        return image, ~editing.box_mask(read_box(args.keep), width, height)
-    return image, editing.box_mask(read_box(args.box), width, height)
+        return image, ~box_mask(read_box(args.keep), width, height)
+    return image, box_mask(read_box(args.box), width, height)
 
 
 def read_box(text: str) -> list[int]:

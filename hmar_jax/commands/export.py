@@ -8,23 +8,17 @@ import signal
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.train import read_config
-from hmar_jax.config import DataConfig
+from hmar_jax.config import DataConfig, Kind
 from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import check_outputs
-
-if TYPE_CHECKING:
-    from hmar_jax.official import Kind
 
 
 def run(argv: Sequence[str]) -> None:
     """Writes what `export model`, `export tokens` or `export torch` names."""
-    from hmar_jax.official import Kind
-
     parser = argparse.ArgumentParser(
         prog="hmar-jax export", description="Write a model directory, a token cache or an official PyTorch checkpoint."
     )

@@ -5,6 +5,7 @@
 Work in progress lies beside the cache, in `.NAME.partial`, and becomes the cache by a rename when all of it is there:
 
     export.json                           what decides the tokens; other settings are refused
+    .lock                                 of the process that writes it, which another one must not meanwhile
     tokens-00000-of-0000N.array_record    a shard that is finished; it appears by a rename too
     broken.txt                            the pictures that `data.skip_broken` left out, if there were any
     validation/                           the same of the held-out pictures, where `data.held_out` says so
@@ -20,6 +21,7 @@ Axis letters: B batch, S pixels a side, L tokens of one picture.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -39,7 +41,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from hmar_jax import pictures
+from hmar_jax import lock, pictures
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.broken import Broken, WholePictures
@@ -97,8 +99,8 @@ def export_tokens(
       The number of pictures in the cache.
 
     Raises:
-      InputError: bad arguments, a picture that cannot be read, something else at `output`, or a full disk. What is
-        finished by then stays.
+      InputError: bad arguments, a picture that cannot be read, something else at `output`, another process that
+        exports to it, or a full disk. What is finished by then stays.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
@@ -111,27 +113,47 @@ def export_tokens(
     if whole.is_finished(path):
         return whole.header.count
     try:
-        tokenizer = None
-        for job, views in jobs.items():
-            missing = job.begin()
-            if own := missing[jax.process_index() :: jax.process_count()]:
-                tokenizer = tokenizer or _load(opened, config, dtype)
-                batch = batch_size or max(1, min(64, _PIXELS // config.image_size**2) // crops)
-                encoded = _encoded(tokenizer, views, data, min(batch, job.header.count), job.pictures_of(own))
-                job.write(own, encoded)
-        distributed.barrier("all shards are written")
-        for job in jobs:
-            job.check_all_there()
+        with distributed.locked(whole.folder, "exports tokens"):
+            if distributed.by_first(lambda: whole.is_finished(path)):  # another one did, as this one waited
+                return whole.header.count
+            try:
+                _write_missing(jobs, opened, config, data, batch_size, dtype)
+            except BaseException:
+                whole.leave()
+                raise
         if distributed.is_first():
-            for job in jobs:
-                job.list_left_out()
-                write_header(job.folder, job.header)
             with writing(path):
                 whole.folder.rename(path)
-    except BaseException:
-        whole.leave()
-        raise
+    finally:
+        with contextlib.suppress(OSError):  # there is something in it, or it has its new name
+            whole.folder.rmdir()
     return whole.header.count
+
+
+def _write_missing(
+    jobs: dict[_Job, grain.MapDataset[dict[str, Any]]],
+    opened: Opened,
+    config: ModelConfig,
+    data: DataConfig,
+    batch_size: int | None,
+    dtype: str,
+) -> None:
+    """Makes a cache of each job's folder, but for its name, as all processes call it together."""
+    tokenizer = None
+    for job, views in jobs.items():
+        missing = job.begin()
+        if own := missing[jax.process_index() :: jax.process_count()]:
+            tokenizer = tokenizer or _load(opened, config, dtype)
+            batch = batch_size or max(1, min(64, _PIXELS // config.image_size**2) // job.header.crops)
+            encoded = _encoded(tokenizer, views, data, min(batch, job.header.count), job.pictures_of(own))
+            job.write(own, encoded)
+    distributed.barrier("all shards are written")
+    for job in jobs:
+        job.check_all_there()
+    if distributed.is_first():
+        for job in jobs:
+            job.list_left_out()
+            write_header(job.folder, job.header)
 
 
 def _jobs(
@@ -308,7 +330,8 @@ class _Job:
 
     def _prepare(self) -> list[bool]:
         """Which shards are missing, once the folder is in order."""
-        there = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = {entry.name for entry in self.folder.iterdir() if not entry.name.startswith(lock.NAME)}
         if MANIFEST in there:
             self._check_settings()
         elif there - {f".{MANIFEST}.partial"}:

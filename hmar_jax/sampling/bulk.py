@@ -110,8 +110,8 @@ def sample_classes(
       How many were written; None where it was stopped before the last.
 
     Raises:
-      InputError: labels or numbers out of range, a directory with other things or of other settings, a full disk, or
-        samples that are not there in the end, as process 0 sees the directory.
+      InputError: labels or numbers out of range, a directory with other things, of other settings or that another
+        process writes, a full disk, or samples that are not there in the end, as process 0 sees the directory.
     """
     for name, value, low, high in (
         ("batch", batch, 1, 2**20),
@@ -123,6 +123,20 @@ def sample_classes(
     wanted = _numbers(model.config.num_classes, labels, per_class)
     folder = _Folder(path, settings)
     folder.check()
+    with distributed.locked(folder.path, "writes samples"):
+        folder.check()  # another process may have begun it since
+        return _write_missing(model, settings, wanted, folder, batch, stop)
+
+
+def _write_missing(
+    model: Model,
+    settings: Settings,
+    wanted: np.ndarray,
+    folder: _Folder,
+    batch: int,
+    stop: Callable[[int], bool],
+) -> int | None:
+    """`sample_classes` of the numbers (N,) that are wanted, in a directory that is locked."""
     there = folder.open() if distributed.is_first() else np.zeros(0, np.uint32)
     missing = wanted[multihost_utils.broadcast_one_to_all(~np.isin(wanted, there))]
     devices = jax.sharding.get_mesh().size

@@ -109,8 +109,14 @@ def tokenizer_config(tmp_path, write_config):
     return write_config(tmp_path / "tokenizer.py", config)
 
 
-def test_a_tokenizer_is_timed_on_random_pictures(tokenizer_config, tmp_path):
-    assert main(["bench", "train", f"--config={tokenizer_config}", "--repeats=1", f"--output={tmp_path / 'out'}"]) == 0
+def test_a_tokenizer_is_timed_on_random_pictures_and_what_it_replaces_is_named(tokenizer_config, tmp_path, caplog):
+    (before := tmp_path / "out" / "train.json").parent.mkdir()
+    before.write_text("{}")
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        assert (
+            main(["bench", "train", f"--config={tokenizer_config}", "--repeats=1", f"--output={tmp_path / 'out'}"]) == 0
+        )
+    assert f"Replacing {before}." in caplog.messages
     (row,) = json.loads((tmp_path / "out" / "train.json").read_text())["rows"]
     images, widest = 2 * 8 * 8, 2 * 9 * 4 * 4  # one 3x3 convolution at full size; there are more than five
     assert row["model_flops"] > 3 * 5 * images * widest

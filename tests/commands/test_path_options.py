@@ -46,8 +46,8 @@ NO_PATHS = {
 }
 
 
-class SeenError(Exception):
-    pass
+class SeenError(BaseException):
+    """Not an Exception, which `main` would report as a bug."""
 
 
 def parser_of(command):
@@ -100,6 +100,17 @@ def test_a_url_is_refused_at_once_and_makes_no_folder(words, option, url, tmp_pa
     assert err.startswith(f"hmar-jax {words.split()[0]}: {option} is '{url}', a URL; expected a path on this machine")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_refused_before_jax_is_imported(tmp_path):
+    code = f"""
+import sys
+from hmar_jax.commands.main import main
+for words, option in {list(OF_PATHS)}:
+    assert main([*words.split(), *([option + "=gs://b/x"] if option.startswith("-") else ["gs://b/x"])]) == 2
+    assert "jax" not in sys.modules, words
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(("words", "option"), OF_PATHS, ids=lambda value: value)

@@ -12,7 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tiny_models import TINY, lively_model
 
-from hmar_jax import from_pretrained, pictures
+from hmar_jax import from_pretrained, lock, pictures
 from hmar_jax.config import DataConfig
 from hmar_jax.data import pipeline, token_export
 from hmar_jax.data.token_export import BROKEN, MANIFEST, export_tokens
@@ -198,6 +198,36 @@ def test_a_finished_export_is_left_alone_and_never_overwritten(model_path, data,
         export_tokens(model_path, data, whole, crops=1)
     assert coded == []
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir()} == before
+
+
+def test_two_exports_at_a_time_do_not_write_one_cache(model_path, data, whole, tmp_path, coded):
+    path = begun(tmp_path / "cache", whole, keep=[0])
+    with lock.locked(partial_of(path)):
+        before = sorted(partial_of(path).iterdir())
+        with pytest.raises(InputError, match=rf"Another process exports tokens in .*: PID {os.getpid()} on .*, since "):
+            export_tokens(model_path, data, path, crops=CROPS)
+        assert sorted(partial_of(path).iterdir()) == before and not coded
+    assert export_tokens(model_path, data, path, crops=CROPS) == COUNT
+    assert {file.name for file in path.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_the_lock_of_an_export_that_was_killed_is_taken_over(model_path, data, whole, tmp_path):
+    path = begun(tmp_path / "cache", whole, keep=[0, 1])
+    gone = lock.Lock(partial_of(path))._me | {"started": 1, "token": "another's"}
+    (partial_of(path) / ".lock").write_text(json.dumps(gone))
+    assert export_tokens(model_path, data, path, crops=CROPS) == COUNT
+    assert records(path) == records(whole)
+    assert {file.name for file in path.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_an_export_that_could_not_begin_leaves_nothing(model_path, data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("it cannot begin")
+
+    monkeypatch.setattr(token_export._Job, "begin", fail)
+    with pytest.raises(InputError, match="it cannot begin"):
+        export_tokens(model_path, data, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_an_exports_is_refused(model_path, data, tmp_path):

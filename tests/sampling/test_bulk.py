@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tiny_models import lively_model, tiny
 
-from hmar_jax import progress_bar
+from hmar_jax import lock, progress_bar
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError, MachineError
 from hmar_jax.pretrained import save_model
@@ -367,6 +368,18 @@ def test_a_directory_with_other_things_is_refused(model, tmp_path):
         with pytest.raises(InputError, match=expected):
             draw(model, path)
     assert contents(tmp_path) == before
+
+
+def test_a_directory_that_another_process_writes_is_refused_until_that_one_is_gone(model, tmp_path):
+    draw(model, tmp_path, per_class=1)
+    with lock.locked(tmp_path):
+        before = contents(tmp_path)
+        with pytest.raises(InputError, match=rf"Another process writes samples in .*: PID {os.getpid()} on .*, since "):
+            draw(model, tmp_path, per_class=2)
+        assert contents(tmp_path) == before
+    (tmp_path / ".lock").write_text(json.dumps(lock.Lock(tmp_path)._me | {"started": 1, "token": "another's"}))
+    assert draw(model, tmp_path, per_class=2) == 5
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_directory_with_hidden_files_only_is_empty(model, tmp_path):
