@@ -9,19 +9,26 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import Mesh
 from tiny_training import CLASSES, LOSS, next_scale_config, once, shared_folder, tokenizer_config
 
-from hmar_jax import lock
+from hmar_jax import lock, pictures
+from hmar_jax.arrays import on_host
 from hmar_jax.commands.main import main
-from hmar_jax.config import DataConfig, MeshConfig
+from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig
 from hmar_jax.data import token_export
 from hmar_jax.errors import BUG, InputError, TransientError
-from hmar_jax.training import cluster, distributed, loop
+from hmar_jax.scales import ScaleLadder
+from hmar_jax.tokenizer import door
+from hmar_jax.training import cluster, distributed, loop, sharding
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
 
@@ -37,7 +44,7 @@ from hmar_jax.training import distributed
 process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
 import jax
-from test_hosts import ACROSS, MESH, STEPS, export, moved_config, one_step
+from test_hosts import ACROSS, MESH, STEPS, export, moved_config, one_step, take_arrays_in_parts
 from tiny_training import quick_compilation
 from hmar_jax.data import pipeline, token_export
 from hmar_jax.training import loop
@@ -70,6 +77,7 @@ for name, order in {"in turn": devices.T.reshape(8, 1, 1), "tensor over both": d
     batch = loop.sharding.put_batch({"row": np.array(rows)}, mesh)
     placed[name] = [rows, on_host(batch["row"]).tolist()]
 (out / f"placed{process}.json").write_text(json.dumps(placed))
+take_arrays_in_parts(devices.reshape(8, 1, 1))
 read, rows = pipeline.batches, []
 def recorded(*args, **kwargs):
     rows.append(kwargs.get("rows") and list(kwargs["rows"]))
@@ -126,6 +134,28 @@ sys.exit(main.main(["train", "--config=x", f"--workdir={out / 'dying'}"]))
 
 def moved_config(starts, **changes):
     return next_scale_config(starts, **({"steps": STEPS} | changes))
+
+
+def take_arrays_in_parts(devices):
+    """What a process makes of tokens and pictures of which it holds a half is what it makes of the whole."""
+    mesh, rng = Mesh(devices, sharding.AXES), np.random.default_rng(0)
+
+    def in_parts(whole):
+        whole = np.asarray(whole)
+        split = jax.make_array_from_callback(whole.shape, sharding.batch_sharding(mesh), lambda index: whole[index])
+        assert not split.is_fully_addressable
+        return split
+
+    config = ModelConfig(ScaleLadder((1, 2)), TokenizerConfig())
+    tokens, images = rng.integers(0, 4096, (16, 5)), rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(door.check_tokens(config, in_parts(tokens)), tokens)
+    ends = on_host(door._range(in_parts(pictures.to_unit(images))))
+    np.testing.assert_array_equal(ends, door._range(pictures.to_unit(images)))
+    drawn = [
+        pictures.reconstructions(types.SimpleNamespace(encode=jnp.asarray, decode=decode), images)
+        for decode in (in_parts, jnp.asarray)
+    ]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
 def one_step(**changes):
