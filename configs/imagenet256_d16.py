@@ -11,7 +11,15 @@ Result:   published for HMAR d16: FID 3.01, IS 288.6, precision .84, recall .55 
 
 import ml_collections
 
-from hmar_jax.config import DataConfig, OptimizerConfig, Stage, TrainConfig, TransformerConfig, to_config_dict
+from hmar_jax.config import (
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    Stage,
+    TrainConfig,
+    TransformerConfig,
+    to_config_dict,
+)
 
 IMAGES = 1_281_167  # of ImageNet's training set: an epoch
 
@@ -34,5 +42,6 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             # Bald eagle, macaw, golden retriever, red panda, balloon, cheeseburger, coral reef, volcano.
             sample_labels=(22, 88, 207, 387, 417, 933, 973, 980),
             sample_schedule="official-256" if masked else "next-scale",
+            evals=(EvalConfig(every=5_000, count=8192),),  # if there are held-out tokens
         )
     )

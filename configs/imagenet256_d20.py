@@ -13,6 +13,7 @@ import ml_collections
 
 from hmar_jax.config import (
     DataConfig,
+    EvalConfig,
     MeshConfig,
     OptimizerConfig,
     Stage,
@@ -43,5 +44,6 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             # Bald eagle, macaw, golden retriever, red panda, balloon, cheeseburger, coral reef, volcano.
             sample_labels=(22, 88, 207, 387, 417, 933, 973, 980),
             sample_schedule="official-256" if masked else "next-scale",
+            evals=(EvalConfig(every=5_000, count=8192),),  # if there are held-out tokens
         )
     )

@@ -12,7 +12,15 @@ Result:   none is published for d16 at 512 pixels; d24 has FID 2.99, IS 304.1
 
 import ml_collections
 
-from hmar_jax.config import DataConfig, OptimizerConfig, Stage, TrainConfig, TransformerConfig, to_config_dict
+from hmar_jax.config import (
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    Stage,
+    TrainConfig,
+    TransformerConfig,
+    to_config_dict,
+)
 from hmar_jax.scales import ScaleLadder
 
 IMAGES = 1_281_167  # of ImageNet's training set: an epoch
@@ -37,5 +45,6 @@ def get_config(stage: Stage = "next_scale") -> ml_collections.ConfigDict:
             # Bald eagle, macaw, golden retriever, red panda, balloon, cheeseburger, coral reef, volcano.
             sample_labels=(22, 88, 207, 387, 417, 933, 973, 980),
             sample_schedule="official-512" if masked else "next-scale",
+            evals=(EvalConfig(every=5_000, count=8192),),  # if there are held-out tokens
         )
     )
