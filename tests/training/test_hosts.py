@@ -98,10 +98,14 @@ def die():
 at_step(STEPS, die if process == 1 else lambda: None)
 loop.train(moved_config(starts, mesh=MESH), out / "moved")
 """
-# The same run goes on; process 1 alone is told to stop.
+# The same run goes on; process 1 alone is told to stop, by Ctrl-C, which it sends itself on as SIGTERM.
 SECOND = """
-at_step(1, (lambda: os.kill(os.getpid(), signal.SIGTERM)) if process == 1 else lambda: None)
-loop.train(moved_config(starts, mesh=MESH, steps=100_000, checkpoint_every=100_000), out / "told")
+at_step(1, (lambda: os.kill(os.getpid(), signal.SIGINT)) if process == 1 else lambda: None)
+try:
+    assert loop.train(moved_config(starts, mesh=MESH, steps=100_000, checkpoint_every=100_000), out / "told") is None
+    assert process == 0
+except KeyboardInterrupt:
+    assert process == 1
 """
 
 
