@@ -165,12 +165,12 @@ def test_workers_change_nothing_not_even_the_state_and_leave_ctrl_c_to_the_progr
     expected = take(config, 5)
     iterator = batches(dataclasses.replace(config, workers=2), batch_size=4, image_size=S, seed=7)
     iterator.set_state({"examples": 8})
-    parts = [next(iterator)]
+    parts = [next(iterator) for _ in range(2)]  # one of each worker
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-    parts += [next(iterator) for _ in range(2)]
+    parts.append(next(iterator))
     assert iterator.get_state() == {"examples": 20}
     iterator.close()
     joined = {key: np.concatenate([part[key] for part in parts]) for key in expected}
