@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with naming_absent_platforms():
             importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
+        sys.stdout.flush()  # here, where a full disk has a sentence
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE  # as of any program whose reader has gone; what is left to say goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except HmarError as error:
         code = error.exit_code
         said, torn = str(error), error.__cause__ is not None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -90,3 +91,22 @@ def test_a_bug_shows_its_traceback_and_has_an_exit_code_of_its_own(monkeypatch, 
     assert said in lines[-1]
     assert (lines[0] == "Traceback (most recent call last):") == (code == 70)
     assert len(lines) == 1 or code == 70
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [("schedule list > /dev/full", 2, "No space left on device); make room"), ("--help > /dev/null", 0, "")],
+)
+def test_an_output_that_cannot_be_written_is_a_sentence(command, code, said):
+    done = subprocess.run(
+        f"{sys.executable} -m hmar_jax {command}", shell=True, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == code
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == bool(said)
+
+
+def test_a_reader_that_has_gone_is_no_fault():
+    pipe = f"({sys.executable} -m hmar_jax schedule list; echo $? >&2) | true"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stderr == "141\n"
