@@ -226,7 +226,7 @@ class Model:
         arguments = (self.placed(mesh), labels, numbers, schedule.controls, np.uint32(seed), kept)
         if on_scale is None:
             with jax.set_mesh(mesh):
-                images, tokens, draws = program.sample(options, *arguments)
+                images, tokens, draws = program.sample(options, *arguments, None)
         else:
             images, tokens, draws = _sample_telling(
                 mesh, options, arguments, lambda scale, tokens: on_scale(scale, tokens[:number])
@@ -263,7 +263,9 @@ class Model:
     def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
         """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
         null = self.config.num_classes
-        array = host_array("Labels are", null if labels is None else labels, f"integers from 0 to {null}, or one")
+        array = host_array(
+            "Labels are", null if labels is None else labels, f"a list of integers from 0 to {null}, or one"
+        )
         checked, _ = self._check(np.full(pictures, array) if array.ndim == 0 else array)
         if len(checked) != pictures:
             raise InputError(f"There are {len(checked)} labels for {pictures} pictures; give one each, or one.")

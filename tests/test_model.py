@@ -124,7 +124,10 @@ WRONG_TYPES = [
     (lambda m: m.edit(IMAGES * 0, RAGGED), r"The mask is \[\[0\], \[1, 2\]\]; expected bool"),
     (lambda m: m.edit("a.png", (0, 0, 2, 2)), r"Images are 'a\.png'; expected \(B, 6, 6, 3\)"),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), [0]), r"There are 1 labels for 2 pictures"),
-    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), RAGGED), r"Labels are \[\[0\], \[1, 2\]\]; expected integers from 0"),
+    (
+        lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), RAGGED),
+        r"Labels are \[\[0\], \[1, 2\]\]; expected a list of integers from 0",
+    ),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), 0.5), r"Labels are array\(\[0\.5, 0\.5\]\);"),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), composite=1), r"composite is 1; expected True or False\."),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), variants=[]), r"variants is \[\]; expected a whole number, 1 or more"),
