@@ -529,7 +529,8 @@ def check_paths(config: TrainConfig) -> None:
     expanded (`files.local_path`) where it is opened.
     """
     for name in ("init_from", "data.path", "tokenizer_loss.perceptual_weights"):
-        local_path(operator.attrgetter(name)(config), name)
+        if path := operator.attrgetter(name)(config):
+            local_path(path, name)
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

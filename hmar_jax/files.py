@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -46,11 +47,14 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
       name: what a sentence calls the path, e.g. `--output`, `data.path`.
 
     Raises:
-      InputError: it is no path, a URL such as `gs://bucket/x`, or begins with the `~` of a user who does not exist.
+      InputError: it is no path, empty, a URL such as `gs://bucket/x`, or begins with the `~` of a user who does not
+        exist.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
         raise InputError(f"{name} is {repr(path)[:80]}; expected a path, as a str or a Path.")
+    if not text:
+        raise InputError(f"{name} is empty; expected a path.")
     if _URL.match(text):
         raise InputError(
             f"{name} is {text!r}, a URL; expected a path on this machine, so mount the storage (gcsfuse, s3fs) and "
@@ -130,6 +134,35 @@ def check_kind(name: str, path: Path, is_kind: Callable[[bytes], bool], kind: st
         raise InputError(f"{name} is {path}, which is there already and is not {kind}; choose another file.")
 
 
+def check_folder(name: str, folder: Path) -> None:
+    """Raises InputError where files cannot be written into a folder, be it there or yet to be made.
+
+    For commands that work for long before they write, whose disk may still refuse then.
+
+    Args:
+      name: the option, e.g. `--output`.
+    """
+    for above in (folder.absolute(), *folder.absolute().parents):
+        try:
+            is_folder = stat.S_ISDIR(above.stat().st_mode)
+        except OSError as error:
+            check_refusal(f"{name} {folder}", error)
+            continue
+        if not is_folder:
+            raise InputError(f"{name} is {folder}, but {above} is a file; choose another folder.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"{name} is {folder}, but {above} may not be written; check its permissions.")
+        return
+
+
+def check_files(name: str, outputs: Iterable[Path]) -> None:
+    """Raises InputError where one of these files cannot be written, for its folder (`check_folder`) or as it is one."""
+    for output in outputs:
+        if output.is_dir():
+            raise InputError(f"{name} names {output}, which is a folder; give a file.")
+        check_folder(name, output.parent)
+
+
 def note_replaced(outputs: Iterable[Path]) -> None:
     """Logs a line that names those files to be written that are there already, where any are."""
     there = [str(path) for path in outputs if os.path.lexists(path)]
@@ -194,6 +227,7 @@ def swap_in(new: Path, path: Path) -> None:
     The two change places in one step, or, on file systems without that, what is there steps aside first, as
     `.NAME.old/NAME`, from where `put_back` has it.
     """
+    path = path.absolute()
     aside = _aside(path)
     put_back(path)
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
@@ -218,6 +252,9 @@ def swap_in(new: Path, path: Path) -> None:
 
 def put_back(path: Path) -> None:
     """Gives a folder its name again where a `swap_in` that was killed in its midst took that away."""
+    path = path.absolute()  # `.` has no name
+    if not path.name:
+        return
     old = _aside(path) / path.name
     if not os.path.lexists(path) and os.path.lexists(old):
         os.rename(old, path)

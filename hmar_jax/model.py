@@ -169,9 +169,11 @@ class Model:
         pictures = editing.check_pictures(images, size)
         masks = editing.check_mask(mask, len(pictures), size)
         labels = self._label_each(labels, len(pictures))
+        asked = changes.copy()
         if (labels == self.config.num_classes).all():
             changes["cfg"] = changes["refine_cfg"] = 0
         schedule = self.schedule("small" if schedule is None and transformer.masked else schedule, **changes)
+        schedule.replace(**asked)  # guidance that is left out is checked all the same
         tokens, keep = on_host(self.tokenizer.encode(2 * pictures - 1)), editing.keep_tokens(masks, self.config.ladder)
         kept = Kept(*(jnp.asarray(several(array)) for array in (tokens, keep)))
         out = self._sample(several(labels), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)

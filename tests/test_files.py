@@ -15,6 +15,8 @@ from hmar_jax.data.folder import decode
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
 from hmar_jax.files import (
+    check_files,
+    check_folder,
     check_refusal,
     is_there,
     local_path,
@@ -172,6 +174,31 @@ def test_a_tilde_is_a_home_and_other_paths_stay(tmp_path, monkeypatch):
         assert local_path(same, "x") == Path(same)
     with pytest.raises(InputError, match=r"x is '~no-such-user/a', and there is no such user here; write the whole"):
         local_path("~no-such-user/a", "x")
+
+
+def test_nothing_is_no_path():
+    with pytest.raises(InputError, match=r"^--output is empty; expected a path\.$"):
+        local_path("", "--output")
+
+
+@pytest.mark.parametrize("below", ["", "sub", "a/b/c"])
+def test_a_folder_below_a_file_or_behind_a_lock_is_refused_before_anything_is_written(tmp_path, monkeypatch, below):
+    check_folder("--output", tmp_path / "new" / below)
+    assert list(tmp_path.iterdir()) == []
+    (file := tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"^--output is {file / below}, but {file} is a file; choose another folder"):
+        check_folder("--output", file / below)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match=rf"but {tmp_path} may not be written; check its permissions\.$"):
+        check_folder("--output", tmp_path / "new" / below)
+    with pytest.raises(InputError, match=r"^--output .*File name too long.*; check the path, which is too long\.$"):
+        check_folder("--output", tmp_path / ("x" * 300) / below)
+
+
+def test_a_file_to_be_written_is_no_folder(tmp_path):
+    check_files("--output", [tmp_path / "a.png"])
+    with pytest.raises(InputError, match=rf"^--json names {tmp_path}, which is a folder; give a file\.$"):
+        check_files("--json", [tmp_path])
 
 
 def test_two_paths_of_one_file_are_known_for_it(tmp_path, monkeypatch):

@@ -362,6 +362,18 @@ def test_a_model_whose_replacement_was_killed_is_put_back(saved, model, reader):
     assert read_config(saved)[1]["source"] == "made by a test"
 
 
+@pytest.mark.parametrize(("here", "path"), [("", "."), ("", "./"), ("sub", ".."), ("", Path())])
+def test_the_folder_where_one_is_may_be_the_model(saved, monkeypatch, here, path):
+    (saved / "sub").mkdir()
+    monkeypatch.chdir(saved / here)
+    assert from_pretrained(path).config == TINY
+
+
+def test_the_root_is_no_model():
+    with pytest.raises(InputError, match=r"^/ is not a model directory: "):
+        from_pretrained("/")
+
+
 @pytest.mark.usefixtures("exchanges")
 def test_a_save_clears_away_what_a_killed_one_left(saved, model):
     partial, old = saved.with_name(".model.partial"), saved.with_name(".model.old")

@@ -16,7 +16,7 @@ from hmar_jax.commands.train import read_config
 from hmar_jax.compile_check import ENVIRONMENT
 from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_kind, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, note_replaced, write_whole
 
 
 def run(argv: Sequence[str]) -> None:
@@ -53,6 +53,7 @@ def run(argv: Sequence[str]) -> None:
     if args.sample_batch is not None and args.sample_batch < 0:
         raise InputError(f"--sample-batch is {args.sample_batch}; expected pictures, or 0 for no sampler.")
     if args.output is not None:
+        check_files("--output", [args.output])
         check_kind("--output", args.output, _is_report, "a report of compile-check")
     config = read_config(args.config, overrides)
     if not check(args, config):

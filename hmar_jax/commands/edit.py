@@ -15,7 +15,7 @@ from PIL import Image
 from hmar_jax.commands import options
 from hmar_jax.data.picture_files import decode
 from hmar_jax.errors import InputError, device_memory
-from hmar_jax.files import check_outputs, note_replaced
+from hmar_jax.files import check_files, check_outputs, note_replaced
 from hmar_jax.labels import parse_label
 
 _WHITE = 128  # of 255: from here on a pixel of a mask is to be drawn anew
@@ -29,6 +29,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
     *results, grid = files = outputs(args.output, args.variants)
     check_outputs("--output", files, {"--image": args.image, "--mask": args.mask, "--schedule": args.schedule})
+    check_files("--output", files)
     image, mask = picture_and_mask(args)
 
     from hmar_jax import pictures

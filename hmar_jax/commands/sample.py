@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hmar_jax.commands import options, processes
 from hmar_jax.errors import device_memory
-from hmar_jax.files import check_outputs, note_replaced, write_whole
+from hmar_jax.files import check_folder, check_outputs, note_replaced, write_whole
 from hmar_jax.labels import HELP, every_class, parse_labels
 
 
@@ -34,6 +34,7 @@ def run(argv: Sequence[str]) -> None:
     processes.add_options(parser)
     args = parser.parse_args(argv)
     check_outputs("--output", [args.output], {"--model": args.model, "--schedule": args.schedule})
+    check_folder("--output", args.output)
     if args.labels is not None:
         of_many = ("per_class", "batch", "format", "coordinator", "processes", "process")
         if given := [f"--{name.replace('_', '-')}" for name in of_many if getattr(args, name) is not None]:

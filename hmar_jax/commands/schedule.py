@@ -16,7 +16,7 @@ from hmar_jax.commands import options
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_kind, check_outputs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, check_outputs, note_replaced, write_whole
 from hmar_jax.scales import ScaleLadder
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def _show(args: argparse.Namespace) -> None:
         if file is not None and file.suffix.lower() != suffix:
             raise InputError(f"{option} is {file}; expected a file that ends in {suffix}.")
     given = {"the schedule": args.schedule, "--model": args.model}
-    check_outputs("--json", [args.json] if args.json else [], given)
-    check_outputs("--output", [args.output] if args.output else [], given)
+    for option, file in (("--json", args.json), ("--output", args.output)):
+        check_outputs(option, [file] if file else [], given)
+        check_files(option, [file] if file else [])
     if args.json is not None:
         check_kind("--json", args.json, _is_schedule, "a schedule")
     model = _model(args)

@@ -35,6 +35,10 @@ _PILLOW = r"PIL\."
 _NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what Pillow may have been built without
 
 
+class _FolderError(ValueError):
+    """A folder where a picture is expected."""
+
+
 class BrokenPictureError(InputError):
     """A picture that cannot be used.
 
@@ -91,7 +95,8 @@ def decode(file: str | os.PathLike[str] | io.BytesIO, name: str, background: str
             raise _broken(name, f"may not be read ({refused})", "check its permissions") from error
         if refused is None or refused.errno not in _WRONG_LINKS:
             check_refusal(name, error)
-        raise _broken(name, f"cannot be read ({reason(error)})", "replace it or take it away") from error
+        remedy = "give a file, not a folder" if isinstance(error, _FolderError) else "replace it or take it away"
+        raise _broken(name, f"cannot be read ({reason(error)})", remedy) from error
 
 
 def _broken(name: str, fault: str, remedy: str) -> BrokenPictureError:
@@ -107,7 +112,7 @@ def _opened(file: str | os.PathLike[str] | io.BytesIO) -> Iterator[BinaryIO]:
         return
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
-        raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+        raise _FolderError("it is a folder") if stat.S_ISDIR(status.st_mode) else ValueError("it is no regular file")
     if not status.st_size:
         raise ValueError("it is empty")
     with open(file, "rb") as stream:

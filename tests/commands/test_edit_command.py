@@ -38,6 +38,7 @@ def run(model_directory, tmp_path, capsys):
         "mask.png": np.where(BOX, 255, 0).astype(np.uint8),
     }.items():
         Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken.png").write_bytes((tmp_path / "p.png").read_bytes()[:50])
 
     def command(image, *options):
@@ -186,7 +187,7 @@ BAD = {
     "a folder for a mask": (
         "p.png",
         ["--mask={tmp}"],
-        "Mask '{tmp}' could not be read ([Errno 21] Is a directory: '{tmp}'); give a file, not a folder.",
+        "Mask '{tmp}' cannot be read (it is a folder); give a file, not a folder.",
     ),
     "a mask of 0 and 1": (
         "p.png",
@@ -204,6 +205,16 @@ BAD = {
         "p.png",
         ["--box=0,0,4,4", "--label=B", "--cfg=inf"],
         "cfg is inf; expected a finite number",
+    ),
+    "no finite guidance, and no label": (
+        "p.png",
+        ["--box=0,0,4,4", "--cfg=inf"],
+        "cfg is inf; expected a finite number",
+    ),
+    "an output that is a folder": (
+        "p.png",
+        ["--box=0,0,4,4", "--output={tmp}/folder.png"],
+        "--output names {tmp}/folder.png, which is a folder; give a file.",
     ),
     "no such model": ("p.png", ["--box=0,0,4,4", "--model={tmp}/none"], "none is not a model directory"),
 }
@@ -242,7 +253,7 @@ def test_too_little_memory_is_a_sentence(run, monkeypatch):
 
 
 def test_results_that_cannot_be_written_are_named(run, tmp_path):
-    (tmp_path / "out").write_text("a file where a folder is wanted")
+    (out := tmp_path / "out").write_text("a file where a folder is wanted")
     code, _, err = run("p.png", "--box=2,3,12,9", "--label=B", "--cfg=2")
     assert code == 2
-    assert err.startswith(f"hmar-jax edit: Could not write {tmp_path / 'out' / 'e.png'} (")
+    assert err == f"hmar-jax edit: --output is {out}, but {out} is a file; choose another folder.\n"
