@@ -106,3 +106,20 @@ def test_other_errors_of_a_source_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a bug") as caught:
         Reader(Source())
     assert not isinstance(caught.value, MachineError)
+
+
+_PASS = """
+import time
+from hmar_jax.config import DataConfig
+from hmar_jax.data.pipeline import examples
+
+if __name__ == "__main__":
+    print(sum(len(labels) for _, labels in examples(DataConfig(workers=2), 32, batch_size=4, count=20)))
+    time.sleep(1)  # a thread of grain's frees shared memory
+"""
+
+
+def test_a_pass_with_workers_ends_without_a_warning(tmp_path):
+    (script := tmp_path / "script.py").write_text(_PASS)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True)
+    assert (ran.stdout, ran.stderr) == ("20\n", "")
