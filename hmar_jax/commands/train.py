@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -68,15 +70,21 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
       InputError: no such file, a field that does not exist, or a value of the wrong type or range.
     """
     file = str(local_path(file, "--config"))
-    if not is_there(Path(file.split(":")[0]), "Config file"):
+    path = Path(file.split(":")[0])
+    if not is_there(path, "Config file"):
         raise InputError(f"Config file {file} does not exist; those that come with the project are in configs/.")
-    check_readable(Path(file.split(":")[0]), "Config file")
+    if not path.is_file() or path.suffix == ".json":
+        raise InputError(f"--config is {file}, which is no Python file; give one such as those in configs/.")
+    check_readable(path, "Config file")
     sys.modules.pop("config_config", None)  # where ml_collections loads a file: one without get_config sees the last
     argv = ["train", f"--config={file}", *overrides]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        values(argv)
+        with _naming_fault(str(path)):
+            values(argv)
+    except InputError:
+        raise
     except (AttributeError, KeyError) as error:
         if "get_config" in str(error):
             raise InputError(f"Config file {file} has no get_config(); see those in configs/.") from None
@@ -99,6 +107,26 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
     made = from_config_dict(TrainConfig, config)
     check_paths(made)
     return made
+
+
+@contextlib.contextmanager
+def _naming_fault(file: str) -> Iterator[None]:
+    """Turns what a config file raises, being a program of the user's, into an InputError with its line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error  # ml_collections and absl wrap some, with a traceback for a text
+        while isinstance(cause, flags.Error | TypeError | ValueError) and (
+            below := cause.__cause__ or cause.__context__
+        ):
+            cause = below
+        lines = [at.lineno for at in traceback.extract_tb(cause.__traceback__) if at.filename == file]
+        if lines and not isinstance(cause, InputError | ImportError):
+            said = f"{type(cause).__name__} ({str(cause).partition(chr(10))[0]})"
+            raise InputError(f"Config file {file} fails at line {lines[-1]} with {said}.") from None
+        if "Traceback" in str(error):
+            raise InputError(f"Config file {file} cannot be loaded: {_sentence(Exception(*cause.args))}") from None
+        raise
 
 
 def _sentence(error: Exception) -> str:

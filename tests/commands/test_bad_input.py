@@ -195,6 +195,13 @@ def test_a_missing_config_file_is_named(tmp_path, refused):
 
 NO_CONFIGS = {
     "a text": ("README.md", "# A title\n\nTrain a model first.\n", r" is not Python \(invalid syntax, line 3\)\."),
+    "what fails": ("c.py", "x = 1\ny = x/0\n", r" fails at line 2 with ZeroDivisionError \(division by zero\)\."),
+    "what fails in get_config": (
+        "c.py",
+        "def get_config():\n    return {}['a']\n",
+        r" fails at line 2 with KeyError \('a'\)\.",
+    ),
+    "what raises": ("c.py", "raise ValueError('mine\\nx')\n", r" fails at line 1 with ValueError \(mine\)\."),
     "no get_config": ("c.py", "config = {}\n", r" has no get_config\(\); see those in configs/\."),
 }
 
@@ -208,6 +215,16 @@ def test_a_file_that_is_no_config_is_named(tmp_path, refused, monkeypatch, case)
     file.write_text(content)
     said = refused("train", f"--config={file}", "--workdir", tmp_path / "run")
     assert re.fullmatch(f"Config file {re.escape(str(file))}{expected}", said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_another_kind_is_named(files, tmp_path, refused):
+    (tmp_path / "config.json").write_text('{"stage": true}')
+    for path in (tmp_path / "config.json", tmp_path):
+        said = refused("train", f"--config={path}", "--workdir", tmp_path / "run")
+        assert said == f"--config is {path}, which is no Python file; give one such as those in configs/."
+    said = refused("train", f"--config={files['tokenizer']}:small", "--workdir", tmp_path / "run")
+    assert said.endswith("cannot be loaded: get_config() takes 0 positional arguments but 1 was given.")
     assert not (tmp_path / "run").exists()
 
 
