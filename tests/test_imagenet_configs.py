@@ -68,8 +68,8 @@ class TestPublishedRecipe:
 
     def test_pictures(self, resolution, depth):
         file, tokens = CONFIGS / "imagenet256_tokenizer.py", stages(resolution, depth)[1].data.path
-        export = rf"hmar-jax export tokens --config=configs/{file.name} (.*) --output={tokens}"
-        (command,) = re.findall(export, header(file))
+        export = rf"hmar-jax export tokens --config=configs/{file.name} (.*) --output={tokens}$"
+        (command,) = re.findall(export, header(file), re.MULTILINE)
         data = read_config(str(file), [word for word in command.split() if word.startswith("--config.")]).data
         assert (data.name, data.split, data.resize, data.crop) == ("imagenet2012", "train", 1.125, "random")
         assert data.flip is False
