@@ -68,7 +68,8 @@ def _sample_labels(args: argparse.Namespace) -> None:
             pictures.save_png(pictures.trace(frames), args.output / f"{name}-trace.png")
             write_whole(args.output / f"{name}-trace.gif", pictures.animation(frames))
     pictures.save_png(pictures.grid(out.images, min(8, len(labels))), args.output / "grid.png")
-    print(f"{len(labels)} pictures and grid.png are in {args.output}")
+    number = f"{len(labels)} picture{'s' * (len(labels) > 1)}"
+    print(f"{number} and grid.png are in {args.output}")
 
 
 def _sample_classes(args: argparse.Namespace) -> None:

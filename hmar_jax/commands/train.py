@@ -91,7 +91,8 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         reason = _sentence(error).rstrip(".")
         raise InputError(f"No such field in the config of {file}: {reason}; hmar_jax/config.py lists them.") from None
     except SyntaxError as error:
-        raise InputError(f"Config file {file} is not Python ({error.msg}, line {error.lineno}).") from None
+        at = f", line {error.lineno}" if error.lineno else ""
+        raise InputError(f"Config file {file} is not Python ({error.msg}{at}).") from None
     except ImportError as error:
         raise InputError(f"Config file {file} cannot be loaded: {_sentence(error)}") from None
     except OSError as error:
