@@ -46,10 +46,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: ArrayLike) -> np.ndarray:
     """The whole of an array; where other processes hold parts of it, all of them must ask for it together."""
-    whole = not isinstance(array, jax.core.Tracer) and not (array.is_fully_addressable or array.is_fully_replicated)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True) if whole else array)
+    in_parts = (
+        isinstance(array, jax.Array)
+        and not isinstance(array, jax.core.Tracer)
+        and not (array.is_fully_addressable or array.is_fully_replicated)
+    )
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True) if in_parts else array)
 
 
 def mesh_in_use() -> Mesh:

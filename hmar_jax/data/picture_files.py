@@ -139,8 +139,10 @@ def _upright(file: BinaryIO | None, background: str) -> np.ndarray:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    # Pillow's warnings name no file; they are about metadata, and about sizes, which are checked here.
-    if not any(known[2] is Warning and getattr(known[3], "pattern", "") == _PILLOW for known in warnings.filters):
+    # Pillow's warnings name no file; they are about metadata, and about sizes, which are checked here. The filter is to
+    # stand before any that others added meanwhile; adding it again moves it there.
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or first[2] is not Warning or getattr(first[3], "pattern", "") != _PILLOW:
         warnings.filterwarnings("ignore", category=Warning, module=_PILLOW)
     picture = Image.open(file, formats=formats())
     if picture.width * picture.height > MOST_PIXELS:

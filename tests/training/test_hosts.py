@@ -40,6 +40,7 @@ START = """
 import json, os, signal, sys, time
 sys.path.insert(0, {here!r})
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 from hmar_jax.training import distributed
 process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
