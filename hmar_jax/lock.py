@@ -185,6 +185,11 @@ def _here(holder: dict[str, Any], me: dict[str, Any]) -> bool:
     return all(holder.get(name) == me[name] for name in names)
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    return _started(pid) is not None
+
+
 def _started(pid: Any) -> int | None:
     """When a process began, in ticks since the boot; 0 where the system does not say; None where there is none."""
     if not isinstance(pid, int) or pid <= 0:

@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hmar_jax.config import from_plain, to_plain
 from hmar_jax.errors import InputError, reason
 from hmar_jax.files import check_refusal, local_path, write_whole, writing
+from hmar_jax.lock import is_running
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1
@@ -205,19 +206,9 @@ def _new_partial(path: Path) -> Path:
     start = f".{path.name}.partial-{socket.gethostname()}-"
     for left in path.parent.glob(f"{glob.escape(start)}*"):
         process = left.name.removeprefix(start)
-        if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+        if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
             shutil.rmtree(left, ignore_errors=True)
     return path.with_name(f"{start}{os.getpid()}")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True
 
 
 def write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:

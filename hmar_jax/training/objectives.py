@@ -1,6 +1,8 @@
-"""parameters, batch → loss: one objective for each training stage, all with the same four methods.
+"""parameters, batch → loss: one objective for each training stage, all with the same methods (`Objective`).
 
 Axis letters: B batch, S pixels a side, L tokens, K scales, V codebook, Z latent channels.
+
+(Over 400 lines: the three stages stand side by side, and the two of the transformer share most of what they do.)
 """
 
 from __future__ import annotations
