@@ -219,8 +219,8 @@ class Schedule:
         """
         if not isinstance(text, str | os.PathLike):
             raise InputError(f"The schedule is {shown(text)}; expected {_SCHEDULES}.")
-        path = local_path(text, "The schedule")
-        if not isinstance(text, str) or path.suffix.lower() == ".json":
+        if not isinstance(text, str) or text.lower().endswith(".json"):
+            path = local_path(text, "The schedule")
             file = f"Schedule file {text}"
             try:
                 schedule = cls.from_json(path.read_text(encoding="utf-8"))

@@ -397,7 +397,7 @@ LADDER = ScaleLadder((1, 2, 3))
         (lambda: Schedule.parse(None, LADDER), "The schedule is None; expected a Schedule, the name of one"),
         (lambda: Schedule.parse(3.5, LADDER), "The schedule is 3.5;"),
         (lambda: Schedule.parse("a\0.json", LADDER), r"The schedule is 'a\\x00.json';"),
-        (lambda: Schedule.parse("\0", LADDER), r"The schedule is '\\x00';"),
+        (lambda: Schedule.parse("\0", LADDER), r"Schedule '\\x00' is unknown"),
         (lambda: Schedule.parse("", LADDER), "Schedule '' is unknown"),
         (lambda: Schedule.parse("small", (1, 2, 3)), r"The ladder is \(1, 2, 3\); expected a ScaleLadder"),
         (lambda: Schedule.parse("small", LADDER, "d16"), "The depth is 'd16'; expected"),

@@ -15,7 +15,7 @@ from hmar_jax.config import ModelConfig, OptimizerConfig
 from hmar_jax.networks import networks
 from hmar_jax.training import loop
 from hmar_jax.training.metrics import read_metrics
-from hmar_jax.training.objectives import NextScaleObjective
+from hmar_jax.training.objectives import NextScaleObjective, Parts, Start
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, make_train_step
 from hmar_jax.training.weights_and_masks import scale_weights
@@ -24,7 +24,7 @@ from hmar_jax.transformer.teacher_forcing import teacher_inputs
 B, RATE, DECAY, CLIP = 4, 1e-2, 0.1, 0.5
 NETWORK = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
 GOLDEN = {1: 2.7718, 40: 2.8928, 100: 2.7379, 200: 2.5083}  # step → loss, on a CPU
-START = ModelConfig(LADDER, TOKENIZER, None, CLASSES)
+START = Start(ModelConfig(LADDER, TOKENIZER, None, CLASSES), {}, lambda _: {})
 
 
 def norm(x):
@@ -78,7 +78,7 @@ def step():
     config = next_scale_config(Path("."), transformer=NETWORK, batch_size=B, optimizer=optimizer)
     objective = NextScaleObjective(config, CLASSES, START)
     params = lively_params(objective.model_config)
-    parts = objective.init([], params)._replace(trained={"transformer": params["transformer"]})
+    parts = Parts({"transformer": params["transformer"]}, {"tokenizer": params["tokenizer"]}, {})
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, TOKENIZER.codebook_size, (B, LADDER.length)).astype(np.int32)
     batch = {"tokens": tokens, "label": rng.integers(0, len(CLASSES), B).astype(np.int32)}
