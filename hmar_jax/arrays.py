@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 
 
 def host_array(name: str, value: Any, expected: str) -> np.ndarray:
@@ -35,15 +35,6 @@ def host_array(name: str, value: Any, expected: str) -> np.ndarray:
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"):
         raise InputError(f"{name} {shown(value)}; expected {expected}.")
     return array
-
-
-def shown(value: Any) -> str:
-    """A value as a sentence shows it: its repr in one line, cut where it is long."""
-    try:
-        text = " ".join(repr(value).split())
-    except (ValueError, RecursionError):  # an int of thousands of digits, a deep list
-        text = f"({type(value).__name__})"
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def on_host(array: ArrayLike) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
 
@@ -18,6 +19,9 @@ class HmarError(Exception):
     """
 
     exit_code = 2
+
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence))
 
 
 class InputError(HmarError, ValueError):
@@ -36,6 +40,27 @@ class TransientError(HmarError, RuntimeError):
     """What another try may not meet again, such as a machine that is late."""
 
     exit_code = 1
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as a sentence shows it: its repr in one line, cut where it has more than `most` characters."""
+    try:
+        text = printable(" ".join(repr(value).split()))
+    except (ValueError, RecursionError):  # an int of thousands of digits, a deep list
+        text = f"({type(value).__name__})"
+    return text if len(text) <= most else f"{text[: most - 3]}…"
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """A text as a terminal may have it: line ends and control characters escaped, the middle of a long one left out.
+
+    What a file says may hold sequences that move a terminal's cursor or write kilobytes.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reason(error: Exception) -> str:

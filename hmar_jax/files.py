@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
 
@@ -81,6 +82,59 @@ def is_there(path: Path, what: str) -> bool:
         check_refusal(f"{what} {path}", error)
         return False
     return True
+
+
+def check_regular(path: Path, what: str) -> None:
+    """Raises InputError unless a path is a regular file: a named pipe may never answer, a device may never end.
+
+    Args:
+      what: what a sentence calls it, before the path.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: it does not exist. InputError: it is another kind of file, may not be
+        looked at, or its path is wrong. TransientError: the disk does not answer.
+    """
+    with _refusing(path, what):
+        _check_mode(path.stat(), path, what)
+
+
+def open_regular(path: Path, what: str) -> BinaryIO:
+    """A regular file, opened to be read; raises as `check_regular` does, also where it may not be read."""
+    check_regular(path, what)  # opening a device may already do something
+    with _refusing(path, what):
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        _check_mode(os.fstat(file.fileno()), path, what)  # it may have changed since
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: Path, what: str, most: int) -> bytes:
+    """All of a regular file of at most `most` bytes; raises as `open_regular` does, and InputError if it is larger."""
+    with open_regular(path, what) as file, _refusing(path, what):
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{what} {path} is larger than {most} bytes; expected a smaller file.")
+    return content
+
+
+def _check_mode(status: os.stat_result, path: Path, what: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise InputError(f"{what} {path} is {kind}; give a file.")
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, what: str) -> Iterator[None]:
+    """Turns an OSError of the block into a sentence, unless it says that the file does not exist."""
+    try:
+        yield
+    except OSError as error:
+        check_refusal(f"{what} {path}", error)
+        raise
 
 
 def check_readable(path: Path, what: str) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from hmar_jax.arrays import host_array, mesh_in_use, on_host, over_devices, shown
+from hmar_jax.arrays import host_array, mesh_in_use, on_host, over_devices
 from hmar_jax.config import ModelConfig, TransformerConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.networks import hold, networks, undo_layout, unrolls
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept

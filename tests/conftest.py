@@ -31,6 +31,7 @@ from hmar_jax.scales import ScaleLadder
 
 # Examples compile, so that time says nothing; the same examples on every run.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30, database=None)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=3000, database=None)
 hypothesis.settings.load_profile("tests")
 
 GOLDENS = os.path.join(os.path.dirname(__file__), "goldens")
@@ -57,6 +58,15 @@ LONG = (
     "sampling/test_trace.py",
     "sampling/test_bulk.py",
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="many more examples of the property tests, with new seeds")
+
+
+def pytest_configure(config):
+    if config.getoption("--full"):
+        hypothesis.settings.load_profile("full")
 
 
 def pytest_collection_modifyitems(items):

@@ -12,8 +12,7 @@ import re
 from numbers import Real
 from typing import Any
 
-from hmar_jax.arrays import shown
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.scales import ScaleLadder
 
 CURVES = ("single", "equal", "cosine", "arccos", "power")

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmar_jax.arrays import shown
+from hmar_jax import json_files
 from hmar_jax.config import TransformerConfig
-from hmar_jax.errors import InputError, reason
-from hmar_jax.files import local_path
+from hmar_jax.errors import InputError, saying, shown
+from hmar_jax.files import local_path, read_bytes
 from hmar_jax.sampling import generators, presets
 from hmar_jax.sampling.presets import ORDERS, Order
 from hmar_jax.scales import ScaleLadder
@@ -223,11 +223,11 @@ class Schedule:
             path = local_path(text, "The schedule")
             file = f"Schedule file {text}"
             try:
-                schedule = cls.from_json(path.read_text(encoding="utf-8"))
-            except InputError as error:
-                raise InputError(f"{file}: {error}") from None
-            except (OSError, UnicodeDecodeError) as error:
+                content = read_bytes(path, "Schedule file", json_files.MOST_BYTES)
+            except (FileNotFoundError, NotADirectoryError) as error:
                 raise InputError(f"{file} cannot be read ({error}); write one with Schedule.to_json.") from None
+            with saying(file):
+                schedule = cls.from_json(content)
             schedule.check_ladder(ladder, file)
             return schedule
         generated = generators.parse(text)
@@ -325,10 +325,7 @@ class Schedule:
         """What `to_json` wrote, or written by hand: `counts`, and anything else that `from_counts` takes."""
         if not isinstance(text, str | bytes):
             raise InputError(f"The schedule is {shown(text)}; expected JSON as Schedule.to_json writes it.")
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"The schedule is not JSON ({reason(error)}); write it with Schedule.to_json.") from None
+        fields = json_files.parse(text, "The schedule", "write it with Schedule.to_json")
         others = (*SCALARS, "refine_cfg", "order")
         if not isinstance(fields, dict) or "counts" not in fields or set(fields) - {"counts", *others}:
             raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {shown(text)}.")

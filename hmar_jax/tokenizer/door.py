@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hmar_jax.arrays import host_array, on_host, shown
+from hmar_jax.arrays import host_array, on_host
 from hmar_jax.config import ModelConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.networks import networks
 
 
