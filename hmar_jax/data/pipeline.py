@@ -36,11 +36,14 @@ from hmar_jax.errors import InputError
 _SEEDS = 2**32  # of training; glyphs of greater ones are held out
 
 
-def open_source(config: DataConfig, image_size: int, seed: int = 0, part: Part = "train") -> Source:
+def open_source(
+    config: DataConfig, image_size: int, seed: int = 0, part: Part = "train", classes: int | None = None
+) -> Source:
     """The source that `config` names, or its held-out part.
 
     Args:
       config: what to read. image_size: S, and seed: of the glyphs; other sources need neither.
+      classes: that labels of tokens must be below; the names in a cache bound them too.
       part: `validation` is what `has_validation` promises: glyphs of seeds that no training has, the folder
         `validation` of a token cache, or the share `data.held_out` of other sources, which `train` then lacks.
 
@@ -51,7 +54,7 @@ def open_source(config: DataConfig, image_size: int, seed: int = 0, part: Part =
         case "glyphs":
             return Glyphs(config.classes, image_size, seed + _SEEDS * (part == "validation"))
         case "tokens":
-            return TokenSource(validation_of(config.path) if part == "validation" else config.path)
+            return TokenSource(validation_of(config.path) if part == "validation" else config.path, classes)
         case _:
             source = _part(_pictures(config), config, part)
             return WholePictures(source, config, part) if config.skip_broken else source
@@ -99,6 +102,7 @@ def batches(
     seed: int,
     rows: Sequence[int] | None = None,
     part: Part = "train",
+    classes: int | None = None,
 ) -> Batches:
     """Endless training batches; every epoch in another order, every visit with another crop.
 
@@ -107,7 +111,7 @@ def batches(
       seed: of order, crops, flips and glyphs, from 0 to 2^32-1.
       rows: which examples of every batch to read, from 0, in that order; all when None. They are the same ones
         whichever other rows are read, so that every process of a job may read its own.
-      part: of the source, see `open_source`.
+      part: of the source, and classes: that labels of tokens are below; see `open_source`.
 
     Returns:
       An iterator of {"image": uint8 (b,S,S,3), "label": int32 (b,)} or {"tokens": int32 (b,L), "label": int32 (b,)}.
@@ -121,7 +125,7 @@ def batches(
         raise InputError(
             f"batch_size={batch_size}, rows={list(rows)}: expected 1 or more, and rows from 0 to below that."
         )
-    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed, part)), config, seed)
+    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed, part, classes)), config, seed)
     pictures = for_ever.random_map(Visit(config, image_size))
     return Batches(_Rows(pictures, batch_size, tuple(rows)).batch(len(rows)), batch_size, config)
 

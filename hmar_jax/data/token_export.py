@@ -41,7 +41,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from hmar_jax import lock, pictures
+from hmar_jax import json_files, lock, pictures
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, to_plain
 from hmar_jax.data import pipeline
 from hmar_jax.data.broken import Broken, WholePictures
@@ -208,7 +208,7 @@ def _settings(header: Header, data: DataConfig, seed: int, source: pipeline.Sour
     named = [source.name(index) for index in range(len(source))] if isinstance(source, NamedSource) else []
     digest = hashlib.sha256(os.fsencode("\0".join(named))).hexdigest()
     of_data = {f"data.{name}": value for name, value in to_plain(data).items() if name not in ("path", "workers")}
-    of_cache = {name: value for name, value in to_plain(header).items() if name != "source"}
+    of_cache = {name: value for name, value in to_plain(header).items() if name not in ("source", "ends")}
     rest = {"seed": seed, "pictures": digest, "shard_size": _shard_size(header.count)}
     settings: dict[str, Any] = json.loads(json.dumps(of_cache | of_data | rest))
     return settings
@@ -348,7 +348,7 @@ class _Job:
         return [not is_there for is_there in whole]
 
     def _is_whole(self, shard: int) -> bool:
-        return is_whole(self.folder / self._names[shard], len(self._pictures[shard]))
+        return is_whole(self.folder / self._names[shard], len(self._pictures[shard]), self.header)
 
     def _write(self, name: str, records: Iterator[bytes]) -> None:
         """Writes a shard, whole or not at all."""
@@ -370,9 +370,11 @@ class _Job:
 
     def _differing(self, folder: Path) -> list[str]:
         """The names of the settings that are others in a folder's manifest."""
-        file = folder / MANIFEST
+        file, instead = folder / MANIFEST, f"remove {folder}, or choose another --output"
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            return [name for name, value in self._settings.items() if there.get(name) != value]
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file} cannot be read ({error}); remove {folder}, or choose another --output.") from None
+            there = json_files.read(file, "The record of an export", instead)
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        if not isinstance(there, dict):
+            raise InputError(f"{file} is not the record of an export; {instead}.")
+        return [name for name, value in self._settings.items() if there.get(name) != value]

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -26,14 +28,17 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from hmar_jax import json_files
 from hmar_jax.config import from_plain, to_plain
-from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, local_path, write_whole, writing
+from hmar_jax.errors import InputError, reason, saying, shown
+from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, write_whole, writing
 from hmar_jax.lock import is_running
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1
 HEADER = "cache.json"
+MOST_CODES = 2**16  # a record has 16 bits for each
+_ENDS = 2**16  # bytes at either end of a shard that its digest is of: to read all of a large cache takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Header:
       sides: of the ladder. codebook_size: at most 65536. crops: versions of each picture. count: pictures.
       class_names: of labels 0, 1, … tokenizer: its fingerprint. source: what the pictures were, in words.
       shards: files. dtype: the encoder computed in; caches from before it was recorded are float32.
+      ends: of each shard, the SHA-256 of `_digest_of_ends`; empty in caches from before it was recorded. The rest of a
+        shard is guarded by array_record's own checksums, which cannot tell it from a shard of another cache.
+
+    Raises:
+      InputError: a field is out of its range.
     """
 
     sides: tuple[int, ...]
@@ -55,7 +65,23 @@ class Header:
     source: str
     shards: int
     dtype: str = "float32"
+    ends: tuple[str, ...] = ()
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        ScaleLadder(self.sides)
+        for name, most in (("codebook_size", MOST_CODES), ("crops", 2**31), ("count", 2**62), ("shards", 2**31)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 1 to {most}.")
+        if "" in self.class_names or len(set(self.class_names)) < len(self.class_names):
+            raise InputError(f"class_names are {shown(self.class_names)}; expected distinct names, none of them empty.")
+        if len(self.ends) not in (0, self.shards):
+            raise InputError(f"ends has {len(self.ends)} digests; expected one for each of {self.shards} shards.")
+
+    @functools.cached_property
+    def record_bytes(self) -> int:
+        """The size of each record: a label, then the codes of all crops."""
+        return 4 + 2 * self.crops * ScaleLadder(self.sides).length
 
 
 def write_token_cache(
@@ -86,8 +112,10 @@ def write_token_cache(
       InputError: something is there already, a batch does not fit the above, or the disk refuses.
     """
     path = local_path(path, "The token cache's path")
-    if not 1 <= codebook_size <= 2**16:
-        raise InputError(f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {2**16}.")
+    if not 1 <= codebook_size <= MOST_CODES:
+        raise InputError(
+            f"codebook_size={codebook_size} does not fit a token cache's 16 bits; use at most {MOST_CODES}."
+        )
     check_free(path)
     partial = _new_partial(path)
     shards: list[Path] = []
@@ -128,7 +156,25 @@ def check_free(path: Path) -> None:
 
 def write_header(folder: Path, header: Header) -> None:
     """Makes a cache of the folder that has its shards."""
-    write_whole(folder / HEADER, (json.dumps(to_plain(header), indent=1) + "\n").encode())
+    ends = tuple(_digest_of_ends(folder / name) for name in shard_names(header.shards))
+    plain = to_plain(dataclasses.replace(header, ends=ends))
+    write_whole(folder / HEADER, (json.dumps(plain | {"sha256": _digest(plain)}, indent=1) + "\n").encode())
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    """SHA-256 of a header, however it is laid out in its file."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_ends(shard: Path) -> str:
+    """SHA-256 of a shard's size and of its first and last 64 KiB, which hold its first records and its index."""
+    with open_regular(shard, "Token file") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(f"{size} ".encode())
+        for start in (0, max(0, size - _ENDS)):
+            file.seek(start)
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()
 
 
 class TokenSource:
@@ -136,44 +182,55 @@ class TokenSource:
 
     Args:
       path: the cache's directory.
+      classes: how many the model that trains has, above all labels; by default as many as the cache has names for.
 
     Attributes:
       ladder, and codebook_size, crops, class_names, tokenizer, source, dtype: as in its `Header`.
 
     Raises:
-      InputError: there is no cache, or it is corrupt, cut short or of another version.
+      InputError: there is no cache, or it is damaged, not the files that were written, or of another version.
       TransientError: the disk refuses.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], classes: int | None = None) -> None:
         path = local_path(path, "data.path")
         self.path = str(path)
-        header = _read_header(path)
+        header = self._header = _read_header(path)
         self.ladder = ScaleLadder(header.sides)
         self.codebook_size, self.crops = header.codebook_size, header.crops
         self.class_names, self.tokenizer, self.source = header.class_names, header.tokenizer, header.source
         self.dtype = header.dtype
+        self._classes = min(classes or 2**31, len(header.class_names) or 2**31)
         with self._whole():
-            self._records = ArrayRecordDataSource([path / name for name in shard_names(header.shards)])
+            self._records = ArrayRecordDataSource(_shards_there(path, header))
             if len(self._records) != header.count:
                 raise ValueError(f"{len(self._records)} of {header.count} images")
+            self[0]  # so that what all records lack is known before anything is built for them
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index`: "tokens" (crops,L) uint16; "label" int32. Raises InputError if it cannot be read."""
+        """Example `index`: "tokens" (crops,L) uint16 below codebook_size; "label" int32 below the number of classes.
+
+        Raises:
+          InputError: it cannot be read, or is no such example.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         with self._whole():
-            record = self._records[index]
-            tokens = np.frombuffer(record, "<u2", offset=4).reshape(self.crops, self.ladder.length)
-            return {"tokens": tokens.astype(np.uint16), "label": np.frombuffer(record, "<i4", 1)[0].astype(np.int32)}
+            try:
+                label, tokens = parse_record(self._records[index], self._header, self._classes)
+            except ValueError as error:
+                raise ValueError(f"image {index}: {reason(error)}") from error
+        return {"tokens": tokens.astype(np.uint16), "label": label}
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         try:
             yield
+        except InputError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:  # array_record raises the latter two
             check_refusal(f"Token cache {self.path!r}", error)
             raise InputError(
@@ -227,11 +284,29 @@ def write_shard(shard: Path, records: Iterable[bytes], path: Path) -> int:
     return count
 
 
-def is_whole(shard: Path, count: int) -> bool:
-    """Whether a shard can be read from end to end, checksums and all, and has that many records."""
+def parse_record(record: bytes, header: Header, classes: int) -> tuple[np.int32, np.ndarray]:
+    """The label and the codes (crops,L) of a record. Raises ValueError where it is none of a cache of this header."""
+    if len(record) != header.record_bytes:
+        raise ValueError(f"its record has {len(record)} bytes, expected {header.record_bytes}")
+    label = np.frombuffer(record, "<i4", 1)[0].astype(np.int32)
+    if not 0 <= label < classes:
+        raise ValueError(f"its label is {label}, expected 0 to {classes - 1}")
+    tokens = np.frombuffer(record, "<u2", offset=4).reshape(header.crops, -1)
+    if header.codebook_size < MOST_CODES and (most := tokens.max()) >= header.codebook_size:
+        raise ValueError(f"it has the code {most}, expected 0 to {header.codebook_size - 1}")
+    return label, tokens
+
+
+def is_whole(shard: Path, count: int, header: Header) -> bool:
+    """Whether a shard has that many records of a cache of this header, all of which can be read, checksums and all."""
+    check_regular(shard, "Token file")
     try:
         records = ArrayRecordDataSource([shard])
-        return len(records) == count == len(records.__getitems__(range(count)))
+        if len(records) != count:
+            return False
+        for record in records.__getitems__(range(count)):
+            parse_record(record, header, len(header.class_names))
+        return True
     except (OSError, RuntimeError, ValueError) as error:  # array_record raises the latter two
         check_refusal(str(shard), error)
         return False
@@ -242,18 +317,43 @@ def shard_names(shards: int) -> list[str]:
     return [f"tokens-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
 
 
+def _shards_there(path: Path, header: Header) -> list[Path]:
+    """The files of a cache. Raises ValueError where they are not those that it was written with."""
+    end = f"-of-{header.shards:05d}.array_record"
+    there = sum(name.startswith("tokens-") and name.endswith(end) for name in os.listdir(path))
+    if there < header.shards:  # known before as many names are made as a damaged header asks for
+        raise ValueError(f"{there} of {header.shards} files are there")
+    shards = [path / name for name in shard_names(header.shards)]
+    for shard, digest in itertools.zip_longest(shards, header.ends):
+        try:
+            if digest is None:
+                check_regular(shard, "Token file")
+            elif _digest_of_ends(shard) != digest:
+                raise ValueError(f"{shard.name} is not the file that was written")
+        except FileNotFoundError:
+            raise ValueError(f"{shard.name} is missing") from None
+    return shards
+
+
 def _read_header(path: Path) -> Header:
-    file = path / HEADER
+    file, again = path / HEADER, "write the token cache again"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values["format"] == FORMAT:
-            return from_plain(Header, values)
+        values = json_files.read(file, "Token cache header", again)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{str(path)!r} is no token cache: it has no cache.json; set data.path to one, or write it with "
             "`hmar-jax export tokens`."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        check_refusal(f"Token cache {str(path)!r}", error)
-        raise InputError(f"{str(file)!r} cannot be read ({reason(error)}); write the token cache again.") from error
-    raise InputError(f"Token cache {str(path)!r} has format {values['format']}, not {FORMAT}; write it again.")
+    if not isinstance(values, dict):
+        raise InputError(f"Token cache header {file} is {shown(values)}; expected an object, so {again}.")
+    if values.get("format") != FORMAT:
+        raise InputError(f"Token cache {str(path)!r} has format {shown(values.get('format'))}, not {FORMAT}; {again}.")
+    digest = values.pop("sha256", None)  # None in caches from before it was recorded
+    with saying(f"Token cache header {file}"):
+        header = from_plain(Header, values)
+    if digest is not None and digest != _digest(values):
+        raise InputError(
+            f"Token cache header {file} is not what was written; {again}, or delete its line `sha256` if you changed "
+            "it on purpose."
+        )
+    return header

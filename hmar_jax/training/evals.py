@@ -86,6 +86,7 @@ class Evals:
             seed=config.seed,
             rows=sharding.host_rows(self._mesh, size),
             part="validation",
+            classes=self._objective.model_config.num_classes,
         )
         key, measured = jax.random.key(config.seed), []
         try:

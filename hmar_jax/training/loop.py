@@ -23,7 +23,7 @@ from hmar_jax import pictures
 from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths
 from hmar_jax.data import pipeline
-from hmar_jax.data.tokens import TokenSource
+from hmar_jax.data.tokens import TokenSource, validation_of
 from hmar_jax.errors import DivergedError, InputError, device_memory
 from hmar_jax.failures import explained
 from hmar_jax.files import is_there, local_path
@@ -34,9 +34,10 @@ from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.evals import Evals
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler
-from hmar_jax.training.objectives import OBJECTIVES, Objective, open_start, unjudged
+from hmar_jax.training.objectives import OBJECTIVES, Objective, Start, open_start, unjudged
 from hmar_jax.training.optimizer import learning_rate, make_optimizer
 from hmar_jax.training.settings import check_used
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
@@ -169,12 +170,24 @@ def make_objective(config: TrainConfig, class_names: tuple[str, ...] | None = No
     cache = TokenSource(config.data.path)
     start = open_start(config)
     assert start is not None  # TrainConfig sees to it
-    if cache.ladder != start.config.ladder or cache.tokenizer != start.meta["tokenizer_sha256"]:
-        raise InputError(
-            f"The token cache {config.data.path} was written by another tokenizer than that of {config.init_from}; "
-            "export it again with this one."
+    _check_coded_by(cache, start, config)
+    if config.evals and pipeline.has_validation(config.data):
+        held_out = TokenSource(validation_of(config.data.path))
+        _check_coded_by(held_out, start, config)
+        check_same_classes(
+            ("The token cache", cache.class_names), (held_out.path, held_out.class_names), "so export both again"
         )
     return OBJECTIVES[config.stage](config, cache.class_names, start)
+
+
+def _check_coded_by(cache: TokenSource, start: Start, config: TrainConfig) -> None:
+    """Raises InputError unless a token cache was written by the tokenizer of the model that the stage starts from."""
+    ours = cache.ladder, cache.tokenizer, cache.codebook_size
+    if ours != (start.config.ladder, start.meta["tokenizer_sha256"], start.config.tokenizer.codebook_size):
+        raise InputError(
+            f"The token cache {cache.path} was written by another tokenizer than that of {config.init_from}; "
+            "export it again with this one."
+        )
 
 
 def load_trained(workdir: Path, init_from: str = "") -> tuple[Model, str, list[str]]:
@@ -212,8 +225,15 @@ def _trained(
 
 def _batches(config: TrainConfig, objective: Objective, mesh: Mesh) -> pipeline.Batches:
     """The part of the training batches that this process reads, from the first one on."""
-    size, rows = objective.model_config.image_size, sharding.host_rows(mesh, config.batch_size)
-    return pipeline.batches(config.data, batch_size=config.batch_size, image_size=size, seed=config.seed, rows=rows)
+    model, rows = objective.model_config, sharding.host_rows(mesh, config.batch_size)
+    return pipeline.batches(
+        config.data,
+        batch_size=config.batch_size,
+        image_size=model.image_size,
+        seed=config.seed,
+        rows=rows,
+        classes=model.num_classes,
+    )
 
 
 def _initial_state(

@@ -16,7 +16,7 @@ from hmar_jax import from_pretrained, lock, pictures
 from hmar_jax.config import DataConfig
 from hmar_jax.data import pipeline, token_export
 from hmar_jax.data.token_export import BROKEN, MANIFEST, export_tokens
-from hmar_jax.data.tokens import TokenSource
+from hmar_jax.data.tokens import TokenSource, write_shard
 from hmar_jax.errors import InputError
 from hmar_jax.pretrained import save_model, tokenizer_fingerprint
 
@@ -159,6 +159,30 @@ def test_a_damaged_shard_is_coded_again(model_path, data, whole, tmp_path, coded
     assert smaller == records(path)[first.name][0][:20]
 
 
+@pytest.mark.parametrize("fault", ["a label", "a code", "a size"])
+def test_a_finished_shard_with_a_record_out_of_range_is_coded_again(model_path, data, whole, tmp_path, coded, fault):
+    path = begun(tmp_path / "cache", whole, (0, 1, 2))
+    first = min(partial_of(path).glob("tokens-*"))
+    spoiled = [bytearray(record) for record in records(whole)[first.name]]
+    if fault == "a size":
+        del spoiled[3][-2:]
+    else:
+        at = slice(0, 4) if fault == "a label" else slice(4, 6)
+        spoiled[3][at] = b"\xff" * len(spoiled[3][at])
+    write_shard(first, map(bytes, spoiled), path)
+    export_tokens(model_path, data, path, crops=CROPS)
+    assert coded == list(range(16))
+    assert records(path) == records(whole)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_finished_shard_that_is_no_file_is_a_sentence(model_path, data, whole, tmp_path, make):
+    path = begun(tmp_path / "cache", whole, (1, 2))
+    make(partial_of(path) / "tokens-00000-of-00003.array_record")
+    with pytest.raises(InputError, match=r"Token file .* is a (named pipe|folder); give a file"):
+        export_tokens(model_path, data, path, crops=CROPS)
+
+
 CHANGES = {
     "crops": ({"crops": 1}, {}),
     "seed": ({"seed": 1}, {}),
@@ -238,11 +262,11 @@ def test_a_folder_that_is_not_an_exports_is_refused(model_path, data, tmp_path):
     assert (partial_of(tmp_path / "cache") / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"crops"'])
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000, '{"crops"', '{"crops": ' + "1" * 5000 + "}"])
 def test_a_damaged_manifest_is_a_sentence(model_path, data, whole, tmp_path, text):
     path = begun(tmp_path / "cache", whole, (0,))
     (partial_of(path) / MANIFEST).write_text(text)
-    with pytest.raises(InputError, match=rf"{MANIFEST} cannot be read .*; remove") as caught:
+    with pytest.raises(InputError, match=rf"{MANIFEST} is not .*; remove .*cache.partial, or choose") as caught:
         export_tokens(model_path, data, path, crops=CROPS)
     assert "\n" not in str(caught.value)
 
@@ -283,6 +307,7 @@ def test_a_cache_from_before_the_dtype_was_recorded_is_float32(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "cache")
     header = json.loads((tmp_path / "cache/cache.json").read_text())
     assert header.pop("dtype") == "float32"
+    del header["sha256"], header["ends"]  # later still
     (tmp_path / "cache/cache.json").write_text(json.dumps(header))
     assert TokenSource(tmp_path / "cache").dtype == "float32"
 

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from hmar_jax.data.tokens import TokenSource, write_token_cache
+from hmar_jax.data.tokens import TokenSource, write_shard, write_token_cache
 from hmar_jax.errors import InputError, MachineError
 from hmar_jax.scales import ScaleLadder
 
@@ -162,35 +162,77 @@ def test_a_parent_that_is_no_folder_is_named(tmp_path):
 
 
 def change(**fields):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    """Changes fields of a header, which loses what it had no place for before it was recorded."""
+
+    def apply(path):
+        header = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({name: value for name, value in header.items() if name not in ("sha256", "ends")}))
+
+    return apply
 
 
-def replace_by_a_folder(path):
-    path.unlink()
-    path.mkdir()
+def replace(make):
+    def apply(path):
+        path.unlink()
+        make(path)
+
+    return apply
 
 
+SPECIAL = {
+    "a folder": (os.mkdir, "is a folder; give a file"),
+    "a named pipe": (os.mkfifo, "is a named pipe; give a file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is a device; give a file"),
+    "a link to itself": (lambda path: path.symlink_to(path), "a symbolic link leads to itself"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("digests", [True, False], ids=["with digests", "as of an earlier version"])
 @pytest.mark.parametrize("file", ["cache.json", "tokens-00001-of-00003.array_record"])
-def test_what_the_disk_refuses_is_not_called_damage(tmp_path, file):
+def test_what_is_no_file_is_refused_and_not_called_damage(tmp_path, file, digests, kind):
     write(tmp_path / "cache", shard_size=3)
-    replace_by_a_folder(tmp_path / "cache" / file)  # a refusal that root gets too
-    with pytest.raises(InputError, match=r"Token cache .*cache' could not be read \(\[Errno 21\] Is a directory"):
+    if not digests:
+        change()(tmp_path / "cache" / "cache.json")
+    make, expected = SPECIAL[kind]
+    replace(make)(tmp_path / "cache" / file)
+    with pytest.raises(InputError, match=expected) as caught:
         list(TokenSource(tmp_path / "cache"))
+    assert "damaged" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
         ("cache.json", os.unlink, "no token cache"),
-        ("cache.json", lambda path: path.write_text("{"), "cannot be read"),
-        ("cache.json", lambda path: path.write_text("[]"), "cannot be read"),
+        ("cache.json", lambda path: path.write_text("{"), "is not JSON .*write the token cache again"),
+        ("cache.json", lambda path: path.write_text("[" * 100_000), "is not JSON .*deeper than 64 levels"),
+        ("cache.json", lambda path: path.write_text("[]"), r"is \[\]; expected an object"),
+        ("cache.json", lambda path: path.write_text("{}"), "format None, not 1"),
         ("cache.json", lambda path: path.write_text('{"format": 1}'), "missing"),
         ("cache.json", change(format=2), "format 2, not 1"),
         ("cache.json", change(sides="1,2,3"), "sides"),
         ("cache.json", change(count=10), "9 of 10 images"),
-        ("cache.json", change(crops=3), "damaged"),
-        ("cache.json", change(sides=[1, 2, 4]), "damaged"),
-        ("tokens-00001-of-00003.array_record", os.unlink, "damaged.*No such file"),
+        ("cache.json", change(count=0), "count is 0; expected 1"),
+        ("cache.json", change(count=2**62), "9 of 4611686018427387904 images"),
+        ("cache.json", change(crops=3), "image 0: its record has 60 bytes, expected 88"),
+        ("cache.json", change(crops=-1), "crops is -1"),
+        ("cache.json", change(crops=10**9), "expected 28000000004"),
+        ("cache.json", change(sides=[1, 2, 4]), "its record has 60 bytes, expected 88"),
+        ("cache.json", change(sides=[1, 2**40]), "its record has 60 bytes"),
+        ("cache.json", change(sides=[2, 1]), "increasing list"),
+        ("cache.json", change(codebook_size=0), "codebook_size is 0"),
+        ("cache.json", change(codebook_size=2**16 + 1), "codebook_size is 65537"),
+        ("cache.json", change(shards=10**9), "3 of 1000000000 files are there|0 of 1000000000"),
+        ("cache.json", change(shards=2), "0 of 2 files are there"),
+        ("cache.json", change(shards=0), "shards is 0"),
+        ("cache.json", change(class_names=["a", "b"]), "its label is 2, expected 0 to 1"),
+        ("cache.json", change(class_names=["a", "b", "b"]), "expected distinct names"),
+        ("cache.json", change(class_names=["a", "b", ""]), "none of them empty"),
+        ("cache.json", change(class_names="abc"), "class_names"),
+        ("cache.json", change(format=[1]), r"format \[1\], not 1"),
+        ("cache.json", change(color="red"), "color.* does not exist"),
+        ("tokens-00001-of-00003.array_record", os.unlink, "damaged .2 of 3 files are there"),
         ("tokens-00001-of-00003.array_record", lambda path: os.truncate(path, 70_000), "damaged"),
         ("tokens-00001-of-00003.array_record", lambda path: os.truncate(path, 0), "damaged"),
         ("tokens-00001-of-00003.array_record", lambda path: path.write_bytes(bytes(200_000)), "damaged"),
@@ -201,6 +243,80 @@ def test_a_damaged_cache_is_named(tmp_path, file, damage, message):
     damage(tmp_path / "cache" / file)
     with pytest.raises(InputError, match=message):
         list(TokenSource(tmp_path / "cache"))
+
+
+def test_a_header_that_was_changed_is_refused_and_a_change_on_purpose_can_be_kept(tmp_path):
+    write(tmp_path / "cache")
+    file = tmp_path / "cache" / "cache.json"
+    header = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(header.items()))))  # as another program may write it
+    assert len(TokenSource(tmp_path / "cache")) == 9
+    file.write_text(json.dumps(header | {"class_names": ["a", "b", "x"]}))
+    with pytest.raises(InputError, match=r"cache.json is not what was written; .*delete its line `sha256`"):
+        TokenSource(tmp_path / "cache")
+    del header["sha256"]
+    file.write_text(json.dumps(header | {"class_names": ["a", "b", "x"]}))
+    assert TokenSource(tmp_path / "cache").class_names == ("a", "b", "x")
+
+
+def test_a_shard_of_another_cache_or_place_is_refused(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path / f"{seed}", stream(seed=seed), shard_size=3)
+    one, two = (tmp_path / "0" / f"tokens-0000{i}-of-00003.array_record" for i in (1, 2))
+    before = one.read_bytes()
+    for other in ((tmp_path / "1" / one.name).read_bytes(), two.read_bytes()):
+        one.write_bytes(other)
+        with pytest.raises(InputError, match=f"damaged .{one.name} is not the file that was written"):
+            TokenSource(tmp_path / "0")
+    one.write_bytes(before)
+    assert len(list(TokenSource(tmp_path / "0"))) == 9
+
+
+def replace_records(cache, records):
+    """Writes other records than were written, as a program that knows the format may."""
+    (file,) = cache.glob("*.array_record")
+    write_shard(file, records, cache)
+    change()(cache / "cache.json")
+
+
+GOOD = np.int32(2).tobytes() + np.full((2, L), 63, "<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (np.int32(-1).tobytes() + GOOD[4:], "image 5: its label is -1, expected 0 to 2"),
+        (np.int32(3).tobytes() + GOOD[4:], "image 5: its label is 3, expected 0 to 2"),
+        (GOOD[:-2] + np.uint16(64).tobytes(), "image 5: it has the code 64, expected 0 to 63"),
+        (GOOD[:-2], "image 5: its record has 58 bytes, expected 60"),
+        (GOOD + bytes(2), "image 5: its record has 62 bytes, expected 60"),
+        (b"", "image 5: its record has 0 bytes"),
+    ],
+)
+def test_a_label_a_code_or_a_size_that_is_out_of_range_is_refused(tmp_path, record, expected):
+    write(tmp_path / "cache")
+    replace_records(tmp_path / "cache", [GOOD] * 9)
+    assert [example["label"] for example in TokenSource(tmp_path / "cache")] == [2] * 9
+    replace_records(tmp_path / "cache", [*[GOOD] * 5, record, *[GOOD] * 3])
+    source = TokenSource(tmp_path / "cache")
+    assert source[4]["tokens"].max() == 63
+    with pytest.raises(InputError, match=f"damaged .{expected}"):
+        source[5]
+
+
+def test_a_cache_without_names_is_bounded_by_the_classes_that_are_trained(tmp_path):
+    write(tmp_path / "cache")
+    change(class_names=[])(tmp_path / "cache" / "cache.json")
+    assert len(list(TokenSource(tmp_path / "cache", classes=3))) == 9
+    with pytest.raises(InputError, match="its label is 2, expected 0 to 1"):
+        list(TokenSource(tmp_path / "cache", classes=2))
+
+
+def test_a_cache_of_an_earlier_version_is_read(tmp_path):
+    write(tmp_path / "cache", shard_size=3)
+    change()(tmp_path / "cache" / "cache.json")
+    assert "sha256" not in (tmp_path / "cache" / "cache.json").read_text()
+    assert len(list(TokenSource(tmp_path / "cache"))) == 9
 
 
 def test_a_missing_cache_says_how_to_write_one(tmp_path):

@@ -64,5 +64,5 @@ def odd_json(draw, content):
             case "repeat" if isinstance(parent, list) and parent is not holder:
                 parent.insert(key, copy.deepcopy(parent[key]))
             case _:
-                parent[key] = draw(st.sampled_from(ODD_VALUES))
+                parent[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))  # the second place may be inside it
     return json.dumps(holder[0]).encode()
