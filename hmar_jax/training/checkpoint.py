@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from hmar_jax import json_files
 from hmar_jax.config import TrainConfig, from_plain, to_plain
-from hmar_jax.errors import InputError, reason
+from hmar_jax.errors import HmarError, InputError, reason, shown
 from hmar_jax.failures import explain, explained
-from hmar_jax.files import check_refusal, local_path, writing
+from hmar_jax.files import check_refusal, check_regular, local_path, writing
 from hmar_jax.tokenizer.quantizer import recorded_phis
+from hmar_jax.training import digests
 from hmar_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, of a checkpoint
+_POSITION = {"examples": int, "class_names": list, "start": str}  # what `data` of a checkpoint has
+
+
 class Checkpoints:
     """The checkpoints of a work directory, under `checkpoints/<steps done>`.
 
-    One holds the `TrainState`, the data iterator's state and the train config. Orbax writes under a temporary name and
-    renames, so that a run that is killed leaves whole checkpoints only.
+    One holds the `TrainState`, the data iterator's state, the train config and, since they are recorded, the digests of
+    these three. Orbax writes under a temporary name and renames, so that a run that is killed leaves whole checkpoints
+    only.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
@@ -34,20 +43,40 @@ class Checkpoints:
         Args:
           keep: how many of the newest to keep, and that this is the run that writes them: what a killed one left half
             is removed. None only reads, perhaps while another process writes.
+
+        Raises:
+          InputError: what Orbax recorded of one of them is damaged.
         """
         self.folder = local_path(workdir, "workdir").absolute() / "checkpoints"
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._saving: int | None = None
+        for step in self._folders():
+            with self._naming(step):
+                self._check_metadata(step)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # it reads the metadata of all
+            if known := explain(error, f"{self.folder} could not be opened"):
+                raise known from error
+            raise InputError(
+                f"The checkpoints in {self.folder} cannot be read ({reason(error)}); remove it."
+            ) from error
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
         """Starts to save; returns while the files are still being written. No-op where `step` is saved already."""
         if step in self._manager.all_steps():
             return
+        plain = to_plain(config)
+        recorded = {
+            "state": digests.of_arrays(state), "data": digests.of_value(data), "config": digests.of_value(plain)
+        }  # fmt: skip
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(to_plain(config))
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(plain),
+            digests=ocp.args.JsonSave(recorded),
         )
         self.wait()  # for the save before this one, so that its failure is known for its own
         self._saving = step
@@ -62,48 +91,100 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint: the state, laid out like the tree of shapes and shardings `like`; the data state."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        restored = self._read(items)
-        return restored["state"], restored["data"]
+        """The newest checkpoint: the state, laid out like the tree of shapes and shardings `like`; the data state.
+
+        Raises:
+          InputError: it is of another config, is damaged, or gives back other values than were saved.
+        """
+        with self._naming(self.latest()) as step:
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+            digest = self._digest("state")
+            if digest is not None and digest != digests.of_arrays(state):
+                raise ValueError("an array is not what was saved")
+            if int(state.step) != step:
+                raise ValueError(f"it is the checkpoint of step {int(state.step)}")
+        return state, self.position()
 
     def config(self) -> TrainConfig:
         """The train config of the newest checkpoint."""
-        values = self._read(ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        config = from_plain(TrainConfig, values)
-        if config.stage != "tokenizer":
-            return config
-        recorded = "phi_of_scale" in values["tokenizer"]
-        tokenizer = recorded_phis(config.tokenizer, len(config.sides), recorded=recorded)
-        return dataclasses.replace(config, tokenizer=tokenizer)
+        with self._naming(self.latest()):
+            values = self._json("config")
+            config = from_plain(TrainConfig, values)
+            if config.stage != "tokenizer":
+                return config
+            recorded = "phi_of_scale" in values["tokenizer"]
+            tokenizer = recorded_phis(config.tokenizer, len(config.sides), recorded=recorded)
+            return dataclasses.replace(config, tokenizer=tokenizer)
 
     def position(self) -> dict[str, Any]:
         """What `data` was at the newest checkpoint."""
-        return self._read(ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        with self._naming(self.latest()):
+            data = self._json("data")
+            for name, kind in _POSITION.items():
+                if type(data.get(name)) is not kind or (kind is int and data[name] < 0):
+                    raise ValueError(f"its data has {name}={shown(data.get(name))}")
+            if not all(isinstance(name, str) for name in data["class_names"]):
+                raise ValueError(f"its data has class_names={shown(data['class_names'])}")
+            return data
 
     def close(self) -> None:
         """Waits, and releases the manager's threads."""
         self._guard(self._manager.close)
 
-    def _read(self, items: ocp.args.Composite) -> Any:
-        step = self.latest()
+    def _json(self, item: str) -> dict[str, Any]:
+        """An item of the newest checkpoint that is a JSON object. Raises ValueError where it is not what was saved."""
+        value = self._manager.restore(self.latest(), args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        if not isinstance(value, dict):
+            raise ValueError(f"its {item} is {shown(value)}")
+        if item != "digests" and (digest := self._digest(item)) is not None and digest != digests.of_value(value):
+            raise ValueError(f"its {item} is not what was saved")
+        return value
+
+    def _digest(self, item: str) -> Any:
+        """What is recorded of an item of the newest checkpoint; None in one from before digests were."""
+        if not (self.folder / str(self.latest()) / "digests").is_dir():
+            return None
+        return self._json("digests")[item]
+
+    def _folders(self) -> list[int]:
+        """The steps whose checkpoints are there."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return [int(name) for name in names if name.isascii() and name.isdigit() and (self.folder / name).is_dir()]
+
+    def _check_metadata(self, step: int) -> None:
+        """Raises where Orbax's record of a checkpoint is there and none; it reads it without looking."""
+        with contextlib.suppress(FileNotFoundError):
+            file = self.folder / str(step) / _METADATA
+            if not isinstance(json_files.read(file, "Metadata", "remove it"), dict):
+                raise ValueError(f"{_METADATA} is no JSON object")
+
+    def _check_files(self, step: int | None) -> None:
+        """Raises InputError where a checkpoint has something else than files: a named pipe would be waited for."""
+        for folder, _, names in os.walk(self.folder / str(step)):
+            for name in names:
+                check_regular(Path(folder, name), f"Checkpoint {self.folder / str(step)} could not be read: file")
+
+    @contextlib.contextmanager
+    def _naming(self, step: int | None) -> Iterator[int | None]:
+        """Turns what goes wrong in the block with a checkpoint into a sentence that names it, and what to do."""
+        what = f"Checkpoint {self.folder / str(step)}"
         try:
-            return self._manager.restore(step, args=items)
+            self._check_files(step)
+            yield step
         except Exception as error:  # Orbax and TensorStore raise whatever the damage brings about
             if "structures do not match" in str(error) or "stored shape" in str(error):
                 raise InputError(
-                    f"Checkpoint {self.folder / str(step)} was saved under a config with other parameters or another "
-                    "optimizer; go on with that config, or choose another --workdir."
+                    f"{what} was saved under a config with other parameters or another optimizer; go on with that "
+                    "config, or choose another --workdir."
                 ) from error
-            what = f"Checkpoint {self.folder / str(step)}"
+            if isinstance(error, HmarError) and str(error).startswith(what):
+                raise
             check_refusal(what, error)
             if known := explain(error, f"{what} could not be read"):
                 raise known from error
-            others = [s for s in self._manager.all_steps() if s != step]
+            others = [s for s in self._folders() if s != step]
             after = f"resume from step {max(others)}" if others else "start anew"
-            raise InputError(
-                f"Checkpoint {self.folder / str(step)} cannot be read ({reason(error)}); remove that folder to {after}."
-            ) from error
+            raise InputError(f"{what} cannot be read ({reason(error)}); remove that folder to {after}.") from error
 
     def _guard(self, write: Callable[[], Any]) -> None:
         """Calls `write`; what the disk, the memory or another process does to it becomes a sentence."""
