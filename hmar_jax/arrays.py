@@ -6,6 +6,7 @@ Axis letters: B batch.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import jax
@@ -26,15 +27,34 @@ def host_array(name: str, value: Any, expected: str) -> np.ndarray:
     Raises:
       InputError: it is a ragged list, or holds no numbers.
     """
-    if isinstance(value, jax.Array):  # one that is traced raises JAX's own error
-        return on_host(value)
+    if isinstance(value, jax.core.Tracer):  # JAX's own error says more
+        return np.asarray(value)
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # ragged; a PyTorch tensor with a gradient
+        array = on_host(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged; a PyTorch tensor with a gradient; 10**400
         array = np.asarray(None)
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"):
+    if not (jax.dtypes.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise InputError(f"{name} {shown(value)}; expected {expected}.")
-    return array
+    return array.astype(np.float64) if array.dtype == np.longdouble else array  # which JAX does not have
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`, or InputError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        ends = f"{least} or more" if most is None else f"{least} to {most}"
+        raise InputError(f"{name} is {shown(value)}; expected a whole number, {ends}.")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, or InputError."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {shown(value)}; expected True or False.")
+    return bool(value)
 
 
 def on_host(array: ArrayLike) -> np.ndarray:

@@ -51,16 +51,26 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
-def printable(text: str, most: int = 2000) -> str:
-    """A text as a terminal may have it: line ends and control characters escaped, the middle of a long one left out.
+_LONGEST_WORD = 300  # a path of ours may well have two hundred letters
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """A text as a terminal may have it: line ends and control characters escaped, the middle of a long one left out,
+    and that of a long word.
 
     What a file says may hold sequences that move a terminal's cursor or write kilobytes.
-    """
+    """  # fmt: skip
     if len(text) > most:
-        text = f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
+        text = _without_middle(text, most)
+    if len(text) > _LONGEST_WORD:
+        text = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _without_middle(word[0], _LONGEST_WORD), text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _without_middle(text: str, most: int) -> str:
+    return f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def reason(error: Exception) -> str:

@@ -12,8 +12,8 @@ import errno
 import re
 from collections.abc import Iterator
 
-from hmar_jax.errors import HmarError, MachineError, TransientError, reason
-from hmar_jax.files import FULL, PASSING, refusal, refused_by_disk
+from hmar_jax.errors import HmarError, InputError, MachineError, TransientError, reason
+from hmar_jax.files import FULL, PASSING, WRONG_PATHS, refusal, refused_by_disk
 
 TRAINING_MEMORY = (
     "lower batch_size, raise accumulate, set remat='all' or split the parameters over mesh.fsdp devices; `hmar-jax "
@@ -35,8 +35,8 @@ def explain(error: BaseException, what: str, memory: str = TRAINING_MEMORY, afte
       memory: what to do about too little memory. after: a sentence for the end.
 
     Returns:
-      MachineError: a full disk, or too little memory. InputError: a permission. TransientError: a disk that does not
-      answer, or another process that has gone, is late, or was preempted.
+      MachineError: a full disk, or too little memory. InputError: a permission, or a path that is wrong.
+      TransientError: a disk that does not answer, or another process that has gone, is late, or was preempted.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -60,6 +60,8 @@ def _explain(error: BaseException, what: str, memory: str) -> tuple[type[HmarErr
         if refused.errno in FULL | PASSING or isinstance(refused, PermissionError) or refused.errno == errno.EROFS:
             known = refused_by_disk(what, refused)
             return type(known), str(known)
+        if wrong := WRONG_PATHS.get(refused.errno):
+            return InputError, f"{what} ({refused}); {wrong}."
         if refused.errno in (errno.EMFILE, errno.ENFILE):
             return MachineError, f"{what} ({refused}); raise the limit of open files (`ulimit -n`)."
         return None

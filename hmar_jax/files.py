@@ -17,19 +17,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
+from hmar_jax.errors import HmarError, InputError, MachineError, TransientError, shown
 
 logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # Path("gs://bucket") has one slash left
 _HERE, _EXCHANGE = -100, 2  # Linux: AT_FDCWD and RENAME_EXCHANGE of renameat2
 # What no later try can mend, as the path itself is wrong, and what to do about it.
-_WRONG_PATHS = {
+WRONG_PATHS = {
     errno.EISDIR: "give a file, not a folder",
     errno.ELOOP: "a symbolic link leads to itself, so make it anew",
     errno.ENAMETOOLONG: "check the path, which is too long",
 }
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+_MOST_LOOKED_AT = 16 * 2**20  # of a file that is to be replaced: reports and schedules have a few MiB at most
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a network file system or a disk answers while it is away, and may not answer a minute later.
 PASSING = {
@@ -53,18 +54,18 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise InputError(f"{name} is {repr(path)[:80]}; expected a path, as a str or a Path.")
+        raise InputError(f"{name} is {shown(path)}; expected a path, as a str or a Path.")
     if not text:
         raise InputError(f"{name} is empty; expected a path.")
     if _URL.match(text):
         raise InputError(
-            f"{name} is {text!r}, a URL; expected a path on this machine, so mount the storage (gcsfuse, s3fs) and "
-            "give the path of the mount, or copy it here first."
+            f"{name} is {shown(text)}, a URL; expected a path on this machine, so mount the storage (gcsfuse, s3fs) "
+            "and give the path of the mount, or copy it here first."
         )
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise InputError(f"{name} is {text!r}, and there is no such user here; write the whole path.") from None
+        raise InputError(f"{name} is {shown(text)}, and there is no such user here; write the whole path.") from None
 
 
 def is_there(path: Path, what: str) -> bool:
@@ -176,16 +177,24 @@ def check_kind(name: str, path: Path, is_kind: Callable[[bytes], bool], kind: st
 
     Args:
       name: the option, e.g. `--json`. is_kind: (content) → whether it may be replaced; False or any error where it may
-        not. kind: what that is, in words.
+        not. Of a file larger than 16 MiB it sees the beginning. kind: what that is, in words.
     """
     if not is_there(path, "File"):
         return
+    with open_regular(path, name) as file, reading(path):
+        content = file.read(_MOST_LOOKED_AT)
     try:
-        replaceable = is_kind(path.read_bytes())
+        replaceable = is_kind(content)
     except Exception:  # other content may be anything, and is_kind fail anyhow
         replaceable = False
     if not replaceable:
         raise InputError(f"{name} is {path}, which is there already and is not {kind}; choose another file.")
+
+
+def check_pngs(name: str, outputs: Iterable[Path]) -> None:
+    """Raises InputError where a PNG file to be written is there already and is something else, as `check_kind` does."""
+    for output in outputs:
+        check_kind(name, output, lambda content: content.startswith(b"\x89PNG\r\n\x1a\n"), "a PNG file")
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -212,9 +221,10 @@ def check_folder(name: str, folder: Path) -> None:
 def check_files(name: str, outputs: Iterable[Path]) -> None:
     """Raises InputError where one of these files cannot be written, for its folder (`check_folder`) or as it is one."""
     for output in outputs:
-        if output.is_dir():
-            raise InputError(f"{name} names {output}, which is a folder; give a file.")
         check_folder(name, output.parent)
+        if is_there(output, name) and output.is_dir():
+            raise InputError(f"{name} names {output}, which is a folder; give a file.")
+        is_there(_partial(output), name)  # whose name is longer
 
 
 def note_replaced(outputs: Iterable[Path]) -> None:
@@ -257,7 +267,7 @@ def write_whole(path: Path, content: bytes) -> Path:
 
     A power cut leaves no empty file. Waiting for the disk costs a file alone some 5 ms, of many threads' hardly any.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -266,6 +276,11 @@ def write_whole(path: Path, content: bytes) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return path
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -350,7 +365,7 @@ def check_refusal(what: str, error: Exception) -> None:
     refused = refusal(error)
     if refused is None or refused.errno in (None, errno.ENOENT, errno.ENOTDIR):
         return
-    if wrong := _WRONG_PATHS.get(refused.errno):
+    if wrong := WRONG_PATHS.get(refused.errno):
         raise InputError(f"{what} could not be read ({refused}); {wrong}.") from error
     if isinstance(refused, PermissionError):
         raise InputError(f"{what} may not be read ({refused}); check its permissions.") from error

@@ -19,8 +19,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable, shown
 
+MOST_LABELS = 10_000  # that are sampled at once; a command line of 128 KiB can name millions
 HELP = (
     'by name, or by number from 0 where no class has a number for a name: A,b or 3,7 or 0-9 or fox-owl; "a, b",c has a '
     "name with a comma"
@@ -38,17 +39,26 @@ def parse_labels(text: str, class_names: Sequence[str], num_classes: int) -> lis
     """The classes of a list, in its order.
 
     Raises:
-      InputError: a word is no class, or can be read in two ways; or a number is out of range.
+      InputError: a word is no class, or can be read in two ways; a number is out of range; or there are more than
+        10,000 and than the model has classes.
     """
     try:
         words = next(csv.reader([text], skipinitialspace=True, strict=True), []) or [""]
     except csv.Error as error:
         raise InputError(
-            f"{text!r} is not a list of classes ({error}); write commas between them, and a name that has a comma in "
-            'double quotes: "a, b",c.'
+            f"{shown(text)} is not a list of classes ({error}); write commas between them, and a name that has a comma "
+            'in double quotes: "a, b",c.'
         ) from None
     classes = _Classes(class_names, num_classes)
-    return [label for word in words for label in classes.read(word)]
+    labels: list[Label] = []
+    for word in words:
+        labels += classes.read(word)
+        if len(labels) > max(MOST_LABELS, num_classes):
+            raise InputError(
+                f"{shown(text)} names more than {max(MOST_LABELS, num_classes)} classes; name fewer, or draw many of "
+                "each class with --classes and --per-class."
+            )
+    return labels
 
 
 def parse_label(text: str, class_names: Sequence[str], num_classes: int) -> Label:
@@ -56,7 +66,7 @@ def parse_label(text: str, class_names: Sequence[str], num_classes: int) -> Labe
     classes = _Classes(class_names, num_classes)
     labels = classes.read(text) if text in class_names else parse_labels(text, class_names, num_classes)
     if len(labels) != 1:
-        raise InputError(f"--label is {text}; expected one class.")
+        raise InputError(f"--label is {printable(text, 80)}; expected one class.")
     return labels[0]
 
 
@@ -71,42 +81,47 @@ class _Classes:
 
     def __init__(self, names: Sequence[str], count: int) -> None:
         self._names, self._count = list(names), count
+        self._numbers_of: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            self._numbers_of.setdefault(name, []).append(number)
         self._whole = {name: int(name) for name in names if _is_whole(name)}
+        self._longest = 2 * max(map(len, names), default=0) + 100  # letters of a range, spaces and all
 
     def read(self, word: str) -> list[Label]:
         """The classes that a word stands for: one, or those of a range."""
         if not word.isascii() and not word.isprintable():  # UTF-8 of a command line whose locale is ASCII
             word = word.encode(errors="surrogateescape").decode(errors="surrogateescape")
         for text in (word, word.strip()):
-            if text in self._names:
+            if text in self._numbers_of:
                 return [Label(self._number(text), text)]
         word = word.strip()
         if not self._whole and _is_whole(word.removeprefix("-")):
             return self._numbers(int(word), int(word))
-        readings = [ends for at in re.finditer("-", word) if (ends := self._ends(word, at.start()))]
+        readings = [ends for at in re.finditer("-", word[: self._longest]) if (ends := self._ends(word, at.start()))]
         if len(readings) > 1:
-            ways = " or ".join(f"{first!r} to {last!r}" for first, last in readings)
-            raise InputError(f"Label {word!r} can be read as {ways}; write those classes one by one.")
+            ways = " or ".join(f"{shown(first)} to {shown(last)}" for first, last in readings[:3])
+            raise InputError(f"Label {shown(word)} can be read as {ways}; write those classes one by one.")
         if not readings:
-            raise InputError(f"Label {word!r} is not a class of this model; expected {self._expected(word)}.")
+            raise InputError(f"Label {shown(word)} is not a class of this model; expected {self._expected(word)}.")
         first, last = readings[0]
-        if first not in self._names:
+        if first not in self._numbers_of:
             return self._numbers(int(first), int(last))
         return self._counted(first, last) if {first, last} <= self._whole.keys() else self._between(first, last)
 
     def _ends(self, word: str, at: int) -> tuple[str, str] | None:
         """The ends of a range whose dash is at a place of a word: two names, or two numbers; None where it is none."""
         first, last = word[:at].strip(), word[at + 1 :].strip()
-        by_name = first in self._names and last in self._names
+        by_name = first in self._numbers_of and last in self._numbers_of
         by_number = not self._whole and _is_whole(first) and _is_whole(last) and int(first) <= int(last)
         return (first, last) if by_name or by_number else None
 
     def _number(self, name: str) -> int:
-        if self._names.count(name) > 1:
-            numbers = " or ".join(str(number) for number, other in enumerate(self._names) if other == name)
+        first, *others = self._numbers_of[name]
+        if others:
+            numbers = " or ".join(map(str, [first, *others]))
             remedy = "give other names to them" if self._whole else f"give the number of one, {numbers}"
-            raise InputError(f"{self._names.count(name)} classes of this model are called {name!r}; {remedy}.")
-        return self._names.index(name)
+            raise InputError(f"{1 + len(others)} classes of this model are called {shown(name)}; {remedy}.")
+        return first
 
     def _numbers(self, first: int, last: int) -> list[Label]:
         for wrong in (min(first, 0), max(last, self._count - 1)):
@@ -126,10 +141,11 @@ class _Classes:
             called = by_value.get(value, [])
             if len(called) != 1:
                 what = f"there are classes {' and '.join(called)}" if called else f"there is no class {value}"
-                raise InputError(f"Label '{first}-{last}' counts from {start} to {end}, but {what}; list the classes.")
+                word = shown(f"{first}-{last}")
+                raise InputError(f"Label {word} counts from {start} to {end}, but {what}; list the classes.")
             names += called
         if not names:
-            raise InputError(f"Label '{first}-{last}' is a range that runs backwards; write {last}-{first}.")
+            raise InputError(f"Label {shown(f'{first}-{last}')} is a range that runs backwards; write {last}-{first}.")
         return [Label(self._number(name), name) for name in names]
 
     def _between(self, first: str, last: str) -> list[Label]:
@@ -137,14 +153,16 @@ class _Classes:
         start, end = self._number(first), self._number(last)
         if start > end:
             raise InputError(
-                f"Label '{first}-{last}' is a range that runs backwards: {first!r} is class {start} of this model and "
-                f"{last!r} class {end}; write {last}-{first}, or list the classes."
+                f"Label {shown(f'{first}-{last}')} is a range that runs backwards: {shown(first)} is class {start} of "
+                f"this model and {shown(last)} class {end}; write "
+                f"{printable(f'{last}-{first}', 80)}, or list the classes."
             )
         return [Label(number, self._names[number]) for number in range(start, end + 1)]
 
     def _expected(self, word: str) -> str:
         """What a word that is no class could have been, as a part of a sentence."""
-        some = ", ".join(map(_quoted, self._names[:12])) + (", …" if len(self._names) > 12 else "")
+        few = [name for name in self._names[:12] if len(name) <= 40] or ["its names"]
+        some = ", ".join(map(_quoted, few)) + (", …" if len(self._names) > len(few) else "")
         if any("," in name for name in self._names):
             some += " (names and ranges that have a comma in double quotes)"
         if not self._names:
@@ -153,7 +171,7 @@ class _Classes:
             return f"a number or one of {some}"
         called = ""
         if _is_whole(word) and int(word) < len(self._names):
-            called = f" (the class of that number is called {self._names[int(word)]!r})"
+            called = f" (the class of that number is called {shown(self._names[int(word)])})"
         return f"one of {some}; as some of these are numbers, classes go by name alone{called}"
 
 

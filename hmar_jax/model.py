@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from hmar_jax.arrays import host_array, mesh_in_use, on_host, over_devices
+from hmar_jax.arrays import flag, host_array, mesh_in_use, on_host, over_devices, whole
 from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError, shown
 from hmar_jax.networks import hold, networks, undo_layout, unrolls
@@ -63,6 +63,13 @@ class Model:
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"config is {shown(config)}; expected a ModelConfig.")
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'bfloat16'.")
+        networks_here = {"tokenizer", "transformer"} if config.transformer else {"tokenizer"}
+        if not isinstance(params, dict) or params.keys() != networks_here:
+            raise InputError(f"params is {shown(params)}; expected a dict of {' and '.join(sorted(networks_here))}.")
         self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
         self._placed: tuple[Mesh, list[Any], Any] | None = None
@@ -157,15 +164,16 @@ class Model:
             pure in- or out-painting; guidance is left out where it would guide by nothing.
           schedule: as in `sample`, each scale's counts shared out in proportion to its tokens to draw. By default
             `small` for a model with a mask branch, whose passes see the kept tokens.
-          variants: results for each picture, one after the other: B·variants pictures, each with its number.
+          variants: results for each picture, 10,000 at most, one after the other: B·variants pictures, each with its
+            number.
           composite: outside the mask give the input's pixels, bit for bit, and inside it blend them in, over `feather`
             pixels from its rim; half a token by default.
           seed, greedy, record, changes: as in `sample`.
         """
         transformer, size = self._check_transformer(), self.config.image_size
-        composite = _flag("composite", composite)
-        feather = self.config.tokenizer.downsampling // 2 if feather is None else _whole("feather", feather, 0)
-        several = functools.partial(np.repeat, repeats=_whole("variants", variants, 1), axis=0)
+        composite = flag("composite", composite)
+        feather = self.config.tokenizer.downsampling // 2 if feather is None else whole("feather", feather, 0)
+        several = functools.partial(np.repeat, repeats=whole("variants", variants, 1, 10_000), axis=0)
         pictures = editing.check_pictures(images, size)
         masks = editing.check_mask(mask, len(pictures), size)
         labels = self._label_each(labels, len(pictures))
@@ -216,8 +224,8 @@ class Model:
         on_scale: progress.OnScale | None = None,
     ) -> Sample:
         """`sample` with checked labels and schedule, perhaps with tokens that are kept."""
-        labels, seed = np.asarray(labels), _whole("seed", seed, 0, 2**32 - 1)
-        greedy, record = _flag("greedy", greedy), _flag("record", record)
+        labels, seed = np.asarray(labels), whole("seed", seed, 0, 2**32 - 1)
+        greedy, record = flag("greedy", greedy), flag("record", record)
         if on_scale is not None and not callable(on_scale):
             raise InputError(f"on_scale is {shown(on_scale)}; expected a function of a scale and its tokens.")
         number = labels.shape[0]
@@ -311,25 +319,6 @@ def _masked_logits(
     return teacher_forcing.masked_logits(
         nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, leak_free=leak_free
     )
-
-
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number from `least` to `most`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or (most is not None and number > most):
-        ends = f"{least} or more" if most is None else f"{least} to {most}"
-        raise InputError(f"{name} is {shown(value)}; expected a whole number, {ends}.")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool | np.bool_):
-        raise InputError(f"{name} is {shown(value)}; expected True or False.")
-    return bool(value)
 
 
 def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:

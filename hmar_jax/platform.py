@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -85,21 +86,35 @@ def use_compilation_cache(environment: MutableMapping[str, str] = os.environ) ->
     """Keeps compiled programs in $XDG_CACHE_HOME/hmar-jax/xla, by default ~/.cache/hmar-jax/xla.
 
     Does nothing where JAX has been told of a directory already, by JAX_COMPILATION_CACHE_DIR or its config, or where
-    this one cannot be written. JAX knows which program is whose: its keys tell versions, flags and machines apart.
+    this one cannot be written or is not the user's alone: what is in it runs on this machine. JAX knows which program
+    is whose: its keys tell versions, flags and machines apart.
     """
     place = _place(environment)
-    if _CACHE in environment or place is None:
-        return
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(place, os.W_OK | os.X_OK):
+    if _CACHE in environment or place is None or not _is_ours_alone(place):
         return
     if "jax" not in sys.modules:
         environment[_CACHE] = str(place)
     elif sys.modules["jax"].config.jax_compilation_cache_dir is None:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", str(place))
+
+
+def _is_ours_alone(place: Path) -> bool:
+    """Whether a directory, made if need be, is this user's, and only they may look into it and write it.
+
+    Of one that is theirs already, the permissions are set so. The directory around it must be theirs as well, since
+    who may write that can put another in its place.
+    """
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (place.parent, place):
+            status = os.stat(folder)
+            if status.st_uid != os.geteuid():
+                return False
+            if stat.S_IMODE(status.st_mode) != 0o700:
+                os.chmod(folder, 0o700)
+    except OSError:
+        return False
+    return os.access(place, os.W_OK | os.X_OK)
 
 
 def leave_compilation_cache(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -262,9 +262,17 @@ def test_a_file_that_may_not_be_read_is_not_called_absent(tmp_path, monkeypatch,
             fail_with(errno.EACCES)()
         return opened(path, *arguments, **options)
 
+    opened_number = os.open
+
+    def refuse_number(path, *arguments, **options):
+        if str(path).startswith(str(tmp_path)):
+            fail_with(errno.EACCES)()
+        return opened_number(path, *arguments, **options)
+
     if how == "refused":
         monkeypatch.setattr(io, "open", refuse)
         monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr(os, "open", refuse_number)
     with pytest.raises(InputError) as error:
         READERS[reader](file)
     assert "Permission denied" in str(error.value)

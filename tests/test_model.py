@@ -130,7 +130,7 @@ WRONG_TYPES = [
     ),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), 0.5), r"Labels are array\(\[0\.5, 0\.5\]\);"),
     (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), composite=1), r"composite is 1; expected True or False\."),
-    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), variants=[]), r"variants is \[\]; expected a whole number, 1 or more"),
+    (lambda m: m.edit(IMAGES * 0, (0, 0, 2, 2), variants=[]), r"variants is \[\]; expected a whole number, 1 to 10000"),
     (lambda m: m.next_scale_logits(RAGGED, TOKENS), r"Labels are \[\[0\], \[1, 2\]\];"),
     (lambda m: m.next_scale_logits(LABELS, RAGGED), r"Tokens are \[\[0\], \[1, 2\]\]; expected integers \(B, 14\)"),
     (lambda m: m.masked_logits(LABELS, TOKENS, RAGGED), r"masked is \[\[0\], \[1, 2\]\]; expected bool \(2, 14\)"),

@@ -15,12 +15,13 @@ from typing import Any
 
 import tqdm
 
-from hmar_jax.commands.bench_rows import versions
+from hmar_jax.commands.bench_rows import check_counts, check_memory, check_reports, versions
 from hmar_jax.commands.bench_sample import add_sample
 from hmar_jax.commands.bench_train import add_train
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.options import LocalPath
-from hmar_jax.errors import InputError
+from hmar_jax.commands.terminal import Parser, say
+from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import note_replaced, write_whole, writing
 from hmar_jax.scales import Pattern, ScaleLadder
 
@@ -31,7 +32,7 @@ REPEATS = 20
 
 def run(argv: Sequence[str]) -> None:
     """Runs one of the benchmarks."""
-    parser = argparse.ArgumentParser(prog="hmar-jax bench", description="Measure speed.")
+    parser = Parser(prog="hmar-jax bench", description="Measure speed.")
     subparsers = parser.add_subparsers(required=True, metavar="what")
     add_attention(subparsers)
     add_train(subparsers)
@@ -85,10 +86,7 @@ def add_attention(subparsers: Any) -> None:
 
 def attention(args: argparse.Namespace) -> None:
     """Prints a table a setting and writes all to a folder as it goes, so that what was measured outlives a crash."""
-    for name in ("batch", "heads", "head_size", "repeats"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {number}; expected a positive whole number.")
+    check_counts(args, "heads", "head_size")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: PyTorch shares the card
 
     import jax
@@ -98,20 +96,24 @@ def attention(args: argparse.Namespace) -> None:
     on_cpu = jax.default_backend() == "cpu"
     settings = attention_settings(args, on_cpu)
     ours, peers = parse_implementations(args.implementations), parse_peers(args.peers)
+    for setting in settings if on_cpu else ():  # q, k, v and what comes out, in float32 for the truth
+        size = setting.batch * setting.ladder.length * setting.heads * setting.head_size
+        check_memory(4 * size, printable(str(setting), 200))
     if args.tune:
         for setting in settings:
             for name in kernels_to_tune(setting, None if args.implementations is None else ours):
                 tune(name, setting, args.repeats)
         return
+    check_reports(args.output, "attention", "# Scale attention on", (".json", ".md", ".png"))
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     note_replaced(args.output / f"attention{ending}" for ending in (".json", ".md", ".png"))
     device = jax.devices()[0].device_kind if not on_cpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     if on_cpu and not args.pixels + args.sides:
-        print("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")
+        say("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")
     rates = bench.measure_rates(settings[0].dtype, args.repeats)
     speed = f"copies {rates.copy / 1e9:.4g} GB/s, multiplies {rates.matmul / 1e12:.3g} TFLOP/s in {settings[0].dtype}"
-    print(f"{device}: {speed}\n{bench_table.LEGEND}\n", flush=True)
+    say(f"{device}: {speed}\n{bench_table.LEGEND}\n", flush=True)
     report: dict[str, Any] = {"device": device, "versions": versions(), "rates": vars(rates), "settings": []}
     pages = [f"# Scale attention on {device}\n\nIt {speed}; the bounds follow from these. {bench_table.LEGEND}\n"]
     panels: list[Any] = []
@@ -134,7 +136,7 @@ def attention(args: argparse.Namespace) -> None:
             panels.extend(attention_panels(setting, rows, rates))
     files = [args.output / "attention.json", args.output / "attention.md"]
     files += draw(panels, args.output / "attention.png")
-    print(f"The same is in {', '.join(map(str, files))}")
+    say(f"The same is in {', '.join(map(str, files))}")
 
 
 def attention_settings(args: argparse.Namespace, on_cpu: bool) -> list[Any]:
@@ -161,7 +163,7 @@ def parse_implementations(text: str | None) -> list[str]:
     names = list(known) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise InputError(f"--implementations names {name!r}; expected some of {','.join(known)}.")
+            raise InputError(f"--implementations names {shown(name)}; expected some of {','.join(known)}.")
     return names
 
 
@@ -175,7 +177,7 @@ def parse_peers(text: str | None) -> list[str]:
     for start in text.split(","):
         names = [name for name in PEERS if name.casefold().startswith(start.strip().casefold())]
         if not start.strip() or not names:
-            raise InputError(f"--peers names {start!r}; expected none, or beginnings of {'; '.join(PEERS)}.")
+            raise InputError(f"--peers names {shown(start)}; expected none, or beginnings of {'; '.join(PEERS)}.")
         found += [name for name in names if name not in found]
     return found
 
@@ -204,7 +206,7 @@ def tune(name: str, setting: Any, repeats: int) -> None:
 
     from pallas_kernels.scale_attention import bench, bench_tune
 
-    print(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
+    say(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
     try:
         case = bench.make_case(setting)
     except jax.errors.JaxRuntimeError as error:  # of inputs and truth; blocks have their own
@@ -216,11 +218,11 @@ def tune(name: str, setting: Any, repeats: int) -> None:
             bar.update()
             bar.write(bench_tune.line(trial, tried[0]))
         last = list(bench_tune.trials(name, case, bench_tune.finalists(tried), repeats))
-    print(f"{bench_tune.verdict(last, bench_tune.table_entry(name, setting))}\n", flush=True)
+    say(f"{bench_tune.verdict(last, bench_tune.table_entry(name, setting))}\n", flush=True)
 
 
 def _unprepared(setting: Any, error: Exception) -> InputError:
-    said = str(error).partition("\n")[0]
+    said = printable(str(error).partition("\n")[0], 100)
     return InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.")
 
 
@@ -242,7 +244,7 @@ def draw(panels: Sequence[Any], path: Path) -> list[Path]:
     from hmar_jax import pictures
 
     if not panels:
-        print("Nothing right was measured, so there is no plot.")
+        say("Nothing right was measured, so there is no plot.")
         return []
     try:
         return [pictures.save_png(pictures.bars(panels, 2, "ms"), path)]

@@ -10,16 +10,19 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tqdm
 
-from hmar_jax.errors import InputError
-from hmar_jax.files import note_replaced, write_whole
+from hmar_jax import json_files
+from hmar_jax.commands.terminal import say
+from hmar_jax.errors import InputError, printable, shown
+from hmar_jax.files import check_files, check_kind, check_pngs, note_replaced, write_whole
 
 GIB = 2.0**30
+MOST = 2**16  # of a batch, of heads, of repeats: beyond any device, and within XLA's sizes
 
 
 class Kernel(NamedTuple):
@@ -30,12 +33,39 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """InputError where --batch or --repeats is given and not positive."""
-    for name in ("batch", "repeats"):
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """InputError where --batch, --repeats or another of these options is given and out of range."""
+    for name in ("batch", "repeats", *names):
         number = getattr(args, name)
-        if number is not None and number < 1:
-            raise InputError(f"--{name} is {number}; expected a positive whole number.")
+        if number is not None and not 1 <= number <= MOST:
+            raise InputError(f"--{name.replace('_', '-')} is {shown(number)}; expected a whole number, 1 to {MOST}.")
+
+
+def check_reports(folder: Path, what: str, head: str, endings: Sequence[str] = (".json", ".md")) -> None:
+    """InputError where a file that a benchmark is to write is there already and no benchmark wrote it.
+
+    Args:
+      folder, what: the files are FOLDER/WHAT.json and so on. head: what the page begins with.
+    """
+    files = {ending: folder / f"{what}{ending}" for ending in endings}
+    check_files("--output", files.values())
+    check_kind("--output", files[".json"], _is_report, "a report of a benchmark")
+    check_kind("--output", files[".md"], lambda page: page.startswith(head.encode()), "a report of this benchmark")
+    check_pngs("--output", [file for ending, file in files.items() if ending == ".png"])
+
+
+def _is_report(content: bytes) -> bool:
+    return {"device", "versions"} <= json_files.parse(content, "It", "write it again").keys()
+
+
+def check_memory(entries: int, what: str) -> None:
+    """InputError where arrays of so many float32 entries are more than this machine's memory.
+
+    A GPU or TPU says so itself; on a CPU the system would rather end the process, or another one.
+    """
+    needed, here = 4 * entries, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > here:
+        raise InputError(f"{what} takes {needed / GIB:.4g} GiB, and this machine has {here / GIB:.4g}; choose less.")
 
 
 def device_name() -> str:
@@ -71,18 +101,20 @@ def measure_all[Row](
     note_replaced(folder / f"{what}{ending}" for ending in (".json", ".md"))
     with tqdm.tqdm(measures.items(), desc=f"bench {what}", disable=None, leave=False) as bar:
         for name, measure in bar:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(printable(name, 80))
             try:
                 found.append(measure())
             except jax.errors.JaxRuntimeError as error:
-                said = str(error).partition("\n")[0]
-                raise InputError(f"This device cannot run {name} ({said}); choose a smaller --batch.") from None
+                said = printable(str(error).partition("\n")[0], 100)
+                raise InputError(
+                    f"This device cannot run {printable(name, 100)} ({said}); choose a smaller --batch."
+                ) from None
             gc.collect()  # this row's weights, before the next one's are made
             bar.write(as_lines(found[-1]))
             report = {"device": device_name(), "versions": versions(), **facts, "rows": [as_json(row) for row in found]}
             write_whole(folder / f"{what}.json", (json.dumps(report, indent=1) + "\n").encode())
             write_whole(folder / f"{what}.md", as_page(found).encode())
-    print(f"The same is in {folder / f'{what}.json'}, {folder / f'{what}.md'}")
+    say(f"The same is in {folder / f'{what}.json'}, {folder / f'{what}.md'}")
 
 
 def versions() -> dict[str, str]:

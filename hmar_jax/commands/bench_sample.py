@@ -20,6 +20,7 @@ from typing import Any
 from hmar_jax.commands import bench_rows
 from hmar_jax.commands.bench_rows import GIB, Kernel
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import say
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
@@ -104,12 +105,13 @@ def run(args: argparse.Namespace) -> None:
 
     on_cpu = jax.default_backend() == "cpu"
     rows = settings(args, on_cpu)
+    bench_rows.check_reports(args.output, "sample", "# Sampling on")
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     rates = bench.measure_rates(_dtype(on_cpu), args.repeats)
     title = f"{jax.local_device_count()} × {bench_rows.device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in "
     title += f"matrix products, copies {rates.copy / 1e9:.4g} GB/s"
-    print(f"{title}\n{LEGEND}\n", flush=True)
+    say(f"{title}\n{LEGEND}\n", flush=True)
     bench_rows.measure_all(
         "sample",
         args.output,
@@ -135,7 +137,7 @@ def settings(args: argparse.Namespace, on_cpu: bool) -> list[Setting]:
     if args.image:
         return [_published(args.image, args.model, args.batch or _batch(args.image, args.model), args.var)]
     if on_cpu:
-        print("There is no accelerator here, hence a small setting; see --image, --model and --model-dir.")
+        say("There is no accelerator here, hence a small setting; see --image, --model and --model-dir.")
         return [_tiny(args.batch or 2, args.var)]
     return [_published(image, model, args.batch or batch, args.var) for image, model, batch in PUBLISHED]
 

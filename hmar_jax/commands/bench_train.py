@@ -20,6 +20,7 @@ from typing import Any
 from hmar_jax.commands import bench_rows
 from hmar_jax.commands.bench_rows import GIB, Kernel
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import say
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
@@ -88,11 +89,12 @@ def run(args: argparse.Namespace) -> None:
     from pallas_kernels.scale_attention import bench
 
     rows = settings(args, jax.default_backend() == "cpu")
+    bench_rows.check_reports(args.output, "train", "# Training on")
     with writing(args.output):  # better now than after all the measuring
         args.output.mkdir(parents=True, exist_ok=True)
     rate = bench.measure_rates(next(iter(rows.values())).dtype, args.repeats).matmul * jax.device_count()
     title = f"{jax.device_count()} × {bench_rows.device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
-    print(f"{title}\n{LEGEND}\n", flush=True)
+    say(f"{title}\n{LEGEND}\n", flush=True)
     bench_rows.measure_all(
         "train",
         args.output,
@@ -119,7 +121,7 @@ def settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, TrainConfig]:
         batch = args.batch or usual.get((args.image, args.model), 16)
         return dict([_published(args.image, args.model, batch)])
     if on_cpu:
-        print("There is no accelerator here, hence a small setting; see --image, --model and --config.")
+        say("There is no accelerator here, hence a small setting; see --image, --model and --config.")
         return {f"128 px, two small blocks, B={args.batch or 4}": _tiny(args.batch or 4)}
     return dict(_published(image, model, args.batch or batch) for image, model, batch in PUBLISHED)
 

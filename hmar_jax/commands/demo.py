@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hmar_jax.commands.options import LocalPath
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig, from_config_dict
 from hmar_jax.errors import InputError
 
@@ -26,7 +26,7 @@ QUICK_PICTURES = 500
 
 def run(argv: Sequence[str]) -> None:
     """Trains the three stages and draws reconstructions, loss curves, samples and a sample's growth."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax demo",
         description="Train tokenizer, next-scale and masked stage on rendered glyphs, from nothing, and sample.",
     )
@@ -47,24 +47,24 @@ def run(argv: Sequence[str]) -> None:
     record = folder / "tokenizer" / "config.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["steps"] != configs["tokenizer"].steps:
         raise InputError(f"{folder} holds a demo of another length; remove it, or choose another --output.")
-    print(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
+    say(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
     if (tokenizer := train(configs["tokenizer"], folder / "tokenizer")) is None:
         return
-    print("2/4 next-scale: each scale from the coarser ones", flush=True)
+    say("2/4 next-scale: each scale from the coarser ones", flush=True)
     if not (folder / "tokens").exists():
         count = QUICK_PICTURES if args.quick else PICTURES
         export_tokens(tokenizer, configs["tokenizer"].data, folder / "tokens", count=count)
     if train(configs["next_scale"], folder / "next_scale") is None:
         return
-    print("3/4 masked: a scale from a part of its own tokens", flush=True)
+    say("3/4 masked: a scale from a part of its own tokens", flush=True)
     if (model := train(configs["masked"], folder / "masked")) is None:
         return
-    print("4/4 pictures", flush=True)
+    say("4/4 pictures", flush=True)
     for picture, what in draw(folder, model, configs).items():
-        print(f"  {picture}  {what}")
-    print(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
+        say(f"  {picture}  {what}")
+    say(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
     settings = f"--labels=A,7 --schedule=small --cfg={SAMPLING['cfg']} --top-k={SAMPLING['top_k']}"
-    print(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
+    say(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
 
 
 def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:

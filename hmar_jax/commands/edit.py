@@ -13,12 +13,15 @@ import numpy as np
 from PIL import Image
 
 from hmar_jax.commands import options
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.data.picture_files import decode
-from hmar_jax.errors import InputError, device_memory
-from hmar_jax.files import check_files, check_outputs, note_replaced
+from hmar_jax.errors import InputError, device_memory, shown
+from hmar_jax.files import check_files, check_outputs, check_pngs, note_replaced
 from hmar_jax.labels import parse_label
 
 _WHITE = 128  # of 255: from here on a pixel of a mask is to be drawn anew
+_MOST_VARIANTS = 10_000  # all are drawn at once
+_MOST_PADDING = 4096  # on each side of a picture: 200 MiB more of one that is as large
 _GREY, _COLUMNS = 0.5, 10  # of the grid: the colour of what is to be drawn, and pictures a row
 
 
@@ -30,6 +33,7 @@ def run(argv: Sequence[str]) -> None:
     *results, grid = files = outputs(args.output, args.variants)
     check_outputs("--output", files, {"--image": args.image, "--mask": args.mask, "--schedule": args.schedule})
     check_files("--output", files)
+    check_pngs("--output", files)
     image, mask = picture_and_mask(args)
 
     from hmar_jax import pictures
@@ -47,21 +51,21 @@ def run(argv: Sequence[str]) -> None:
     for file, result in zip(results, pictures.to_uint8(out.images), strict=True):
         pictures.save_png(pictures.Image.fromarray(result), file)
     given = image.astype(np.float32) / 255
-    shown = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
-    pictures.save_png(pictures.grid(shown, min(len(shown), _COLUMNS)), grid)
-    print(f"{' '.join(file.name for file in results)} and {grid.name} (input, mask, results) are in {grid.parent}")
+    stacked = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
+    pictures.save_png(pictures.grid(stacked, min(len(stacked), _COLUMNS)), grid)
+    say(f"{' '.join(file.name for file in results)} and {grid.name} (input, mask, results) are in {grid.parent}")
 
 
 def outputs(output: Path, variants: int) -> list[Path]:
     """The files that are written: `output`, or NAME-0.png, … where there are several variants; and NAME-grid.png."""
-    if variants > 10_000:
-        raise InputError(f"--variants is {variants}; expected at most 10000.")
+    if not 1 <= variants <= _MOST_VARIANTS:
+        raise InputError(f"--variants is {shown(variants)}; expected 1 to {_MOST_VARIANTS}.")
     numbers = [""] if variants == 1 else [f"-{i}" for i in range(variants)]
     return [output.with_name(f"{output.stem}{ending}{output.suffix}") for ending in (*numbers, "-grid")]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax edit",
         description="Draw a part of a picture anew. Of a picture that is not square the middle is taken; it is resized "
         "to the model's size. Regions are in pixels of the file; a box is left,top,right,bottom.",
@@ -109,8 +113,8 @@ def picture_and_mask(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
             )
         return image, np.asarray(white) >= _WHITE
     if args.pad is not None:
-        if args.pad < 1:
-            raise InputError(f"--pad is {args.pad}; expected 1 pixel or more.")
+        if not 1 <= args.pad <= _MOST_PADDING:
+            raise InputError(f"--pad is {shown(args.pad)}; expected 1 to {_MOST_PADDING} pixels.")
         # Repeated edges, for the encoder sees what lies around a kept token.
         padded = np.pad(image, ((args.pad, args.pad), (args.pad, args.pad), (0, 0)), mode="edge")
         return padded, np.pad(np.zeros((height, width), bool), args.pad, constant_values=True)
@@ -126,7 +130,9 @@ def read_box(text: str) -> list[int]:
     try:
         left, top, right, bottom = map(int, text.split(","))
     except ValueError:
-        raise InputError(f"Box {text!r} is not left,top,right,bottom in whole pixels, such as 0,0,64,128.") from None
+        raise InputError(
+            f"Box {shown(text)} is not left,top,right,bottom in whole pixels, such as 0,0,64,128."
+        ) from None
     return [left, top, right, bottom]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import DataConfig, Kind
 from hmar_jax.errors import InputError, device_memory
@@ -19,7 +20,7 @@ from hmar_jax.files import check_outputs
 
 def run(argv: Sequence[str]) -> None:
     """Writes what `export model`, `export tokens` or `export torch` names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax export", description="Write a model directory, a token cache or an official PyTorch checkpoint."
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -81,7 +82,7 @@ def _export_model(workdir: Path, output: Path, init_from: str) -> None:
     if output.exists():
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
     model, source, licences = load_trained(workdir, init_from)
-    print(f"The model is in {save_model(output, model, source, licences=licences)}")
+    say(f"The model is in {save_model(output, model, source, licences=licences)}")
 
 
 def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
@@ -89,7 +90,7 @@ def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
 
     written = export_torch(model, output, layout)
     rest = "" if written == "vae" else "; --kind=vae writes its tokenizer"
-    print(f"The {written} state dict is in {output}, without the buffers that the official code derives{rest}")
+    say(f"The {written} state dict is in {output}, without the buffers that the official code derives{rest}")
 
 
 def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
@@ -109,8 +110,8 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
     with device_memory("choose a smaller --batch-size"):
         written = export_tokens(args.model, data, args.output, **{name: getattr(args, name) for name in names})
     if distributed.is_first():
-        print(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
+        say(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
         for file in (args.output / BROKEN, args.output / "validation" / BROKEN):
             if file.is_file():
                 count = len(file.read_text(encoding="utf-8").splitlines())
-                print(f"Broken pictures that were left out: {count}, listed in {file}")
+                say(f"Broken pictures that were left out: {count}, listed in {file}")

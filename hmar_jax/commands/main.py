@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import glob
 import importlib
-import io
 import logging
 import os
 import signal
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hmar_jax import __version__
+from hmar_jax.commands import terminal
 from hmar_jax.errors import BUG, HmarError
 from hmar_jax.platform import naming_absent_platforms, set_flags, use_compilation_cache
 
@@ -48,20 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       of ours, with its traceback. argparse itself exits with 2 on a malformed command line, and `compile-check` with 1
       where a program does not fit.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a class name or path
-    args = _arguments(list(sys.argv[1:] if argv is None else argv))
-    _prepare(args.command)
+    terminal.open_streams()
+    name, code, said, torn = "hmar-jax", 0, "", False
     shown, sys.unraisablehook = sys.unraisablehook, functools.partial(_show_unraisable, sys.unraisablehook)
-    code, said, torn = 0, "", False
     try:
-        with naming_absent_platforms():
-            importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
-        sys.stdout.flush()  # here, where a full disk has a sentence
+        try:
+            args = _arguments(list(sys.argv[1:] if argv is None else argv))
+            name = f"hmar-jax {args.command}"
+            _prepare(args.command)
+            with naming_absent_platforms():
+                importlib.import_module(f"hmar_jax.commands.{args.command.replace('-', '_')}").run(args.rest)
+        finally:
+            sys.stdout.flush()  # here, where a full disk has a sentence; after argparse's help as well
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE  # as of any program whose reader has gone; what is left to say goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except HmarError as error:
         code = error.exit_code
         said, torn = str(error), error.__cause__ is not None
@@ -73,21 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known := explain(error, "It could not go on", memory="ask for less at a time"):
             code, said, torn = known.exit_code, str(known), True
         else:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             code, said = BUG, f"this is a bug of hmar-jax {__version__}; please report it, with the lines above."
     finally:
         if torn:
             gc.collect()  # what Orbax left unheard is destroyed now; TensorStore's threads may report until the end
         else:
             sys.unraisablehook = shown
-    if said:
-        print(f"hmar-jax {args.command}: {said}", file=sys.stderr)
+        if said:
+            with contextlib.suppress(OSError):
+                print(f"{name}: {said}", file=sys.stderr)
+        terminal.settle_streams()
     return code
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     """The command's name, `command`, and the arguments that are its own, `rest`."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Parser(
         prog="hmar-jax",
         description="Hierarchical masked autoregressive image generation in JAX.",
         epilog="\n".join(["commands:", *(f"  {name:13} {what}" for name, what in COMMANDS.items())]),
@@ -95,7 +99,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments; `hmar-jax COMMAND --help` lists them")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv[:1])
+    args.rest = argv[1:]
+    return args
 
 
 def _prepare(command: str) -> None:
@@ -111,7 +117,9 @@ def _prepare(command: str) -> None:
         # Where libtpu is installed, as for the tests, but no TPU: it would go looking for one, and complain.
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(terminal.OneLine("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for ours in ("hmar_jax", "pallas_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
     for theirs in ("absl", "asyncio"):  # Orbax logs pages of what it raises, and we say, anyway

@@ -7,16 +7,15 @@ import os
 from collections.abc import Sequence
 
 from hmar_jax.commands import options, processes
-from hmar_jax.errors import device_memory
+from hmar_jax.commands.terminal import Parser, say
+from hmar_jax.errors import InputError, device_memory, shown
 from hmar_jax.files import check_folder, check_outputs, note_replaced, write_whole
 from hmar_jax.labels import HELP, every_class, parse_labels
 
 
 def run(argv: Sequence[str]) -> None:
     """Samples one picture a label, and a grid of all, or many pictures of each class."""
-    parser = argparse.ArgumentParser(
-        prog="hmar-jax sample", description="Sample one picture for each label, or many of each class."
-    )
+    parser = Parser(prog="hmar-jax sample", description="Sample one picture for each label, or many of each class.")
     options.add_model(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--labels", help=f"one picture each, of classes {HELP}")
@@ -35,6 +34,8 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_outputs("--output", [args.output], {"--model": args.model, "--schedule": args.schedule})
     check_folder("--output", args.output)
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed is {shown(args.seed)}; expected 0 to {2**32 - 1}.")
     if args.labels is not None:
         of_many = ("per_class", "batch", "format", "coordinator", "processes", "process")
         if given := [f"--{name.replace('_', '-')}" for name in of_many if getattr(args, name) is not None]:
@@ -69,7 +70,7 @@ def _sample_labels(args: argparse.Namespace) -> None:
             write_whole(args.output / f"{name}-trace.gif", pictures.animation(frames))
     pictures.save_png(pictures.grid(out.images, min(8, len(labels))), args.output / "grid.png")
     number = f"{len(labels)} picture{'s' * (len(labels) > 1)}"
-    print(f"{number} and grid.png are in {args.output}")
+    say(f"{number} and grid.png are in {args.output}")
 
 
 def _sample_classes(args: argparse.Namespace) -> None:
@@ -107,18 +108,18 @@ def _sample_classes(args: argparse.Namespace) -> None:
         with device_memory("choose a smaller --batch"), distributed.preemption() as asked:
             drawn = bulk.sample_classes(model, settings, numbers, per_class, args.output, batch=batch, stop=asked)
     if drawn is None and distributed.is_first():
-        print(f"Stopped; run the command again to go on with the pictures in {args.output}")
+        say(f"Stopped; run the command again to go on with the pictures in {args.output}")
     if asked.interrupted:
         raise KeyboardInterrupt
     if drawn is None:
         return
     if distributed.is_first():
         before = f", {total - drawn} of them from before" if (total := per_class * len(numbers)) > drawn else ""
-        print(f"{total} pictures, {per_class} of each of {len(numbers)} classes, are in {args.output}{before}")
+        say(f"{total} pictures, {per_class} of each of {len(numbers)} classes, are in {args.output}{before}")
         if names and settings.pictures == "png":
             folders = {bulk.folder_of(label.number, classes): label.name for label in labels}
             some = ", ".join(f"{folder} has {name}" for folder, name in list(folders.items())[:12])
-            print(f"Folders have the numbers of classes: {some}{', …' if len(folders) > 12 else ''}")
+            say(f"Folders have the numbers of classes: {some}{', …' if len(folders) > 12 else ''}")
 
 
 def _in_file_names(name: str) -> str:

@@ -14,9 +14,10 @@ import numpy as np
 
 from hmar_jax.commands import options
 from hmar_jax.commands.convert import parse_sides
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_files, check_kind, check_outputs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, check_outputs, check_pngs, note_replaced, write_whole
 from hmar_jax.scales import ScaleLadder
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ files
 
 def run(argv: Sequence[str]) -> None:
     """Shows one schedule, or lists what there is."""
-    parser = argparse.ArgumentParser(
-        prog="hmar-jax schedule", description="Look at how pictures will be sampled, before any is."
-    )
+    parser = Parser(prog="hmar-jax schedule", description="Look at how pictures will be sampled, before any is.")
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="presets and curves")
     show = actions.add_parser("show", help="passes, work and order of commitment of one schedule")
@@ -79,10 +78,12 @@ def _show(args: argparse.Namespace) -> None:
         check_files(option, [file] if file else [])
     if args.json is not None:
         check_kind("--json", args.json, _is_schedule, "a schedule")
+    if args.output is not None:
+        check_pngs("--output", [args.output])
     model = _model(args)
     assert model.transformer is not None
     schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **options.changes(args))
-    print(report(schedule, model))
+    say(report(schedule, model))
     note_replaced(file for file in (args.json, args.output) if file is not None)
     if args.json is not None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())
@@ -95,7 +96,7 @@ def _show(args: argparse.Namespace) -> None:
 def _is_schedule(content: bytes) -> bool:
     from hmar_jax.sampling.schedule import Schedule
 
-    Schedule.from_json(content.decode())
+    Schedule.from_json(content)
     return True
 
 
@@ -129,7 +130,7 @@ def report(schedule: Schedule, model: ModelConfig) -> str:
                 str(scale + 1),
                 str(schedule.sides[scale]),
                 str(len(steps)),
-                "+".join(map(str, steps)),
+                "+".join(map(str, steps)) if len(steps) <= 8 else _runs(steps),
                 f"{sum(plan.guided[scale])} of {len(steps)}",
                 *(_runs(getattr(schedule, name)[scale]) for name in SCALARS),
                 f"{sum(totals[at]) / sum(totals):.1%}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,15 @@ from ml_collections import config_flags
 
 from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig, check_paths, from_config_dict
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.files import check_outputs, check_readable, check_refusal, is_there, local_path
 
 
 def run(argv: Sequence[str]) -> None:
     """Trains, or goes on training, one stage."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hmar-jax train",
         description="Train one stage. Running again with the same work directory resumes.",
         epilog="Any field of the config can be set: --config.batch_size=32 --config.optimizer.base_lr=2e-4",
@@ -52,15 +54,15 @@ def run(argv: Sequence[str]) -> None:
     processes.join(args)
     model = train(config, args.workdir, args.profile)
     if model is not None and distributed.is_first():
-        print(f"Trained. The model is in {model}")
+        say(f"Trained. The model is in {model}")
 
 
 def _steps(text: str) -> range:
     """`100:110` → the steps from 100 to 110."""
-    first, _, last = text.partition(":")
-    if not first.isdigit() or not last.isdigit() or not 0 < int(first) <= int(last):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, such as 100:110")
-    return range(int(first), int(last) + 1)
+    ends = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if ends is None or not 0 < int(ends[1]) <= int(ends[2]):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not FIRST:LAST, such as 100:110")
+    return range(int(ends[1]), int(ends[2]) + 1)
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ CHIPS = {
     "v6e": Chip("TPU v6e", 32 * 2**30, 31.24 * 2**30, 918e12, 1640e9, 3.584e12 / 8),
     "h200": Chip("NVIDIA H200", 141e9, 0.75 * 141e9, 790e12, 4.3e12, 450e9),
 }
+_MOST_TPUS = 2**14  # one slice of v5p has 8960 chips at most
+_MOST_GPUS = 64  # of one host; those with most have 16
 EXAMPLES = "v5e:16x16, v5p:4x4x8, v6e:8x8, v5e:16x16*2 (two slices), h200 or h200:8"
 
 
@@ -64,12 +66,19 @@ def open_topology(name: str) -> Topology:
     Raises:
       InputError: a name of another form, a slice that does not exist, or its compiler is not installed.
     """
-    if tpu := re.fullmatch(r"(v5e|v5p|v6e):(\d+(?:x\d+)+)(?:\*(\d+))?", name):
+    if tpu := re.fullmatch(r"(v5e|v5p|v6e):([0-9]{1,4}(?:x[0-9]{1,4}){1,2})(?:\*([0-9]{1,4}))?", name):
         sizes, slices = [int(size) for size in tpu[2].split("x")], int(tpu[3] or 1)
+        _check_number(name, math.prod(sizes) * slices, _MOST_TPUS)
         return Topology(name, CHIPS[tpu[1]], _tpus(f"{tpu[1]}:{tpu[2]}", sizes, slices), slices)
-    if gpu := re.fullmatch(r"h200(?::([1-9]\d*))?", name):
+    if gpu := re.fullmatch(r"h200(?::([1-9][0-9]{0,3}))?", name):
+        _check_number(name, int(gpu[1] or 1), _MOST_GPUS)
         return Topology(name, _h200(), _gpus(int(gpu[1] or 1)))
-    raise InputError(f"No topology is named {name!r}; name one such as {EXAMPLES}.")
+    raise InputError(f"No topology is named {shown(name)}; name one such as {EXAMPLES}.")
+
+
+def _check_number(name: str, devices: int, most: int) -> None:
+    if not 1 <= devices <= most:
+        raise InputError(f"Topology {name} has {devices} devices; expected 1 to {most}, such as {EXAMPLES}.")
 
 
 def _tpus(name: str, sizes: list[int], slices: int) -> tuple[Any, ...]:
@@ -103,10 +112,15 @@ def _gpus(count: int) -> tuple[Any, ...]:
 def _h200() -> Chip:
     """An H200, with the share of its memory that JAX is told to take."""
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if not share:
+        return CHIPS["h200"]
     try:
-        return dataclasses.replace(CHIPS["h200"], usable=CHIPS["h200"].hbm * float(share)) if share else CHIPS["h200"]
+        number = float(share)
     except ValueError:
-        raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {share!r}; expected a share such as 0.9.") from None
+        number = 0.0
+    if not 0 < number <= 1:
+        raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {shown(share)}; expected a share such as 0.9.")
+    return dataclasses.replace(CHIPS["h200"], usable=CHIPS["h200"].hbm * number)
 
 
 # What XLA asks of a GPU that it compiles for, as an H200 answers (XLA's GpuTargetConfigProto).

@@ -128,7 +128,7 @@ def composite(edited: np.ndarray, originals: np.ndarray, mask: np.ndarray, feath
     for _ in range(min(feather, mask.shape[1])):
         eroded = _eroded(eroded)
         depth += eroded
-    weight = np.where(eroded, 1, depth / (feather + 1))[..., None].astype(np.float32)
+    weight = np.where(eroded, 1, depth / (min(feather, 2**31) + 1))[..., None].astype(np.float32)
     blend = weight * edited + (1 - weight) * originals
     return np.where(mask[..., None], blend, originals)
 

@@ -9,12 +9,14 @@ import itertools
 import math
 import operator
 import re
+import sys
 from numbers import Real
 from typing import Any
 
 from hmar_jax.errors import InputError, shown
 from hmar_jax.scales import ScaleLadder
 
+MOST_PASSES = 2**14  # of a schedule; one a token are 9451 on the ladder of 1024 pixels
 CURVES = ("single", "equal", "cosine", "arccos", "power")
 _TEXT = re.compile(r"([a-z]+)([0-9.]*)(?::([0-9]{1,9})(?:@([0-9]{1,9})(?:-([0-9]{1,9}))?)?)?")
 
@@ -51,25 +53,33 @@ def generate(
         raise InputError(f"Curve {shown(curve)} is unknown; choose {', '.join(CURVES)}.")
     steps = _checked_steps(curve, steps)
     power = curve == "power"
-    number = isinstance(exponent, Real) and 0 < exponent < math.inf
+    number = isinstance(exponent, Real) and not isinstance(exponent, bool) and 0 < exponent <= sys.float_info.max
     if power != (exponent is not None) or power != number:
         rule = "a number above 0, such as 2" if power else "none, which 'power' alone has"
         raise InputError(f"The exponent of curve {curve!r} is {shown(exponent)}; expected {rule}.")
     first, last = _checked_scales(ladder, scales)
+    passes = sum(min(steps, length) if first <= scale <= last else 1 for scale, length in enumerate(ladder.lengths, 1))
+    if passes > MOST_PASSES:
+        raise InputError(
+            f"{shown(steps)} steps of scales {first} to {last} make {passes} passes; expected {MOST_PASSES} at most, "
+            "so choose fewer steps, or fewer scales that have them."
+        )
     return [
-        _counts(length, steps if first <= scale <= last and scale > 1 else 1, curve, exponent)
+        _counts(length, steps if first <= scale <= last and scale > 1 else 1, curve, float(exponent or 1))
         for scale, length in enumerate(ladder.lengths, 1)
     ]
 
 
 def _checked_steps(curve: str, steps: Any) -> int:
     """Steps as an int, 1 where the curve is `single`."""
-    if curve == "single" and (steps is None or (isinstance(steps, int) and steps == 1)):
+    if curve == "single" and steps is None:
         return 1
     try:
-        checked = operator.index(steps)
+        checked = 0 if isinstance(steps, bool) else operator.index(steps)
     except TypeError:
         checked = 0
+    if curve == "single" and checked == 1:
+        return 1
     if curve == "single" or checked < 1:
         rule = "none, for it has one a scale" if curve == "single" else "a whole number, 1 or more"
         raise InputError(f"The steps of curve {curve!r} are {shown(steps)}; expected {rule}.")
@@ -82,7 +92,7 @@ def _checked_scales(ladder: ScaleLadder, scales: Any) -> tuple[int, int]:
         return 1, ladder.num_scales
     try:
         first, last = map(operator.index, scales)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         first, last = 0, 0
     if not 1 <= first <= last <= ladder.num_scales:
         raise InputError(
@@ -92,7 +102,7 @@ def _checked_scales(ladder: ScaleLadder, scales: Any) -> tuple[int, int]:
     return first, last
 
 
-def _counts(length: int, steps: int, curve: str, exponent: float | None) -> list[int]:
+def _counts(length: int, steps: int, curve: str, exponent: float) -> list[int]:
     """What each step commits of `length` tokens; no more steps than tokens.
 
     After each step the number still masked is the nearest to the curve that leaves every step a token at least. (For
@@ -106,13 +116,12 @@ def _counts(length: int, steps: int, curve: str, exponent: float | None) -> list
     return [before - after for before, after in itertools.pairwise(masked)]
 
 
-def _share_masked(done: float, curve: str, exponent: float | None) -> float:
+def _share_masked(done: float, curve: str, exponent: float) -> float:
     match curve:
         case "cosine":
             return math.cos(math.pi / 2 * done)
         case "arccos":
             return math.acos(done) / (math.pi / 2)
         case "power":
-            assert exponent is not None
             return 1 - done**exponent
     return 1 - done

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from hmar_jax.config import TransformerConfig
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.scales import ScaleLadder
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def counts(name: str, ladder: ScaleLadder) -> Counts:
     if name in ("next-scale", "var"):
         return tuple((length,) for length in ladder.lengths)
     raise InputError(
-        f"Schedule {name!r} is unknown; choose {', '.join(NAMES)}, a .json file, or a curve and its steps, "
+        f"Schedule {shown(name)} is unknown; choose {', '.join(NAMES)}, a .json file, or a curve and its steps, "
         "such as cosine:4, equal:2@7 or power2:4@5-9."
     )
 
@@ -55,8 +55,8 @@ def guidance(depth: int, name: str = "") -> dict[str, Any]:
     """
     if name == "var":
         return _VAR
-    if not isinstance(depth, int) or depth < 1:
-        raise InputError(f"The depth is {repr(depth)[:80]}; expected the blocks of a transformer, 1 or more.")
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise InputError(f"The depth is {shown(depth)}; expected the blocks of a transformer, 1 or more.")
     cfg, top_k = _GUIDANCE[_published(depth)]
     return {"cfg": cfg, "top_k": top_k}
 

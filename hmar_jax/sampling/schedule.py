@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from numbers import Real
@@ -28,14 +27,12 @@ from hmar_jax.errors import InputError, saying, shown
 from hmar_jax.files import local_path, read_bytes
 from hmar_jax.sampling import generators, presets
 from hmar_jax.sampling.presets import ORDERS, Order
+from hmar_jax.sampling.scalars import SCALARS, Nested, check_range, checked_counts, nested_like, ramped
 from hmar_jax.scales import ScaleLadder
 
 type ScheduleLike = str | os.PathLike[str] | Schedule  # as `Schedule.resolve` takes it
-Nested = tuple[tuple[float, ...], ...]
-SCALARS = ("cfg", "temperature", "top_k", "top_p", "noise")
 
 _SCHEDULES = "a Schedule, the name of one, a curve and steps such as cosine:4@5-9, or a .json file"
-_LARGEST = 2.0**127  # what float32 holds with room to spare
 
 
 class Changes(TypedDict, total=False):
@@ -97,7 +94,7 @@ class Schedule:
     """How many tokens each step commits, which they are, and the scalars of each pass, nested like the counts.
 
     Attributes:
-      counts: tokens committed; those of a scale sum to p².
+      counts: tokens committed; those of a scale sum to p². 16,384 passes at most.
       cfg: guidance t in (1+t)·cond - t·null. Where it is 0 the null half is not computed.
       temperature: logits are divided by it, > 0.
       top_k: logits kept, ties with the last included; 0 keeps all.
@@ -114,6 +111,14 @@ class Schedule:
     top_p: Nested
     noise: Nested
     order: Order = "confidence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", checked_counts(self.counts))
+        for name in SCALARS:
+            object.__setattr__(self, name, nested_like(name, getattr(self, name), self.counts))
+            check_range(name, getattr(self, name))
+        if not isinstance(self.order, str) or self.order not in ORDERS:
+            raise InputError(f"order is {shown(self.order)}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}.")
 
     @classmethod
     def from_counts(
@@ -142,33 +147,14 @@ class Schedule:
         Raises:
           InputError: counts that are not positive or don't sum to a square, or scalars of another shape or range.
         """
-        try:
-            nested = tuple(tuple(operator.index(count) for count in steps) for steps in counts)
-        except TypeError:
-            nested = ()
-        if not nested:
-            raise InputError(
-                f"Counts are {shown(counts)}; expected whole numbers for each scale, such as [[1], [1, 3]]."
-            )
-        for scale, steps in enumerate(nested):
-            total = sum(steps)
-            positive = bool(steps) and min(steps) > 0 and total < 2**31
-            if not positive or math.isqrt(total) ** 2 != total or (scale == 0 and len(steps) > 1):
-                rule = "one step of p² tokens" if scale == 0 else "positive counts that sum to p², such as 1,3 for p=2"
-                raise InputError(
-                    f"Counts {shown(list(steps))} of scale {scale + 1} sum to {shown(total)}; expected {rule}."
-                )
+        nested = checked_counts(counts)
         if isinstance(cfg, Real):
-            cfg = _ramped(cfg, tuple((0.0,) * len(steps) for steps in nested), refine=False)
+            cfg = ramped(cfg, tuple((0.0,) * len(steps) for steps in nested), refine=False)
         given = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "noise": noise}
-        scalars = {name: _nested(name, value, nested) for name, value in given.items()}
+        scalars = {name: nested_like(name, value, nested) for name, value in given.items()}
         if refine_cfg is not None:
-            scalars["cfg"] = _ramped(refine_cfg, scalars["cfg"], refine=True)
-        if not isinstance(order, str) or order not in ORDERS:
-            raise InputError(f"order is {shown(order)}; expected {', '.join(ORDERS[:-1])} or {ORDERS[-1]}.")
-        schedule = cls(nested, **scalars, order=order)
-        schedule._check_ranges()
-        return schedule
+            scalars["cfg"] = ramped(refine_cfg, scalars["cfg"], refine=True)
+        return cls(nested, **scalars, order=order)
 
     @classmethod
     def preset(cls, name: str, ladder: ScaleLadder, depth: int = 16) -> Schedule:
@@ -217,6 +203,7 @@ class Schedule:
         `equal:2`, `power2:4@3-10`, `arccos:8@10`. They have, like the presets, the published guidance of the given
         transformer depth.
         """
+        _check_ladder(ladder)
         if not isinstance(text, str | os.PathLike):
             raise InputError(f"The schedule is {shown(text)}; expected {_SCHEDULES}.")
         if not isinstance(text, str) or text.lower().endswith(".json"):
@@ -248,6 +235,8 @@ class Schedule:
         Raises:
           InputError: it is for another ladder, or has masked steps where the transformer has no mask branch.
         """
+        if not isinstance(model, TransformerConfig):
+            raise InputError(f"The model is {shown(model)}; expected a TransformerConfig.")
         if schedule is None:
             schedule = "var" if model.pattern == "block_causal" else "next-scale"
         if not isinstance(schedule, Schedule):
@@ -270,7 +259,7 @@ class Schedule:
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if isinstance(given.get("cfg"), Real):
-            given["cfg"] = _ramped(given["cfg"], self.cfg, refine=False)
+            given["cfg"] = ramped(given["cfg"], self.cfg, refine=False)
         own = {name: getattr(self, name) for name in (*SCALARS, "order")}
         return self.from_counts(self.counts, **(own | given))
 
@@ -279,8 +268,8 @@ class Schedule:
         _check_ladder(ladder)
         if self.sides != ladder.sides:
             raise InputError(
-                f"{name} is for the sides {','.join(map(str, self.sides))}, but the model was built for "
-                f"{','.join(map(str, ladder.sides))}; choose a schedule for those, such as 'next-scale'."
+                f"{name} is for the sides {_joined(self.sides)}, but the model was built for {_joined(ladder.sides)}; "
+                "choose a schedule for those, such as 'next-scale'."
             )
 
     @property
@@ -340,59 +329,10 @@ class Schedule:
             for name in SCALARS
         }
 
-    def _check_ranges(self) -> None:
-        rules = {
-            "cfg": (-math.inf, math.inf, "a finite number"),
-            "temperature": (1e-6, math.inf, "above 0, and finite"),
-            "top_k": (0, 2**31 - 1, "a whole number, 0 (off) or more"),
-            "top_p": (1e-6, 1, "above 0 and at most 1 (off)"),
-            "noise": (0, math.inf, "0 or more, and finite"),
-        }
-        for name, (low, high, rule) in rules.items():
-            for value in (value for steps in getattr(self, name) for value in steps):
-                whole = name != "top_k" or float(value).is_integer()
-                if not abs(value) < _LARGEST or not low <= value <= high or not whole:
-                    raise InputError(f"{name} is {value}; expected {rule}.")
 
-
-def _nested(name: str, value: Any, counts: tuple[tuple[int, ...], ...]) -> Nested:
-    """A scalar for all passes, or values nested like `counts`, as nested tuples of floats."""
-    if isinstance(value, Real):
-        return tuple((_float(value),) * len(steps) for steps in counts)
-    try:
-        nested = tuple(tuple(map(_float, steps)) for steps in value)
-    except (TypeError, ValueError):
-        nested = ()
-    if [len(steps) for steps in nested] != [len(steps) for steps in counts]:
-        raise InputError(
-            f"{name} is {shown(value)}; expected a number, or numbers nested like the counts {shown(counts)}."
-        )
-    return nested
-
-
-def _float(value: Any) -> float:
-    """A number as a float, infinite where it is beyond. Raises TypeError for others, text included."""
-    if isinstance(value, str | bytes):
-        raise TypeError
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _ramped(number: Any, cfg: Nested, refine: bool) -> Nested:
-    """Guidance with number·k/(K-1) on the masked passes of scale k (from 0), or else on its next-scale pass."""
-    name = "refine_cfg" if refine else "cfg"
-    if not isinstance(number, Real):
-        raise InputError(f"{name} is {shown(number)}; expected a number.")
-    number = _float(number)
-    if not abs(number) < _LARGEST:
-        raise InputError(f"{name} is {number}; expected a finite number.")
-    last = max(len(cfg) - 1, 1)
-    return tuple(
-        tuple(number * k / last if (step > 0) == refine else value for step, value in enumerate(steps))
-        for k, steps in enumerate(cfg)
-    )
+def _joined(sides: Sequence[int]) -> str:
+    """Sides as a sentence has them."""
+    return shown(tuple(sides))[1:-1].replace(" ", "").rstrip(",")
 
 
 def _check_ladder(ladder: Any) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hmar_jax.arrays import on_host
-from hmar_jax.errors import InputError
+from hmar_jax.arrays import on_host, whole
+from hmar_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
     from hmar_jax.model import Model, Sample
@@ -44,11 +44,16 @@ def frames(model: Model, sample: Sample, index: int = 0) -> list[Frame]:
     Raises:
       InputError: the sample has no draws, or no such picture.
     """
+    from hmar_jax.model import Model, Sample
+
+    if not isinstance(model, Model) or not isinstance(sample, Sample):
+        raise InputError(f"model is {shown(model)} and sample {shown(sample)}; expected a Model and what it gave.")
     draws, ladder = sample.draws, model.config.ladder
     if draws is None:
         raise InputError("This sample has no draws; have them recorded with model.sample(…, record=True).")
-    if not 0 <= index < len(sample.tokens):
-        raise InputError(f"Picture {index} is not in this sample; it has 0 to {len(sample.tokens) - 1}.")
+    index = whole("index", index, 0)
+    if index >= len(sample.tokens):
+        raise InputError(f"Picture {shown(index)} is not in this sample; it has 0 to {len(sample.tokens) - 1}.")
     tokens = np.stack([sample.tokens[index]] * len(draws))
     for state, draw in zip(tokens, draws, strict=True):
         where = ladder.slices[draw.scale]

@@ -70,7 +70,7 @@ class TokenizerDoor:
         tokens = host_array("Tokens are", tokens, "integers (T, B, L)")
         until = host_array("Scales are", scales, f"T of 0 to {count - 1}")
         whole = np.issubdtype(until.dtype, np.integer) and not np.any((until < 0) | (until >= count))
-        if tokens.ndim != 3 or until.shape != tokens.shape[:1] or not (whole or until.size == 0):
+        if tokens.ndim != 3 or 0 in tokens.shape or until.shape != tokens.shape[:1] or not (whole or until.size == 0):
             raise InputError(
                 f"Tokens are {tokens.shape} and scales {shown(scales)}; expected (T, B, L), and T of 0 to {count - 1}."
             )

@@ -170,11 +170,11 @@ BAD = {
     "an empty box": ("p.png", ["--box=4,4,4,8"], "Box 4,4,4,8 is not left < right, top < bottom inside 0,0,16,16"),
     "a box outside": ("p.png", ["--keep=0,0,17,8"], "Box 0,0,17,8 is not left < right"),
     "a box that is cropped away": ("wide.png", ["--box=0,0,12,40"], "Nothing is to be drawn anew in the middle square"),
-    "no padding": ("p.png", ["--pad=0"], "--pad is 0; expected 1 pixel or more"),
+    "no padding": ("p.png", ["--pad=0"], "--pad is 0; expected 1 to 4096 pixels"),
     "a label of no class": ("p.png", ["--box=0,0,4,4", "--label=Q"], "Label 'Q' is not a class of this model"),
     "a label too high": ("p.png", ["--box=0,0,4,4", "--label=7"], "Label 7 is out of range"),
     "two labels": ("p.png", ["--box=0,0,4,4", "--label=A,B"], "--label is A,B; expected one class"),
-    "no variants": ("p.png", ["--box=0,0,4,4", "--variants=0"], "variants is 0; expected a whole number, 1 or more"),
+    "no variants": ("p.png", ["--box=0,0,4,4", "--variants=0"], "--variants is 0; expected 1 to 10000"),
     "a feather below 0": (
         "p.png",
         ["--box=0,0,4,4", "--feather=-1"],
@@ -199,7 +199,7 @@ BAD = {
     "too many variants": (
         "p.png",
         ["--box=0,0,4,4", "--variants=30000000"],
-        "--variants is 30000000; expected at most",
+        "--variants is 30000000; expected 1 to 10000",
     ),
     "no finite guidance": (
         "p.png",
