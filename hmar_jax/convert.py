@@ -18,7 +18,7 @@ import numpy as np
 
 from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import Kind, ModelConfig
-from hmar_jax.errors import InputError, saying
+from hmar_jax.errors import InputError, saying, shown
 from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
 from hmar_jax.params import check_shapes
@@ -33,6 +33,7 @@ _LICENCES = {
     "var": "The transformer keeps the licence of the file it was converted from.",
     "vae": "The tokenizer keeps the licence of the file it was converted from.",
 }
+_MOST_STATE_DICTS = 100  # in a file, of one kind: each is compared with all of its entries
 _NEXT_SCALE, _MASKED = "transformer.next_scale.", "transformer.masked."
 
 
@@ -317,41 +318,48 @@ def _choose(source: Path, file: tensors.File | torch_files.File, kind: Kind, key
     shapes = {name: file.shapes[names[0]] for name, names in raw.items()}
     mark = official.TOKENIZER_MARK if kind == "vae" else official.TRANSFORMER_MARK
     prefixes = _prefixes(shapes, mark)
+    if len(prefixes) > _MOST_STATE_DICTS:
+        raise InputError(f"{source} holds {len(prefixes)} state dicts; save one of them alone.")
     wanted = None if key is None else official.unwrapped(f"{key}." if key else "")
     chosen = [prefix for prefix in prefixes if wanted in (None, prefix)]
 
-    def shown(prefix: str) -> str:
+    def as_written(prefix: str) -> str:
         """A prefix as the file has it."""
         name = raw[prefix + mark][0]
         return (name.removesuffix(mark) if name.endswith(mark) else prefix).rstrip(".")
 
     if not prefixes:
-        for prefix in _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK):
+        others = _prefixes(shapes, official.TOKENIZER_MARK) + _prefixes(shapes, official.TRANSFORMER_MARK)
+        for prefix in others[:_MOST_STATE_DICTS]:
             official.check_kind(kind, _under(prefix, shapes).keys(), str(source))
-        some = f"its entries begin {', '.join(sorted(shapes)[:3])}" if shapes else "it has no entries at all"
+        first = ", ".join(f"{name:.80}" for name in sorted(shapes)[:3])
+        some = f"its entries begin {first}" if shapes else "it has no entries at all"
         raise InputError(f"{source} lacks {mark} at the top or under a key, so it holds no whole {kind}; {some}.")
     if len(chosen) != 1:
-        place = f"under {key!r}" if key else "at the top"
+        place = f"under {shown(key)}" if key else "at the top"
         found = f"{len(chosen)} state dicts of this kind" if chosen else f"no {kind} {place}"
-        keys = ", ".join(sorted(repr(shown(prefix)) for prefix in prefixes))
+        keys = ", ".join(shown(name) for name in sorted(map(as_written, prefixes))[:5])
         raise InputError(f"{source} holds {found}; choose with --key one of {keys}.")
     prefix = chosen[0]
-    where = f"{source} under {shown(prefix)!r}" if prefix else str(source)
+    where = f"{source} under {shown(as_written(prefix))}" if prefix else str(source)
     deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     own = _under(prefix, {name: shape for name, shape in shapes.items() if not name.startswith(deeper)})
     parameters = official.without_buffers(own)
     for name in parameters:
         if len(twice := raw[prefix + name]) > 1:
             raise InputError(
-                f"{where} has both {twice[0]} and {twice[1]}, which are one entry without the names of wrappers; save "
-                "a state dict with one of them."
+                f"{where} has both {twice[0]:.100} and {twice[1]:.100}, which are one entry without the names of "
+                "wrappers; save a state dict with one of them."
             )
 
     def get(name: str) -> np.ndarray:
         (entry,) = raw[prefix + name]
         return tensors.cast(file.read(entry), np.float32, f"{entry} of {source}")
 
-    tensors.check_floats({name: file.dtypes[raw[prefix + name][0]] for name in parameters}, tensors.FLOATS, where)
+    entries = {name: raw[prefix + name][0] for name in parameters}
+    tensors.check_floats({name: file.dtypes[entry] for name, entry in entries.items()}, tensors.FLOATS, where)
+    if isinstance(file, torch_files.File):
+        file.check_sharing(entries.values())
     return StateDict(where, parameters, get)
 
 

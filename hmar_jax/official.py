@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from hmar_jax.config import Kind, ModelConfig, TokenizerConfig, TransformerConfig
-from hmar_jax.errors import InputError, saying
+from hmar_jax.errors import InputError, saying, shown
 from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
 
@@ -25,6 +25,9 @@ _BUFFERS = re.compile(r"lvl_1L|attn_bias_for_masking|.*\.attn\.zero_k_bias|quant
 _WRAPPERS = {"module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
 # The official code fixes the groups of every GroupNorm and the blocks that stage 2 trains; no shape tells them.
 NORM_GROUPS, BRANCH_DEPTH = 32, 8
+# What a file may make us build before its entries are compared with it: a network of this many blocks takes seconds.
+# The released tokenizer has 25 blocks and 4 phi convolutions, and 4096 is the longest axis that a size is taken from.
+_MOST_BLOCKS, _MOST_PHIS, _LONGEST_AXIS = 200, 100, 2**24
 
 
 class Layout(NamedTuple):
@@ -220,16 +223,16 @@ class _Dimensions:
     def __call__(self, name: str, rank: int) -> tuple[int, ...]:
         if name not in self.shapes:
             raise InputError(f"{self.where} lacks {name}; it is not a whole state dict of this kind.")
-        if len(shape := self.shapes[name]) != rank or 0 in shape:
+        if len(shape := self.shapes[name]) != rank or 0 in shape or max(shape) > _LONGEST_AXIS:
             raise InputError(
-                f"{self.where} has {name} of shape {shape}; expected {rank} axes, none of length 0; give a state "
-                "dict of this kind."
+                f"{self.where} has {name} of shape {shown(shape)}; expected {rank} axes of length 1 to "
+                f"{_LONGEST_AXIS}; give a state dict of this kind."
             )
         return shape
 
     def count(self, pattern: str, least: int = 1) -> int:
         """How many numbers names have for `#`: 0, 1, …; InputError if one of these is missing, or there are too few."""
-        start = re.compile(re.escape(pattern).replace(r"\#", r"(\d{1,9})"))
+        start = re.compile(re.escape(pattern).replace(r"\#", r"([0-9]{1,9})"))
         numbers = {int(match[1]) for name in self.shapes if (match := start.match(name))}
         missing = sorted(set(range(max(len(numbers), least))) - numbers)
         if missing:
@@ -248,6 +251,11 @@ def infer_tokenizer(shapes: Shapes, where: str) -> TokenizerConfig:
     blocks = [dims.count(f"{side}.0.block.#.") for side in ("encoder.down", "decoder.up")]
     layout = _phi_layout(shapes)
     phis = 1 if layout == "qresi" else dims.count(_PHIS[layout])
+    if levels * sum(blocks) > _MOST_BLOCKS or phis > _MOST_PHIS:
+        raise InputError(
+            f"{where} has {levels} levels of {' and '.join(map(str, blocks))} blocks, and {phis} phi convolutions; "
+            f"expected {_MOST_BLOCKS} blocks and {_MOST_PHIS} phi convolutions at most; give a vae's state dict."
+        )
     with saying(f"The sizes in {where} do not go together"):
         return TokenizerConfig(
             channels=channels,

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 
 Tree = dict[Any, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,7 +48,8 @@ def check_shapes(found: Shapes, expected: Shapes, where: str, remedy: str) -> No
     for what, names in (("lacks", missing), ("has the unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{where} {what} {', '.join(names[:3])}{more}; {remedy}")
+            some = ", ".join(f"{name:.80}" for name in names[:3])
+            raise InputError(f"{where} {what} {some}{more}; {remedy}")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise InputError(f"{where} has {name} of shape {tuple(found[name])}, not {tuple(shape)}; {remedy}")
+            raise InputError(f"{where} has {name} of shape {shown(tuple(found[name]))}, not {tuple(shape)}; {remedy}")

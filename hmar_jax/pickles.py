@@ -7,6 +7,7 @@ called is the caller's stand-in for it. The memory used is bounded by the file's
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 import struct
@@ -16,9 +17,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason
 
-_MOST_OPERATIONS = 3_000_000  # seconds; a checkpoint of a thousand tensors with its optimizer has some 200,000
+_MOST_OPERATIONS = 1_000_000  # seconds; a checkpoint of a thousand tensors with its optimizer has some 200,000
+_LONGEST = 2**28  # bytes of a pickle; one with the arrays of a VGG16 in it has 59 MB
+_LONGEST_KEY = 1000  # letters of a dictionary's key; long ones that are equal take long to compare
+_MOST_AXES, _LONGEST_AXIS = 32, 2**48
+_NUMBERS = re.compile(r"[<>|=](b1|[iu][1248]|f[248]|c8|c16)")  # dtypes of arrays that are read
 # What an interpreter of damaged operations runs into.
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, struct.error)
 
@@ -38,30 +43,41 @@ class Array:
     """
 
     def __init__(self, data: Any = b"", dtype: Any = None, shape: Any = (0,), order: Any = "C"):
-        if not isinstance(shape, tuple) or not isinstance(dtype, _DType | None):
+        if not isinstance(dtype, _DType | None):
             raise TypeError
-        self._data, self._order, self.shape, self.dtype = data, order, shape, str(dtype)
+        self._data, self._order, self.shape, self.dtype = data, order, numbers(shape), str(dtype)
 
     def build(self, state: Any) -> None:
         """Fills an empty array with what NumPy stores: (version, shape, dtype, whether column-major, bytes)."""
         _, shape, dtype, fortran, data = state
         self.__init__(data, dtype, shape, "F" if fortran else "C")  # type: ignore[misc]
 
+    @property
+    def dtype_name(self) -> str:
+        """`float32` and the like; the code itself where it is not of plain numbers."""
+        return np.dtype(self.dtype).name if _NUMBERS.fullmatch(self.dtype) else self.dtype
+
     def read(self) -> np.ndarray:
         """The array's values; ValueError where it holds no plain numbers, or not as many as its shape says."""
-        if not re.fullmatch(r"[<>|=][biufc]\d{1,2}", self.dtype):
-            raise ValueError(f"an array of dtype {self.dtype:.40}")
+        if not _NUMBERS.fullmatch(self.dtype):
+            raise ValueError(f"an array of dtype {self.dtype}")
         data = self._data.encode("latin-1") if isinstance(self._data, str) else self._data
+        if not isinstance(data, bytes | bytearray) or self._order not in ("C", "F"):
+            raise ValueError("an array without its numbers")
         return np.frombuffer(data, self.dtype).reshape(self.shape, order=self._order)
 
 
 class _DType:
     """`numpy.dtype(code)`, whose byte order follows in `build`."""
 
-    def __init__(self, code: str, *_: Any):
+    def __init__(self, code: Any, *_: Any):
+        if not isinstance(code, str):
+            raise TypeError
         self._code, self._order = code[:8], "|"
 
     def build(self, state: Any) -> None:
+        if not isinstance(state[1], str):
+            raise TypeError
         self._order = state[1][:1]
 
     def __str__(self) -> str:
@@ -74,6 +90,32 @@ def _named_only(*_: Any) -> None:
 
 def _first(*args: Any) -> Any:
     return args[0] if args else []
+
+
+def _ordered(pairs: Any = ()) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for name, value in pairs:
+        _put(made, name, value)
+    return made
+
+
+def _put(into: dict[Any, Any], key: Any, value: Any) -> None:
+    """Sets an item. A key that is not cheap to hash, such as a deeply nested tuple, becomes one without a name."""
+    if (isinstance(key, str) and len(key) > _LONGEST_KEY) or (isinstance(key, int) and key.bit_length() > 64):
+        raise ValueError("a key of a dictionary that is too long")
+    key = key if isinstance(key, str | int | float | None) else object()
+    if key in into:  # as no program writes it
+        raise ValueError("a dictionary with one key twice")
+    into[key] = value
+
+
+def numbers(value: Any) -> tuple[int, ...]:
+    """A shape, or something else of whole numbers of 0 or more, of a length and a size that an array may have."""
+    if not isinstance(value, tuple | list) or len(value) > _MOST_AXES:
+        raise ValueError("a shape that is none")
+    if not all(type(number) is int and 0 <= number < _LONGEST_AXIS for number in value):
+        raise ValueError("a number where no such number can be")
+    return tuple(value)
 
 
 _NUMPY: dict[str, Callable[..., Any]] = {
@@ -89,7 +131,7 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
     **{f"numpy._{name}": stand_in for name, stand_in in _NUMPY.items() if name.startswith("core.")},
     **{f"{builtins}.{name}": _first for builtins in ("builtins", "__builtin__") for name in ("set", "bytearray")},
     "_codecs.encode": _first,
-    "collections.OrderedDict": lambda pairs=(): {_key(name): value for name, value in pairs},
+    "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
 }
 
@@ -115,16 +157,44 @@ def load(
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes in what is no text
-            return _Interpreter(find, where, persistent).run(stream)
+            return _Interpreter(find, where, persistent).run(_Rest(stream))
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{where} is damaged ({type(error).__name__} in its pickle); copy or save it again.") from None
+        why = reason(error) if isinstance(error, ValueError) else type(error).__name__
+        raise InputError(f"{where} is damaged ({why} in its pickle); copy or save it again.") from None
 
 
-def _key(value: Any) -> Any:
-    """A key of a dictionary: what cannot be one cheaply, such as a deeply nested tuple, becomes one without a name."""
-    return value if isinstance(value, str | int | float | None) else object()
+class _Rest:
+    """What is left of a stream. A pickle may ask for any number of bytes, and memory is taken for all of them."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, start = stream, stream.tell()
+        self._end = min(stream.seek(0, io.SEEK_END), start + _LONGEST)
+        stream.seek(start)
+
+    def read(self, count: int) -> bytes:
+        return self._stream.read(min(count, self._end - self._stream.tell()))
+
+    def readline(self) -> bytes:
+        return self._stream.readline(self._end - self._stream.tell())
+
+
+_CONSTANTS: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_SET": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+}
+# The operations whose argument is put on the stack as it is.
+_VALUES = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
 
 
 class _Interpreter:
@@ -137,31 +207,42 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
         self._operations = 0
 
-    def run(self, stream: BinaryIO) -> Any:
-        for operation, value, _ in pickletools.genops(stream):
-            self._operations += 1
-            if self._operations > _MOST_OPERATIONS:
-                raise InputError(f"{self._where} has a pickle of too many operations; save its state dict alone.")
+    def run(self, stream: _Rest) -> Any:
+        for operation, value, _ in pickletools.genops(stream):  # type: ignore[arg-type]
+            self._count(1)
             if operation.name == "STOP":
-                return self._stack.pop()
+                (made,) = self._stack
+                if self._marks:
+                    raise IndexError
+                return made
             self._do(operation.name, value)
         raise EOFError
 
+    def _count(self, operations: int) -> None:
+        self._operations += operations
+        if self._operations > _MOST_OPERATIONS:
+            raise InputError(f"{self._where} has a pickle of too many operations; save its state dict alone.")
+
     def _do(self, name: str, value: Any) -> None:
         stack = self._stack
+        if name in _VALUES:
+            stack.append(value)
+            return
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+            return
         match name:
             case "PROTO" | "FRAME":
-                pass
+                if name == "PROTO" and value > 5:
+                    raise ValueError(f"its protocol is {value}")
             case "MARK":
                 self._marks.append(len(stack))
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[int(value)] = self._top()
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = self._top()
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[int(value)])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self._pop(int(name[-1]))))
             case "TUPLE":
@@ -177,57 +258,63 @@ class _Interpreter:
                 self._top(list).extend(items)
             case "SETITEM" | "SETITEMS":
                 self._set_items(self._pop(2) if name == "SETITEM" else self._since_mark())
-            case "POP":
+            case "POP" if not self._marks or self._marks[-1] < len(stack):
                 stack.pop()
-            case "POP_MARK":
+            case "POP" | "POP_MARK":
                 self._since_mark()
             case "DUP":
-                stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self._memo[int(value)] = stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self._memo[int(value)])
+                stack.append(self._top())
             case "GLOBAL":
                 stack.append(self._global(*value.split(" ", 1)))
             case "STACK_GLOBAL":
                 stack.append(self._global(*self._pop(2)))
             case "REDUCE" | "NEWOBJ":
                 called, args = self._pop(2)
-                self._operations += sum(len(arg) for arg in args if isinstance(arg, list))  # which are copied
-                stack.append(called.stand_in(*args))
+                stack.append(self._called(called, args))
             case "BUILD":
                 (state,) = self._pop(1)
-                if hasattr(stack[-1], "build"):  # else: attributes of a dictionary or a tensor, which have no use here
+                if isinstance(self._top(), Array | _DType):  # others have attributes that are of no use here
                     stack[-1].build(state)
             case "PERSID" | "BINPERSID":
-                stack.append(self._persistent(value if name == "PERSID" else stack.pop()))
-            case _ if isinstance(value, int | float | str | bytes | bytearray) and not name.startswith("EXT"):
-                stack.append(value)
+                (value,) = [value] if name == "PERSID" else self._pop(1)
+                stack.append(self._persistent(value))
             case _:
                 raise InputError(f"{self._where} has the operation {name} in its pickle; save its state dict alone.")
 
-    def _global(self, module: str, name: str) -> Global:
+    def _called(self, called: Any, args: Any) -> Any:
+        """What the stand-in for a global makes of a tuple of arguments."""
+        if not isinstance(called, Global) or not isinstance(args, tuple):
+            raise TypeError
+        # A stand-in may go through all that it is given, which the memo lets be there again and again.
+        self._count(len(args) + sum(len(arg) for arg in args if isinstance(arg, tuple | list | dict)))
+        return called.stand_in(*args)
+
+    def _global(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TypeError
         whole = f"{module}.{name}"
-        stand_in = self._find(whole)
+        stand_in = self._find(whole) if len(whole) <= _LONGEST_KEY else None
         if stand_in is None:
             raise InputError(
-                f"{self._where} is refused: it holds {ascii(whole)[1:-1]:.80}, which is no tensor or plain data and "
-                "could run any code when loaded; save its state dict alone, with torch.save or as .safetensors."
+                f"{self._where} is refused: it holds {ascii(whole[:80])[1:-1]:.80}, which is no tensor or plain data "
+                "and could run any code when loaded; save its state dict alone, with torch.save or as .safetensors."
             )
         return Global(whole, stand_in)
 
     def _set_items(self, items: list[Any]) -> None:
-        self._top(dict).update((_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+        into = self._top(dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _put(into, key, value)
 
-    def _top(self, kind: type) -> Any:
+    def _top(self, kind: type = object) -> Any:
+        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
+            raise IndexError
         if not isinstance(self._stack[-1], kind):
             raise TypeError
         return self._stack[-1]
 
     def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
+        if len(self._stack) - count < (self._marks[-1] if self._marks else 0):
             raise IndexError
         popped = self._stack[-count:]
         del self._stack[-count:]

@@ -11,144 +11,32 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import pickle
-import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import tqdm
 
-from hmar_jax import pickles
-from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_readable
+from hmar_jax import pickles, torch_pickles, zip_files
+from hmar_jax.errors import HmarError, InputError, reason
+from hmar_jax.files import open_regular, refused_by_disk
 from hmar_jax.tensors import Tensor, cast
+from hmar_jax.torch_pickles import DTYPES, View
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of an old file
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of an old file
+_VERSIONS = [str(number).encode() for number in range(1, 11)]  # of zip archives that PyTorch 2 reads
 _LONGEST_PICKLE = 2**28
-_CHUNK = 2**22
-_DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 50, 1_000_000, 1_000
+# Tensors may share a storage, or repeat its numbers by strides of 0. Tied weights are there twice.
+_MOST_SHARED, _ALWAYS_SHARED = 4, 2**20
 
-_STORAGES = {
-    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
-    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "Untyped": "uint8",
-    "ComplexFloat": "complex64", "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8",
-    "QInt32": "qint32",
-}  # fmt: skip
-_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16", "int64", "int32", "int16", "int8")} | {
-    "uint8": np.dtype(np.uint8), "bool": np.dtype(bool), "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
-_NAMED = re.compile(  # storages, dtypes, layouts and the like, of which a pickle needs the names alone
-    r"torch\.(storage\.)?(\w+Storage)|torch\.(Tensor|nn\.parameter\.(Parameter|Buffer)|device|strided|sparse_\w+|per_\w+)"
-    r"|torch\.(bfloat16|bool|half|float|double|short|int|long|(u?int|float|complex|quint|qint)\d\w*)"
-)
-
-
-# ------------------------------------------------------------------------------------------- what a pickle holds
-
-
-class _Storage(NamedTuple):
-    """What a persistent id names: the storage's key, its dtype and the elements that a view of it begins after."""
-
-    key: str
-    dtype: str
-    start: int
-
-
-class _View(NamedTuple):
-    """A tensor: a view of a storage. `start` and `strides` count elements."""
-
-    key: str
-    dtype: str
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def span(self) -> int:
-        """The elements from the first to the last one."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-
-
-class _Unreadable(NamedTuple):
-    """A tensor that is more than a view of a storage; `dtype` says what."""
-
-    dtype: str
-    shape: tuple[int, ...] = ()
-
-
-def _persistent(value: Any) -> _Storage:
-    kind, storage, key, _, _, *view = value
-    if kind != "storage" or not isinstance(key, str):
-        raise ValueError
-    name = storage.name.rpartition(".")[2].removesuffix("Storage")
-    return _Storage(key, _STORAGES.get(name, name), view[0][1] if view and view[0] else 0)
-
-
-def _tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _View:
-    shape, strides = tuple(shape), tuple(strides)
-    numbers = (start, storage.start, *shape, *strides)
-    if len(shape) != len(strides) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-        raise ValueError
-    return _View(storage.key, storage.dtype, storage.start + start, shape, strides)
-
-
-def _tensor_of_dtype(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> Any:
-    """`_rebuild_tensor_v3`, whose storage has no dtype; `start` counts elements all the same."""
-    return _tensor(storage._replace(dtype=rest[2].name.removeprefix("torch.")), start, shape, strides)
-
-
-_MAKERS: Mapping[str, Callable[..., Any]] = {
-    **pickles.PLAIN,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_sparse_tensor": lambda *_: _Unreadable("sparse"),
-    "torch._utils._rebuild_qtensor": lambda *_: _Unreadable("quantised"),
-    "torch._utils._rebuild_nested_tensor": lambda *_: _Unreadable("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: _Unreadable("meta, without values"),
-    "torch._tensor._rebuild_from_type_v2": lambda make, _, args, *__: make.stand_in(*args),
-    "torch.serialization._get_layout": lambda *_: None,
-    "torch.Size": lambda size=(): tuple(size),
-}
-
-
-def _find(name: str) -> Callable[..., Any] | None:
-    return _MAKERS.get(name) or ((lambda *_: None) if _NAMED.fullmatch(name) else None)
-
-
-def _collect(content: Any, where: str) -> dict[str, Any]:
-    """The tensors of a file by their path in its dictionaries, with dots."""
-    found: dict[str, Any] = {}
-    visited = 0
-
-    def visit(value: Any, path: str, depth: int) -> None:
-        nonlocal visited
-        visited += 1
-        if depth > _DEEPEST or visited > _MOST_ENTRIES or len(path) > _LONGEST_NAME:
-            raise InputError(
-                f"{where} holds a dictionary that holds itself, or far too many; save its state dict alone."
-            )
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                if isinstance(name, str | int):
-                    visit(inner, f"{path}.{name}" if path else str(name), depth + 1)
-        elif isinstance(value, _View | _Unreadable | pickles.Array):
-            if path in found:
-                raise InputError(f"{where} has two entries named {path}; save a state dict with one of them.")
-            found[path] = value
-
-    visit(content, "", 0)
-    return found
+_OTHER_ORDER = "was written by a machine of another byte order; save it again on this one."
 
 
 # ------------------------------------------------------------------------------------------- where bytes lie
@@ -166,108 +54,73 @@ class _Archive(Protocol):
 
 
 class _Zip:
-    """The storages of a zip archive. Checksums are compared whenever a record is read."""
+    """The storages of a zip archive, whose checksums are compared whenever a record is read."""
 
     def __init__(self, path: Path, where: str):
-        self._zip, self._where = zipfile.ZipFile(path), where
-        infos = self._zip.infolist()
-        pickled = [info for info in infos if info.filename.rpartition("/")[2] == "data.pkl"]
-        if len(pickled) != 1 or pickled[0].file_size > _LONGEST_PICKLE:
+        self._archive = zip_files.Archive(path)
+        sizes = self._archive.sizes
+        pickled = [name for name in sizes if name.rpartition("/")[2] == "data.pkl"]
+        if len(pickled) != 1 or sizes[pickled[0]] > _LONGEST_PICKLE:
             raise InputError(f"{where} is a zip archive, but has no data.pkl as PyTorch writes it; give a state dict.")
-        if not any(info.CRC for info in infos):  # PyTorch writes 0 where it is told to compute none
-            for info in infos:
-                info.CRC = None  # type: ignore[assignment]
-        folder = pickled[0].filename.removesuffix("data.pkl")
-        if self._bytes_of(f"{folder}byteorder", b"little") != b"little":
-            raise InputError(f"{where} was written by a machine of another byte order; save it again on this one.")
-        self._infos = {
-            info.filename.removeprefix(f"{folder}data/"): info
-            for info in infos
-            if info.filename.startswith(f"{folder}data/")
-        }
-        self.sizes = {key: info.file_size for key, info in self._infos.items()}
-        self.content = pickles.load(io.BytesIO(self._bytes_of(pickled[0].filename)), _find, where, _persistent)
-        self._checked: set[str] = set()
-        self._kept: tuple[str, np.ndarray] | None = None  # the last record that had to be unpacked for a part of it
+        folder = pickled[0].removesuffix("data.pkl")
+        if self._start_of(f"{folder}byteorder", b"little") != b"little":
+            raise InputError(f"{where} {_OTHER_ORDER}")
+        if self._start_of(f"{folder}version", b"3").strip() not in _VERSIONS:
+            raise InputError(f"{where} is of a version that is not known here; save it again with PyTorch 2.")
+        records = {name.removeprefix(f"{folder}data/"): name for name in sizes if name.startswith(f"{folder}data/")}
+        self._records, self.sizes = records, {key: sizes[name] for key, name in records.items()}
+        storages, stream = torch_pickles.Storages(), io.BytesIO(self._archive.read(pickled[0]))
+        self.content = torch_pickles.load(stream, where, storages)
+        storages.check(self.sizes)
 
-    def _bytes_of(self, name: str, default: bytes = b"") -> bytes:
-        if name not in self._zip.NameToInfo:
-            return default
-        with self._zip.open(name) as record:
-            return record.read(_LONGEST_PICKLE)
+    def _start_of(self, name: str, default: bytes) -> bytes:
+        size = self._archive.sizes.get(name)
+        return default if size is None else self._archive.read(name, 0, min(size, 20)).tobytes()
 
     def read(self, key: str, start: int, count: int) -> np.ndarray:
-        info = self._infos[key]
-        if count == info.file_size:
-            return self._record(info, keep=True)
-        if info.compress_type == zipfile.ZIP_STORED:
-            if key not in self._checked:
-                self._record(info, keep=False)
-                self._checked.add(key)
-            with self._zip.open(info) as record:
-                record.seek(start)
-                return np.frombuffer(record.read(count), np.uint8)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None
-            self._kept = key, self._record(info, keep=True)
-        return self._kept[1][start : start + count]
-
-    def _record(self, info: zipfile.ZipInfo, *, keep: bool) -> np.ndarray:
-        """All bytes of a record, or none where it is only to be compared with its checksum."""
-        # Deflate makes nothing smaller than a thousandth, so that what is claimed beyond that is not there.
-        if info.file_size > 1100 * info.compress_size:
-            raise zipfile.BadZipFile(f"{info.filename} is not as long as it says")
-        whole, at = np.empty(info.file_size if keep else 0, np.uint8), 0
-        with self._zip.open(info) as record:
-            while part := record.read(_CHUNK):
-                if keep:
-                    whole[at : at + len(part)] = np.frombuffer(part, np.uint8)
-                at += len(part)
-        if at != info.file_size:
-            raise zipfile.BadZipFile(f"{info.filename} is cut")
-        return whole
+        return self._archive.read(self._records[key], start, count)
 
 
 class _Old:
-    """The storages of a file from before PyTorch 1.6, which has no checksums."""
+    """The storages of a file from before PyTorch 1.6.
+
+    It has no checksums. What it says twice must agree: the storages that the tensors name are those that follow, each
+    as long as both say, and the last one ends where the file ends. A number changed within one cannot be found.
+    """
 
     def __init__(self, path: Path, where: str):
         self._path = path
-        with path.open("rb") as file:
-            magic = pickles.load(file, _find, where)
-            if magic != _MAGIC:
+        with open_regular(path, "File") as file:
+            if torch_pickles.load(file, where) != _MAGIC:
                 raise InputError(
                     f"{where} is no whole PyTorch file; give what torch.save wrote, or a .safetensors file."
                 )
-            for _ in range(2):  # version and system
-                pickles.load(file, _find, where)
-            dtypes: dict[str, str] = {}
-
-            def persistent(value: Any) -> _Storage:
-                storage = _persistent(value)
-                dtypes[storage.key] = storage.dtype
-                return storage
-
-            self.content = pickles.load(file, _find, where, persistent)
-            keys = pickles.load(file, _find, where)
+            version, system = torch_pickles.load(file, where), torch_pickles.load(file, where)
+            if version != _PROTOCOL or not isinstance(system, dict):
+                raise ValueError("its version is not known")
+            if system.get("little_endian", True) is not True:
+                raise InputError(f"{where} {_OTHER_ORDER}")
+            storages = torch_pickles.Storages()
+            self.content = torch_pickles.load(file, where, storages)
+            keys = torch_pickles.load(file, where)
+            if not isinstance(keys, list) or len(set(keys)) != len(keys) or set(keys) != storages.itemsizes.keys():
+                raise ValueError("its storages are not those of its tensors")
             self._starts, self.sizes = {}, {}
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             for key in keys:
-                count = int.from_bytes(file.read(8), "little") * _itemsize(dtypes[key])
+                length = file.read(8)
+                count = int.from_bytes(length, "little") * storages.itemsizes[key]
                 self._starts[key], self.sizes[key] = file.tell(), count
-                if file.tell() + count > size:
+                if len(length) < 8 or file.tell() + count > size:
                     raise InputError(f"{where} is cut: it ends within its weights; copy or save it again.")
                 file.seek(count, io.SEEK_CUR)
+            storages.check(self.sizes)
+            if file.tell() != size:
+                raise ValueError("it goes on behind its last storage")
 
     def read(self, key: str, start: int, count: int) -> np.ndarray:
-        return np.fromfile(self._path, np.uint8, count, offset=self._starts[key] + start)
-
-
-def _itemsize(dtype: str) -> int:
-    """Bytes of an element; what is neither read nor listed takes one."""
-    return (
-        _DTYPES[dtype].itemsize if dtype in _DTYPES else {"complex64": 8, "complex128": 16, "qint32": 4}.get(dtype, 1)
-    )
+        with open_regular(self._path, "File") as file:
+            return np.fromfile(file, np.uint8, count, offset=self._starts[key] + start)
 
 
 class File:
@@ -283,15 +136,15 @@ class File:
 
     def __init__(self, source: Path):
         self._where = str(source)
-        check_readable(source, "File")
-        if not source.exists():
-            raise InputError(f"{source} does not exist; give a .safetensors or .pth file.")
-        if not source.is_file():
-            raise InputError(f"{source} is no whole PyTorch file (it is a folder or a device); give a regular file.")
+        try:
+            with open_regular(source, "File") as file:
+                begins = file.read(len(zip_files.SIGNATURE))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{source} does not exist; give a .safetensors or .pth file.") from None
         with self._damage():
-            make = _Zip if zipfile.is_zipfile(source) else _Old
+            make = _Zip if begins == zip_files.SIGNATURE else _Old
             self._archive: _Archive = make(source, self._where)
-            self._tensors = _collect(self._archive.content, self._where)
+            self._tensors = torch_pickles.collect(self._archive.content, self._where)
             self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
             self.dtypes = {name: _dtype_name(tensor) for name, tensor in self._tensors.items()}
 
@@ -306,12 +159,29 @@ class File:
             array = tensor.read() if isinstance(tensor, pickles.Array) else self._view(tensor)
         return cast(array, array.dtype, f"{name} of {self._where}")
 
-    def _view(self, tensor: _View) -> np.ndarray:
-        dtype = _DTYPES[tensor.dtype]
+    def check_sharing(self, names: Iterable[str]) -> None:
+        """Raises InputError where tensors have together many times the bytes of the file, as they may in any small one.
+
+        For those that are to be read, of dtypes that are.
+        """
+        total = sum(self._archive.sizes.values())
+        views = [tensor for name in names if isinstance(tensor := self._tensors[name], View)]
+        taken = sum(max(view.span, math.prod(view.shape)) * torch_pickles.itemsize(view.dtype) for view in views)
+        if taken > _MOST_SHARED * total + _ALWAYS_SHARED:
+            raise InputError(
+                f"{self._where} has tensors of {taken} bytes in storages of {total}, which they share or repeat; save "
+                "a state dict whose tensors have their own storages."
+            )
+
+    def _view(self, tensor: View) -> np.ndarray:
+        dtype = DTYPES[tensor.dtype]
         start, count = tensor.start * dtype.itemsize, tensor.span * dtype.itemsize
         if start + count > self._archive.sizes[tensor.key]:
             raise ValueError("its storage is shorter than its shape")
-        flat = self._archive.read(tensor.key, start, count).view(dtype)
+        data = self._archive.read(tensor.key, start, count)
+        if data.nbytes != count:
+            raise ValueError("its storage is cut")
+        flat = data.view(dtype)
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
@@ -320,18 +190,18 @@ class File:
         entry = f"{name}: " if name else ""
         try:
             yield
-        except InputError:
+        except HmarError:
             raise
         except OSError as error:
-            raise InputError(f"{self._where} could not be read ({error}); check the path and permissions.") from None
-        except (zipfile.BadZipFile, zlib.error, ValueError, LookupError, TypeError, EOFError, RuntimeError) as error:
+            raise refused_by_disk(f"{self._where} could not be read", error) from None
+        except (struct.error, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{self._where} is no whole PyTorch file ({entry}{reason(error)}); copy or save it again."
             ) from None
 
 
 def _dtype_name(tensor: Any) -> str:
-    return np.dtype(tensor.dtype).name if isinstance(tensor, pickles.Array) else tensor.dtype
+    return tensor.dtype_name if isinstance(tensor, pickles.Array) else tensor.dtype
 
 
 # ------------------------------------------------------------------------------------------- writing

