@@ -18,12 +18,13 @@ from hmar_jax.config import DataConfig
 from hmar_jax.data.held_out import NamedSource, Part
 from hmar_jax.data.picture_files import BrokenPictureError
 from hmar_jax.data.reading import Reader, read
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable
 from hmar_jax.progress_bar import progress
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10  # broken pictures in a sentence
+_LISTED = 1000  # in the log
 _BATCH = 16
 
 
@@ -60,7 +61,7 @@ def naming_all(source: NamedSource, config: DataConfig, first: BrokenPictureErro
     found = broken(source, config) or [Broken(0, first.name, first.fault)]
     if len(found) > _SHOWN:
         _log("cannot be used", found, len(source))
-    shown = ", ".join(map(str, found[:_SHOWN]))
+    shown = ", ".join(printable(str(one), 250) for one in found[:_SHOWN])
     more = f", and {len(found) - _SHOWN} more, which the log names" * (len(found) > _SHOWN)
     return InputError(
         f"{len(found)} of {len(source)} pictures cannot be used: {shown}{more}; replace them or take them away, or set "
@@ -129,5 +130,6 @@ class _Look:
 
 
 def _log(what: str, found: Sequence[Broken], total: int) -> None:
-    listed = "\n".join(f"  {one}" for one in found)
-    logger.warning("%d of %d pictures %s:\n%s", len(found), total, what, listed)
+    listed = "\n".join(f"  {printable(str(one), 400)}" for one in found[:_LISTED])
+    more = f"\n  … and {len(found) - _LISTED} more" * (len(found) > _LISTED)
+    logger.warning("%d of %d pictures %s:\n%s%s", len(found), total, what, listed, more)

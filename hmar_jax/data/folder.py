@@ -14,6 +14,7 @@ import errno
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from hmar_jax.data.picture_files import decode, endings
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import check_refusal, is_there, local_path
 
 logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test")
+_UNFIT = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that are no UTF-8
 _SHOWN = 8  # of the endings of files that are left out
 
 
@@ -68,6 +70,11 @@ class FolderSource:
         self.class_names: tuple[str, ...] = tuple(
             folder.resolve().name if folder == root else folder.name for folder in folders
         )
+        for name in self.class_names:
+            if _UNFIT.search(name):  # it goes into models and token caches, and from there to terminals
+                raise InputError(
+                    f"The name of class folder {shown(name)} is not UTF-8 or has control characters; rename it."
+                )
         self._root = root
         self._files: list[str] = []
         self._labels: list[int] = []
@@ -150,9 +157,9 @@ def _others(names: Iterable[str]) -> str:
     counts = collections.Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names)
     if not counts:
         return ""
-    shown = [f"{count} {ending}" for ending, count in counts.most_common(_SHOWN)] + ["…"] * (len(counts) > _SHOWN)
+    said = [f"{count} {printable(ending, 30)}" for ending, count in counts.most_common(_SHOWN)]
     number = counts.total()
-    return f" ({number} other file{'s' * (number > 1)}: {', '.join(shown)})"
+    return f" ({number} other file{'s' * (number > 1)}: {', '.join(said + ['…'] * (len(counts) > _SHOWN))})"
 
 
 @functools.cache

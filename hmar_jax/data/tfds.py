@@ -17,14 +17,17 @@ Axis letters: H, W height and width of the picture as it is stored.
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from hmar_jax.data.picture_files import decode
-from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_refusal, local_path
+from hmar_jax.data.tfds_files import REMEDY, check_files, class_names, dataset_folder
+from hmar_jax.errors import HmarError, InputError, printable, reason, shown
+from hmar_jax.files import check_refusal, check_regular, local_path
 
 
 class TfdsSource:
@@ -42,34 +45,38 @@ class TfdsSource:
     def __init__(self, name: str, path: str = "", split: str = "train") -> None:
         path = str(local_path(path, "data.path")) if path else ""
         self._arguments = name, path, split
-        builder = _builder(name, path)
+        builder = _builder(name, dataset_folder(name, path))
         features = builder.info.features
         features = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
         image, label = features.get("image"), features.get("label")
         if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
-            raise InputError(
-                f"TFDS dataset {name!r} has {', '.join(features) or 'one feature'}, not an 'image' and a class "
-                "'label'; use another."
-            )
+            named = printable(", ".join(features), 100) or "one feature"
+            raise InputError(f"TFDS dataset {name!r} has {named}, not an 'image' and a class 'label'; use another.")
         if image.np_dtype != np.uint8:
             raise InputError(
                 f"TFDS dataset {name!r} has {image.np_dtype.__name__} images; only uint8 ones can be used."
             )
-        try:
-            # The encoded bytes: `decode` treats grey, transparent and broken pictures as it does those in folders.
-            self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        except NotImplementedError:
+        formats = {kept.value for kept in builder.info.available_file_formats()}
+        if "array_record" not in formats:
             raise InputError(
-                f"TFDS dataset {name!r} is prepared as {builder.info.file_format.value}, which only TensorFlow reads; "
+                f"TFDS dataset {name!r} is prepared as {' and '.join(sorted(formats))}, which is not read here; "
                 f"run `tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record`."
-            ) from None
+            )
+        try:
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._records = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
+            _check_shards(builder, split)  # no file is opened before an example is asked for
+        except HmarError:
+            raise
         except Exception as error:  # a bad split, a missing shard: TFDS has no exceptions of its own for them
             check_refusal(f"TFDS dataset {name!r}", error)
             raise InputError(
                 f"Split {split!r} of TFDS dataset {name!r} cannot be read ({reason(error)}); "
-                f"it has {', '.join(builder.info.splits)}, each also in part, such as 'train[:95%]'."
+                f"it has {printable(', '.join(builder.info.splits), 100)}, each also in part, such as 'train[:95%]'."
             ) from error
-        self.class_names: tuple[str, ...] = tuple(label.names or map(str, range(label.num_classes)))
+        # Other features are left alone: TFDS would have Pillow open pictures among them in any format.
+        self._features = tfds.features.FeaturesDict({"image": image, "label": label})
+        self.class_names = class_names(Path(builder.data_dir), label.num_classes or 0)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,11 +92,13 @@ class TfdsSource:
         name, _, split = self._arguments
         where = f"Example {index} of {name!r}, split {split!r},"
         try:
-            record = self._records[index]
+            # The encoded bytes: `decode` treats grey, transparent and broken pictures as it does those in folders.
+            skip = {"image": tfds.decode.SkipDecoding()}
+            record = self._features.deserialize_example_np(self._records[index], decoders=skip)
         except Exception as error:
             check_refusal(where, error)
             raise InputError(f"{where} cannot be read ({reason(error)}); prepare the dataset again.") from error
-        if record["label"] < 0:
+        if not 0 <= record["label"] < len(self.class_names):
             raise InputError(
                 f"{where} has label {record['label']}, that is none; use a split with labels, such as 'train'."
             )
@@ -99,22 +108,27 @@ class TfdsSource:
         return TfdsSource, self._arguments  # a worker process opens its own
 
 
-def _builder(name: str, path: str) -> Any:
+def _builder(name: str, folder: Path) -> Any:
+    """TFDS's reader of a prepared dataset: never the dataset's own code, and only classes of TFDS itself."""
+    check_files(folder)
     try:
-        builder = tfds.builder(name, data_dir=path or None)
-    except tfds.core.DatasetNotFoundError:
-        raise InputError(
-            f"TFDS has no dataset {name!r}, nor is one in {path or 'its data directory'!r}; check data.name."
-        ) from None
+        return tfds.builder_from_directory(folder)
     except Exception as error:
         check_refusal(f"TFDS dataset {name!r}", error)
         raise InputError(
             f"TFDS cannot open dataset {name!r} ({reason(error)}); check data.name and data.path."
         ) from error
-    if not builder.info.initialized:
-        manual = " --manual_dir=FOLDER_OF_THE_DOWNLOADED_FILES" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
-        raise InputError(
-            f"TFDS dataset {name!r} is not prepared in {str(builder.data_dir)!r}; with TensorFlow installed, run "
-            f"`tfds build {name} --file_format=array_record{manual}{f' --data_dir={path}' if path else ''}`."
-        )
-    return builder
+
+
+def _check_shards(builder: Any, split: str) -> None:
+    """Raises InputError unless the files of a split are in the dataset's folder, with as many examples as it says."""
+    for instruction in builder.info.splits[split].file_instructions:
+        file = Path(instruction.filename)
+        if file.parent != Path(builder.data_dir):
+            raise InputError(f"Dataset {builder.name!r} has a file {shown(str(file))} elsewhere; {REMEDY}.")
+        check_regular(file, "File")
+        reader = ArrayRecordReader(str(file))
+        count = reader.num_records()
+        reader.close()
+        if count != instruction.examples_in_shard:
+            raise InputError(f"File {str(file)!r} has {count} examples, not {instruction.examples_in_shard}; {REMEDY}.")

@@ -2,6 +2,9 @@
 
 import argparse
 import logging
+import os
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -39,7 +42,14 @@ def run(model_directory, tmp_path, capsys):
     }.items():
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "broken.png").write_bytes((tmp_path / "p.png").read_bytes()[:50])
+    whole = (tmp_path / "p.png").read_bytes()
+    at = whole.index(b"IDAT") + 20
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    huge = whole[:12] + header + zlib.crc32(header).to_bytes(4) + whole[33:]
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    for name, content in {"broken": whole[:50], "flipped": flipped, "huge": huge, "eps": b"%!PS-Adobe-3.0"}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.png")
 
     def command(image, *options):
         files = [f"--image={tmp_path / image}", f"--output={tmp_path / 'out' / 'e.png'}"]
@@ -195,6 +205,13 @@ BAD = {
         "Mask '{tmp}/ones.png' leaves nothing to draw: its brightest pixel is 1 of 255. What is to be drawn anew is "
         "white (128 or more), the rest black; save the mask so.",
     ),
+    "a mask of a flipped byte": ("p.png", ["--mask={tmp}/flipped.png"], "the checksum of its IDAT chunk is wrong"),
+    "a picture of a flipped byte": ("flipped.png", ["--box=0,0,4,4"], "the checksum of its IDAT chunk is wrong"),
+    "a mask of too many pixels": ("p.png", ["--mask={tmp}/huge.png"], "has 60000x60000, more than 178956970 pixels"),
+    "a pipe for a mask": ("p.png", ["--mask={tmp}/pipe.png"], "Mask '{tmp}/pipe.png' cannot be read (it is no regular"),
+    "a device for a picture": ("/dev/zero", ["--box=0,0,4,4"], "Picture '/dev/zero' cannot be read (it is no regular"),
+    "postscript for a mask": ("p.png", ["--mask={tmp}/eps.png"], "it is no picture, or of a format that is not read"),
+    "a name of 300 letters": ("a" * 300 + ".png", ["--box=0,0,4,4"], "File name too long"),
     "a black mask": ("p.png", ["--mask={tmp}/black.png"], "its brightest pixel is 0 of 255. What is to be"),
     "too many variants": (
         "p.png",

@@ -149,6 +149,47 @@ def test_every_ending_of_a_picture_is_taken_and_what_is_left_out_is_said_once(tm
         assert part in message
 
 
+def test_what_is_said_of_other_files_is_one_line_without_control_characters(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hmar_jax")
+    save(tmp_path / "cat/a.png")
+    for name in (b"b.\x1b[2J\nx", b"c.\xff", b"d." + b"e" * 200):
+        (tmp_path / "cat" / os.fsdecode(name)).write_bytes(b"")
+    assert len(FolderSource(tmp_path)) == 1
+    (message,) = caplog.messages
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("name", [b"d\xff", b"a\nb", b"\x1b[2J"])
+def test_a_class_name_that_no_terminal_and_no_json_can_have_is_refused(tmp_path, name):
+    save(tmp_path / os.fsdecode(name) / "a.png")
+    with pytest.raises(InputError, match=r"is not UTF-8 or has control characters; rename it") as caught:
+        FolderSource(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_class_names_of_any_language_are_kept(tmp_path):
+    for name in ("été", "日本　語", "a\u00a0b"):
+        save(tmp_path / name / "a.png")
+    assert set(FolderSource(tmp_path).class_names) == {"été", "日本　語", "a\u00a0b"}
+
+
+def test_a_picture_name_that_is_not_utf8_is_read(tmp_path):
+    save(tmp_path / "cat/a.png")
+    os.rename(tmp_path / "cat/a.png", os.fsencode(tmp_path) + b"/cat/\xff.png")
+    assert only(tmp_path).shape == (9, 12, 3)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda at: os.symlink("/dev/zero", at)])
+def test_what_is_named_as_a_picture_and_is_no_file_is_never_waited_for(tmp_path, make):
+    save(tmp_path / "cat/a.png")
+    make(tmp_path / "cat/b.png")
+    source = FolderSource(tmp_path)
+    if len(source) == 2:
+        with pytest.raises(InputError, match=r"b\.png' cannot be read \(it is no regular file\)"):
+            source[1]
+
+
 def test_an_empty_file_named_as_a_picture_is_a_broken_picture(tmp_path):
     (tmp_path / "h.tga").write_bytes(b"")
     with pytest.raises(InputError, match=r"h\.tga' cannot be read \(it is empty\)"):

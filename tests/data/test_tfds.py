@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -149,3 +151,204 @@ def test_broken_examples_are_all_named_or_left_out(tmp_path):
         list(pipeline.examples(config, 8))
     ((images, _),) = pipeline.examples(dataclasses.replace(config, skip_broken=True), 8)
     assert images.shape == (1, 3, 8, 8, 3)
+
+
+# --- files that are damaged or made to harm
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a good dataset of two examples, to be copied and damaged."""
+    path = tmp_path_factory.mktemp("small")
+    prepare(path, "small", LABEL, [{"image": encoded(p), "label": i} for i, p in enumerate(pictures(2))])
+    return path
+
+
+@pytest.fixture
+def harmed(small, tmp_path):
+    """A copy of the dataset: (data directory, folder of the version)."""
+    data = shutil.copytree(small, tmp_path / "data")
+    return data, data / "small/1.0.0"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module whose import would leave a trace, for which each test that uses it looks."""
+    (tmp_path / "leaves_a_trace.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "leaves_a_trace"
+    assert not (tmp_path / "trace").exists()
+    assert "leaves_a_trace" not in sys.modules
+
+
+IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
+TEXT = "tensorflow_datasets.core.features.text_feature.Text"
+DICT = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+
+
+def features_of(name, more):
+    return {"pythonClassName": DICT, "featuresDict": {"features": {"image": {"pythonClassName": name}, "more": more}}}
+
+
+NESTED = {
+    "top": lambda name: {"pythonClassName": name},
+    "snake": lambda name: {"python_class_name": name, "featuresDict": {}},
+    "feature": lambda name: features_of(name, {}),
+    "sequence": lambda name: features_of(
+        IMAGE, {"pythonClassName": DICT, "sequence": {"feature": features_of(name, {})}}
+    ),
+    "text": lambda name: features_of(
+        IMAGE, {"pythonClassName": DICT, "jsonFeature": {"json": json.dumps({"a": {"type": name, "content": {}}})}}
+    ),
+    "legacy": lambda name: {"type": name, "content": {}},
+    "legacy in legacy": lambda name: {"type": DICT, "content": {"a": {"type": name, "content": {}}}},
+    "legacy as text": lambda name: {
+        "type": DICT,
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+        "content": json.dumps({"features": {"a": {"pythonClassName": name}}}),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["leaves_a_trace.X", "this.X", "antigravity.X", "os.system", "X", "", IMAGE + "\n"])
+@pytest.mark.parametrize("place", NESTED)
+def test_a_feature_class_that_is_not_of_tfds_is_refused_and_its_module_not_imported(harmed, module, place, name):
+    data, folder = harmed
+    (folder / "features.json").write_text(json.dumps(NESTED[place](name)))
+    sys.modules.pop("this", None)
+    with pytest.raises(InputError, match=r"has a feature of the class .*; expected classes of TFDS itself") as caught:
+        TfdsSource("small", str(data))
+    assert str(caught.value).isprintable()
+    assert not {"this", "antigravity"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize("version", ["", ":1.0.0", ":1.*.*"])
+def test_the_code_of_a_dataset_is_not_run_and_its_module_not_imported(harmed, module, version):
+    data, folder = harmed
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"moduleName": module}))
+    (data / "small/small.py").write_text(f"import {module}")
+    assert len(TfdsSource(f"small{version}", str(data))) == 2
+
+
+def _edit(name, change):
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def _write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _replace(pattern, make):
+    def apply(folder):
+        (file,) = folder.glob(pattern)
+        file.unlink()
+        make(file)
+
+    return apply
+
+
+def _features(content):
+    return content["featuresDict"]["features"]
+
+
+HARMS = {
+    "deep features": (_write("features.json", b'{"a":' * 5000), "not JSON"),
+    "features 7": (_write("features.json", b"7"), "no JSON objects"),
+    "deep info": (_write("dataset_info.json", b"[" * 100_000), "not JSON"),
+    "info null": (_write("dataset_info.json", b"null"), "no JSON objects"),
+    "info a list": (_edit("dataset_info.json", lambda info: info.update(splits=7)), "cannot open dataset 'small'"),
+    "no features": (lambda folder: (folder / "features.json").unlink(), "no prepared TFDS dataset"),
+    "a pipe of features": (_replace("features.json", os.mkfifo), "no regular file"),
+    "a pipe of labels": (_replace("label.labels.txt", os.mkfifo), "no regular file"),
+    "a pipe of records": (_replace("*train*", os.mkfifo), "no regular file"),
+    "a link to itself": (_replace("*train*", lambda file: file.symlink_to(file)), "symbolic link|Too many levels"),
+    "a device": (_replace("*train*", lambda file: file.symlink_to("/dev/zero")), "no regular file"),
+    "names elsewhere": (
+        _edit("features.json", lambda of: _features(of).update(label={"type": TEXT, "content": {"names_file": "/x"}})),
+        "names are in another file, '/x'",
+    ),
+    "a name that is a path": (
+        _edit("features.json", lambda of: _features(of).update({"../../x": {"pythonClassName": TEXT}})),
+        r"feature of the name '\.\./\.\./x'",
+    ),
+    "a name that is a pattern": (
+        _edit("features.json", lambda of: _features(of).update({"**": {"pythonClassName": TEXT}})),
+        r"feature of the name '\*\*'",
+    ),
+    "records elsewhere": (
+        _edit("dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate="../../{SPLIT}")),
+        "has a file .* elsewhere|cannot open|cannot be read",
+    ),
+    "a billion classes": (
+        lambda folder: (
+            (folder / "label.labels.txt").unlink(),
+            _edit("features.json", lambda of: _features(of)["label"]["classLabel"].update(numClasses=10**9))(folder),
+        ),
+        "has 1000000000 classes",
+    ),
+    "parquet": (_edit("dataset_info.json", lambda info: info.update(fileFormat="parquet")), "array_record"),
+    "unknown format": (_edit("dataset_info.json", lambda info: info.update(fileFormat="x")), "cannot"),
+    "names twice": (_write("label.labels.txt", b"cat\ncat\n"), "has 2 names, not 2 distinct ones"),
+    "too few names": (_write("label.labels.txt", b"cat\n"), "has 1 names, not 2 distinct ones"),
+    "names not UTF-8": (_write("label.labels.txt", b"cat\n\xff\n"), "not UTF-8"),
+    "fewer examples": (
+        _edit("dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["1"])),
+        "has 2 examples, not 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_harmed_dataset_is_one_sentence(harmed, harm):
+    data, folder = harmed
+    make, expected = HARMS[harm]
+    make(folder)
+    with pytest.raises(InputError, match=expected) as caught:
+        TfdsSource("small", str(data))[0]
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name", ["huggingface:small", "../small", "small/../small", "small/a=True", "a\nb", "/", "é" * 300]
+)
+def test_a_name_that_is_no_name_is_refused(small, name):
+    with pytest.raises(InputError, match=r"TFDS has no dataset|too long|could not be read"):
+        TfdsSource(name, str(small))
+
+
+def test_a_flipped_byte_of_the_records_is_refused(harmed):
+    data, folder = harmed
+    (file,) = folder.glob("*train*")
+    whole, good = file.read_bytes(), list(TfdsSource("small", str(data)))
+    at = whole.index(b"IHDR") + 30
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    with pytest.raises(InputError, match="cannot be read"):
+        list(TfdsSource("small", str(data)))
+    file.write_bytes(whole)
+    assert len(good) == 2
+
+
+def test_a_picture_beside_the_image_is_not_opened(tmp_path):
+    """TFDS would have Pillow open it in any format."""
+    more = {"mask": tfds.features.Image()}
+    good = encoded(Image.new("RGB", (8, 8)))
+    prepare(
+        tmp_path, "two", LABEL | more, [{"image": good, "mask": io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "label": 1}]
+    )
+    assert TfdsSource("two", str(tmp_path))[0]["image"].shape == (8, 8, 3)
+
+
+def test_several_configs_are_named(small, tmp_path):
+    for config in ("a", "b"):
+        shutil.copytree(small / "small/1.0.0", tmp_path / "small" / config / "1.0.0")
+    with pytest.raises(InputError, match=r"several configs; set data\.name to one of them: 'small/a', 'small/b'"):
+        TfdsSource("small", str(tmp_path))
+    with pytest.raises(InputError, match=r"not prepared|no dataset"):
+        TfdsSource("small/c", str(tmp_path))
