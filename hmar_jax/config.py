@@ -15,13 +15,14 @@ import operator
 import string
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import ml_collections
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.files import local_path
 from hmar_jax.scales import Pattern, ScaleLadder
 
@@ -29,11 +30,46 @@ Stage = Literal["tokenizer", "next_scale", "masked"]
 Kind = Literal["vae", "var", "hmar", "hmar-stage1", "hmar-stage2"]  # of official PyTorch files
 
 
-def _positive(config: Any, group: str, *names: str) -> None:
-    """Raises InputError, naming field and group, unless the named fields are 1 or more."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise InputError(f"{group}{name} is {getattr(config, name)}; expected 1 or more.")
+# A config may come from a damaged file, and a network is built from it before its weights are looked at. These bounds
+# are far above what has been published, and keep that to some seconds and little memory.
+_LARGEST = 2**20  # of a width, in channels
+_MOST_CODES = 2**24  # in a codebook
+_MOST_CLASSES = 2**20
+_DEEPEST = 1024  # blocks of a transformer
+_MOST_BLOCKS = 256  # residual blocks of a tokenizer, of which each takes 10 ms to build
+_MOST_PHIS = 128  # a ladder has fewer scales than that
+_MOST_PIXELS = 2**14  # a side: a picture then takes 3 GiB
+_MOST_STEPS = 2**31 - 1  # counted in int32
+
+
+def _whole(config: Any, group: str, least: int, **most: int) -> None:
+    """Raises InputError, naming field and group, unless each field that is named is from `least` to its bound."""
+    for name, bound in most.items():
+        value = getattr(config, name)
+        if not least <= value <= bound:
+            expected = f"{least} or more" if value < least else f"{bound} at most"
+            raise InputError(f"{group}{name} is {shown(value)}; expected {expected}.")
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    """Raises InputError unless class names tell classes apart, and can be written in a line and in a file."""
+    seen = set()
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise InputError(f"The name of class {number} is {shown(name)}, which is blank; give it a name.")
+        if not is_line(name):
+            raise InputError(
+                f"The name of class {number} is {shown(name)}, which has a control character or is no Unicode text; "
+                "give it another name."
+            )
+        if name in seen:
+            raise InputError(f"Two classes are called {shown(name)}; give one of them another name.")
+        seen.add(name)
+
+
+def is_line(text: str) -> bool:
+    """Whether a text has no control characters, such as line ends and escapes, and can be written as UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -55,10 +91,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
-    raise InputError(f"Config field '{name}' is {repr(value)[:80]}; expected {expected}.")
+    raise InputError(f"Config field '{name}' is {shown(value)}; expected {expected}.")
 
 
-class _Checked:
+class Checked:
     """A config whose fields have their declared types, however it is made: numbers and lists are converted, other types
     refused. `group` is what its fields' names begin with in a sentence.
     """  # fmt: skip
@@ -78,7 +114,7 @@ class _Checked:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig(_Checked, group="tokenizer."):
+class TokenizerConfig(Checked, group="tokenizer."):
     """The multi-scale residual VQ-VAE (VAR §3.2, a VQGAN CNN); defaults are the released ch160 v4096 z32 one.
 
     Attributes:
@@ -106,23 +142,32 @@ class TokenizerConfig(_Checked, group="tokenizer."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("encoder_blocks", "decoder_blocks", "latent_channels", "codebook_size", "phis")
-        _positive(self, "tokenizer.", "channels", "norm_groups", *counts)
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise InputError(f"tokenizer.multipliers is {self.multipliers}; expected whole numbers of 1 or more.")
+        sizes = dict.fromkeys(("channels", "norm_groups", "latent_channels"), _LARGEST)
+        blocks = dict.fromkeys(("encoder_blocks", "decoder_blocks"), _MOST_BLOCKS)
+        _whole(self, "tokenizer.", 1, **sizes, **blocks, codebook_size=_MOST_CODES, phis=_MOST_PHIS)
+        if not self.multipliers or min(self.multipliers) < 1 or max(self.multipliers) * self.channels > _LARGEST:
+            raise InputError(
+                f"tokenizer.multipliers is {shown(self.multipliers)}; expected whole numbers of 1 or more, which times "
+                f"tokenizer.channels={self.channels} are {_LARGEST} at most."
+            )
+        if (blocks_in_all := len(self.multipliers) * (self.encoder_blocks + self.decoder_blocks)) > _MOST_BLOCKS:
+            raise InputError(
+                f"The tokenizer has {blocks_in_all} residual blocks; choose tokenizer.encoder_blocks, "
+                f"tokenizer.decoder_blocks and as many tokenizer.multipliers that there are {_MOST_BLOCKS} at most."
+            )
         if self.channels % self.norm_groups:
             raise InputError(
                 f"tokenizer.channels is {self.channels}, not a multiple of tokenizer.norm_groups={self.norm_groups}."
             )
         if self.downsampling not in [2**i for i in range(len(self.multipliers))]:
             raise InputError(
-                f"tokenizer.downsampling is {self.downsampling}; {len(self.multipliers)} levels allow a power of two "
-                f"from 1 to {2 ** (len(self.multipliers) - 1)}."
+                f"tokenizer.downsampling is {shown(self.downsampling)}; {len(self.multipliers)} levels allow a power "
+                f"of two from 1 to {2 ** (len(self.multipliers) - 1)}."
             )
         if not all(0 <= phi < self.phis for phi in self.phi_of_scale):
             raise InputError(
-                f"tokenizer.phi_of_scale is {self.phi_of_scale}; expected numbers from 0 to {self.phis - 1}, because "
-                f"tokenizer.phis is {self.phis}."
+                f"tokenizer.phi_of_scale is {shown(self.phi_of_scale)}; expected numbers from 0 to {self.phis - 1}, "
+                f"because tokenizer.phis is {self.phis}."
             )
 
     @property
@@ -132,7 +177,7 @@ class TokenizerConfig(_Checked, group="tokenizer."):
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(_Checked, group="transformer."):
+class TransformerConfig(Checked, group="transformer."):
     """The scale-Markov masked transformer (HMAR §4), or VAR with `pattern="block_causal"` and no mask branch.
 
     Attributes:
@@ -166,7 +211,8 @@ class TransformerConfig(_Checked, group="transformer."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "transformer.", "depth", "width", "heads", "num_classes", "mlp_ratio")
+        sizes = dict.fromkeys(("width", "heads", "mlp_ratio"), _LARGEST)
+        _whole(self, "transformer.", 1, depth=_DEEPEST, num_classes=_MOST_CLASSES, **sizes)
         if not 0 <= self.class_dropout <= 1 or not 0 <= self.drop_path < 1:
             raise InputError(
                 f"transformer.class_dropout is {self.class_dropout}, transformer.drop_path {self.drop_path}; expected "
@@ -174,10 +220,12 @@ class TransformerConfig(_Checked, group="transformer."):
             )
         if self.width % self.heads:
             raise InputError(f"transformer.width is {self.width}, not a multiple of transformer.heads={self.heads}.")
+        if not math.isfinite(self.gate_init):
+            raise InputError(f"transformer.gate_init is {self.gate_init}; expected a finite number.")
         if not 0 <= self.branch_depth <= self.depth:
             raise InputError(
-                f"transformer.branch_depth is {self.branch_depth}; it is a part of transformer.depth={self.depth}, so "
-                "choose one from 0 to that."
+                f"transformer.branch_depth is {shown(self.branch_depth)}; it is a part of transformer.depth="
+                f"{self.depth}, so choose one from 0 to that."
             )
         if self.masked and self.pattern == "block_causal":
             raise InputError("A block_causal transformer has no mask branch; set transformer.masked=False.")
@@ -197,7 +245,7 @@ class TransformerConfig(_Checked, group="transformer."):
         """
         depth, var, shared = _TRANSFORMERS.get(str(name), (0, False, False))
         if not depth:
-            raise InputError(f"No transformer is named {name!r}; choose one of {', '.join(_TRANSFORMERS)}.")
+            raise InputError(f"No transformer is named {shown(name)}; choose one of {', '.join(_TRANSFORMERS)}.")
         fields: dict[str, Any] = {
             "depth": depth, "width": 64 * depth, "heads": depth, "shared_adaln": shared, "masked": not var,
             "branch_depth": 0 if var else 8, "pattern": "block_causal" if var else "block_diagonal",
@@ -217,10 +265,12 @@ _TRANSFORMERS["d36-s"] = (36, True, True)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """What a model directory holds: geometry, tokenizer and, unless it is a tokenizer alone, a transformer.
 
     Attributes:
+      class_names: of the classes, in the order of their labels: distinct, not blank, without control characters. With a
+        transformer, as many as it has classes, or none.
       phi_layout: how an official file names the phi convolutions: `qresi_ls` for several that scales share, `each` for
         one a scale; empty for a lone one that all share (`qresi`), or else `qresi_ls`.
     """
@@ -235,7 +285,20 @@ class ModelConfig(_Checked):
         super().__post_init__()
         scales, phis = self.ladder.num_scales, self.tokenizer.phi_of_scale
         if len(phis) not in (0, scales):
-            raise InputError(f"tokenizer.phi_of_scale is {phis}; expected one number for each of {scales} scales.")
+            raise InputError(
+                f"tokenizer.phi_of_scale is {shown(phis)}; expected one number for each of {scales} scales."
+            )
+        if self.image_size > _MOST_PIXELS:
+            raise InputError(
+                f"Pictures have {shown(self.image_size)} pixels a side, the last of the sides times "
+                f"tokenizer.downsampling; expected {_MOST_PIXELS} at most."
+            )
+        _check_names(self.class_names)
+        if self.transformer is not None and len(self.class_names) not in (0, self.transformer.num_classes):
+            raise InputError(
+                f"There are {len(self.class_names)} class names for {self.transformer.num_classes} classes of the "
+                "transformer; expected one for each, or none."
+            )
         if self.phi_layout == "each" and self.tokenizer.phis != scales:
             raise InputError(
                 f"The tokenizer has one phi convolution for each of {self.tokenizer.phis} scales, but there are "
@@ -253,7 +316,7 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Checked, group="data."):
+class DataConfig(Checked, group="data."):
     """Where training examples come from.
 
     Attributes:
@@ -290,8 +353,7 @@ class DataConfig(_Checked, group="data."):
                 f"data.resize is {self.resize:g}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
                 "shorter side, before the crop, to the model's image size."
             )
-        if self.workers < 0:
-            raise InputError(f"data.workers is {self.workers}; expected 0 or more.")
+        _whole(self, "data.", 0, workers=1024)  # processes of one machine
         if self.skip_broken and self.source not in ("folder", "tfds"):
             raise InputError(
                 f"data.skip_broken is for 'folder' and 'tfds', and data.source is {self.source!r}; leave it."
@@ -301,7 +363,7 @@ class DataConfig(_Checked, group="data."):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(_Checked, group="optimizer."):
+class OptimizerConfig(Checked, group="optimizer."):
     """AdamW with the published schedules of HMAR's and VAR's training.
 
     Attributes:
@@ -347,7 +409,7 @@ class OptimizerConfig(_Checked, group="optimizer."):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerLossConfig(_Checked, group="tokenizer_loss."):
+class TokenizerLossConfig(Checked, group="tokenizer_loss."):
     """Weights of the tokenizer's terms and what keeps its codebook alive.
 
     Attributes:
@@ -386,7 +448,9 @@ class TokenizerLossConfig(_Checked, group="tokenizer_loss."):
         for name in (*weights, "adversarial_start", "adversarial_ramp"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"tokenizer_loss.{name} is {getattr(self, name)}; expected 0 or more.")
-        _positive(self, "tokenizer_loss.", "revive_every", "discriminator_channels", "discriminator_layers")
+        _whole(
+            self, "tokenizer_loss.", 1, revive_every=_MOST_STEPS, discriminator_channels=2**14, discriminator_layers=16
+        )
         if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1 or self.kmeans_batches < 0:
             raise InputError(
                 f"tokenizer_loss has scale_dropout={self.scale_dropout}, usage_decay={self.usage_decay} and "
@@ -395,7 +459,7 @@ class TokenizerLossConfig(_Checked, group="tokenizer_loss."):
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig(_Checked, group="objective."):
+class ObjectiveConfig(Checked, group="objective."):
     """The two transformer objectives (HMAR §4.2, §4.3).
 
     Attributes:
@@ -412,7 +476,7 @@ class ObjectiveConfig(_Checked, group="objective."):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(_Checked, group="mesh."):
+class MeshConfig(Checked, group="mesh."):
     """Devices along each mesh axis; -1 takes all that are left.
 
     Attributes:
@@ -426,7 +490,7 @@ class MeshConfig(_Checked, group="mesh."):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig(_Checked, group="evals."):
+class EvalConfig(Checked, group="evals."):
     """A measurement on held-out examples while a stage trains, written to `metrics.jsonl` as `eval/KIND/NAME`.
 
     Attributes:
@@ -441,14 +505,14 @@ class EvalConfig(_Checked, group="evals."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "evals: ", "every", "count")
+        _whole(self, "evals: ", 1, every=_MOST_STEPS, count=_MOST_STEPS)
 
 
 _STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """One training stage.
 
     Attributes:
@@ -494,7 +558,8 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        _whole(self, "", 1, **dict.fromkeys(counts, _MOST_STEPS))
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
         if len({e.kind for e in self.evals}) < len(self.evals):
@@ -566,7 +631,9 @@ def from_plain[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            raise InputError(f"Config field '{where}{name}' does not exist; {cls.__name__} has {', '.join(fields)}.")
+            raise InputError(
+                f"Config field {shown(where + str(name))} does not exist; {cls.__name__} has {', '.join(fields)}."
+            )
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise InputError(f"Config field '{where}{name}' is missing.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import logging
 import os
 import re
@@ -15,7 +16,6 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from hmar_jax.errors import HmarError, InputError, MachineError, TransientError, shown
 
@@ -99,7 +99,7 @@ def check_regular(path: Path, what: str) -> None:
         _check_mode(path.stat(), path, what)
 
 
-def open_regular(path: Path, what: str) -> BinaryIO:
+def open_regular(path: Path, what: str) -> io.BufferedReader:
     """A regular file, opened to be read; raises as `check_regular` does, also where it may not be read."""
     check_regular(path, what)  # opening a device may already do something
     with _refusing(path, what):

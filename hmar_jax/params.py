@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import InputError, printable, shown
 
 Tree = dict[Any, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,7 +48,7 @@ def check_shapes(found: Shapes, expected: Shapes, where: str, remedy: str) -> No
     for what, names in (("lacks", missing), ("has the unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            some = ", ".join(f"{name:.80}" for name in names[:3])
+            some = ", ".join(printable(name, 80) for name in names[:3])
             raise InputError(f"{where} {what} {some}{more}; {remedy}")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):

@@ -1,9 +1,6 @@
 """model directory ⇄ Model. A directory holds `config.json`, `model.safetensors` and a model card; no pickles.
 
-`config.json` has the format's version, the `ModelConfig`, `source`, one line on where the weights come from, the
-licences they are bound to, the official layout they came in, if any, the SHA-256 of the weights file and that of the
-tokenizer's weights alone, by which a token cache is known to be its own. Entries of the weights file are our dotted
-parameter names.
+`config.json` has the fields of `_Description`. Entries of the weights file are our dotted parameter names.
 """
 
 from __future__ import annotations
@@ -13,21 +10,22 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmar_jax import hub, model_card, tensors
+from hmar_jax import hub, json_files, model_card, tensors
 from hmar_jax import params as trees
-from hmar_jax.config import ModelConfig, from_plain, to_plain
-from hmar_jax.errors import InputError, saying
-from hmar_jax.files import is_there, local_path, put_back, reading, refused_by_disk, swap_in, writing
+from hmar_jax.config import Checked, Kind, ModelConfig, from_plain, to_plain
+from hmar_jax.errors import InputError, saying, shown
+from hmar_jax.files import is_there, local_path, open_regular, put_back, reading, refused_by_disk, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.platform import use_compilation_cache
@@ -38,6 +36,35 @@ FORMAT = 1
 # Names in a config.json → the library whose models have them.
 _OTHER_LIBRARIES = {"_class_name": "diffusers", "model_type": "transformers", "architectures": "transformers"}
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description(Checked):
+    """What a `config.json` says.
+
+    Attributes:
+      format: version of the format. digest: SHA-256 of all other fields (`_digest`), by which damage is noticed; absent
+        in older directories, and where somebody has deleted it to change another field by hand.
+      model: the `ModelConfig`. source: one line on where the weights come from.
+      licences: sentences on those the weights are bound to. layout: the official one that they came in, if any.
+      sha256: of the weights file.
+      tokenizer_sha256: of the tokenizer's weights alone (`_fingerprint`), by which a token cache is known as its own.
+    """
+
+    format: int
+    model: ModelConfig
+    source: str
+    licences: tuple[str, ...]
+    layout: Literal[Kind, ""]
+    sha256: str
+    tokenizer_sha256: str
+    digest: str | None = None
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of all fields of a `config.json` but `digest`, however the file is laid out."""
+    others = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Model:
@@ -72,13 +99,19 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
     local = locate(path, revision)
     config, meta = read_config(local)
     weights = local / WEIGHTS
-    if not is_there(weights, "File") or weights.is_dir():
-        raise InputError(f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again.")
-    with reading(weights), weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
+    again = "copy or export it again" if local == local_path(path, "The model") else cached
+    try:
+        with open_regular(weights, "File") as stream, reading(weights):
+            size, most = os.fstat(stream.fileno()).st_size, _most_bytes(config)
+            if size > most:
+                raise InputError(f"{weights} has {size} bytes; a model of its {CONFIG} has {most} at most, so {again}.")
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again."
+        ) from None
     if digest != meta["sha256"]:
-        cached = f"delete {local.parent.parent}, the hub's cache of it, and load it again"
-        again = "copy or export it again" if local == local_path(path, "The model") else cached
         raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))
@@ -121,26 +154,34 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The `ModelConfig` of a model directory, and all of its `config.json`."""
-    file = path / CONFIG
-    if other := _other_than_model(path):
+    """The `ModelConfig` of a model directory, and all of its `config.json`.
+
+    Raises:
+      InputError: it is no model directory, or its `config.json` is damaged, changed or describes no model.
+    """
+    file, again = path / CONFIG, "copy or export the model again"
+    meta = json_files.read(file, "File", again) if is_there(file, "File") else None
+    if other := _other_than_model(path, meta):
         raise InputError(f"{path} is not a model directory: it {other}.")
-    with reading(file):
-        content = file.read_bytes()
-    try:
-        meta = json.loads(content)
-        if meta["format"] != FORMAT:
-            raise InputError(f"{file} has format {meta['format']}; this version reads {FORMAT}.")
-        if absent := {"source", "sha256", "tokenizer_sha256", "licences", "layout"} - meta.keys():
-            raise KeyError(*sorted(absent))
-        with saying(f"{file} describes no model"):
-            return _with_phis(from_plain(ModelConfig, meta["model"]), meta), meta
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}); copy or export the model again.") from None
+    if not isinstance(meta, dict):
+        raise InputError(f"{file} is damaged, as it has {shown(meta)} and no fields; {again}.")
+    if (found := meta.get("format", FORMAT)) != FORMAT:
+        raise InputError(f"{file} has format {shown(found)}; this version reads {FORMAT}.")
+    with saying(f"{file} describes no model"):
+        config = _with_phis(from_plain(_Description, meta).model, meta)
+    if "digest" in meta and meta["digest"] != _digest(meta):
+        raise InputError(
+            f"{file} is not as it was written, since its digest is of other fields; {again} or, if you have changed it "
+            "on purpose, delete the line with its digest."
+        )
+    return config, meta
 
 
-def _other_than_model(path: Path) -> str:
+def _other_than_model(path: Path, meta: Any) -> str:
     """What a path is that is no model directory, and what to give instead, as the end of a sentence; else empty.
+
+    Args:
+      meta: what its `config.json` says, None where there is none.
 
     Raises:
       InputError: it may not be looked at.
@@ -153,7 +194,7 @@ def _other_than_model(path: Path) -> str:
         return f"is a file; give the directory {path.parent}"
     if path.is_file():
         return "is a file; `hmar-jax convert` turns an official checkpoint into a model directory"
-    fields = _fields(path / CONFIG) if has(CONFIG) else {}
+    fields = meta if isinstance(meta, dict) else {}
     if "stage" in fields or (not fields and has("checkpoints")):
         return _work_directory(path)
     for mark, library in _OTHER_LIBRARIES.items():
@@ -170,14 +211,6 @@ def _other_than_model(path: Path) -> str:
     if inside := sorted(path.glob(f"*/{CONFIG}")) + sorted(path.glob(f"*/model/{CONFIG}")):
         return f"has no {CONFIG}; give a model directory in it, such as {inside[-1].parent}"
     return f"has no {CONFIG}; `hmar-jax export model` and `convert` write one"
-
-
-def _fields(file: Path) -> dict[str, Any]:
-    """What a config.json says; nothing where it is damaged, or no object."""
-    with reading(file), contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(file.read_bytes())
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def _work_directory(path: Path) -> str:
@@ -201,6 +234,11 @@ def _with_phis(config: ModelConfig, meta: dict[str, Any]) -> ModelConfig:
 
 def _phis(config: ModelConfig) -> tuple[int, ...]:
     return config.tokenizer.phi_of_scale or phi_of_scale(config.ladder.num_scales, config.tokenizer.phis)
+
+
+def _most_bytes(config: ModelConfig) -> int:
+    """What a weights file of a model has at most, so that not all of a huge one is read before it is refused."""
+    return tensors.MOST_HEADER + 4 * sum(math.prod(shape) for shape in shapes_of(config).values())
 
 
 def check_entries(config: ModelConfig, found: trees.Shapes, where: str) -> None:
@@ -268,7 +306,9 @@ def write_model(
             "sha256": digests.file,
             "tokenizer_sha256": _fingerprint(config, digests.tensors),
         }
-        (partial / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        # Before the other fields, so that its line may be deleted and leave JSON.
+        described = {"digest": _digest(meta)} | meta
+        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         swap_in(partial, path)
     except OSError as error:
         raise refused_by_disk(f"Could not write the model to {path}", error) from None

@@ -13,9 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 
 Pattern = Literal["block_diagonal", "block_causal"]
+
+# Pictures of 1024 pixels have some 10,000 tokens. What has one entry a token is made before weights are looked at.
+MOST_TOKENS = 2**18
 
 _PRESETS: dict[str, tuple[int, ...]] = {
     "64": (1, 2, 3, 4),
@@ -31,24 +34,28 @@ class ScaleLadder:
     """The sides of an image's token maps, coarse to fine; frozen and hashable, so static under `jit`.
 
     Attributes:
-      sides: strictly increasing positive integers p_1 < … < p_K.
+      sides: strictly increasing positive integers p_1 < … < p_K, of 2¹⁸ tokens at most.
 
     Raises:
-      InputError: sides are not whole numbers, not positive or not increasing, or there are none.
+      InputError: sides are not whole numbers, not positive or not increasing, there are none, or have too many tokens.
     """
 
     sides: tuple[int, ...]
 
     def __post_init__(self) -> None:
         try:
+            if any(isinstance(side, bool | np.bool_) for side in self.sides):
+                raise TypeError
             sides = tuple(operator.index(side) for side in self.sides)
         except TypeError:
             raise InputError(
-                f"Sides are {repr(self.sides)[:80]}; expected an increasing list of positive integers, such as 1,2,3,4."
+                f"Sides are {shown(self.sides)}; expected an increasing list of positive integers, such as 1,2,3,4."
             ) from None
         object.__setattr__(self, "sides", sides)
         if not sides or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
-            raise InputError(f"Sides {sides} are not an increasing list of positive integers, such as 1,2,3,4.")
+            raise InputError(f"Sides {shown(sides)} are not an increasing list of positive integers, such as 1,2,3,4.")
+        if self.length > MOST_TOKENS:
+            raise InputError(f"Sides {shown(sides)} have {shown(self.length)} tokens; expected {MOST_TOKENS} at most.")
 
     @classmethod
     def preset(cls, resolution: str | int) -> ScaleLadder:
@@ -56,7 +63,7 @@ class ScaleLadder:
         try:
             return cls(_PRESETS[str(resolution)])
         except KeyError:
-            raise InputError(f"No ladder is named {resolution!r}; choose one of {', '.join(_PRESETS)}.") from None
+            raise InputError(f"No ladder is named {shown(resolution)}; choose one of {', '.join(_PRESETS)}.") from None
 
     @property
     def num_scales(self) -> int:
@@ -100,7 +107,9 @@ class ScaleLadder:
             case "block_causal":
                 start = np.zeros_like(end)
             case _:
-                raise InputError(f"Attention pattern {pattern!r} is unknown; use 'block_diagonal' or 'block_causal'.")
+                raise InputError(
+                    f"Attention pattern {shown(pattern)} is unknown; use 'block_diagonal' or 'block_causal'."
+                )
         return np.stack([start, end], axis=1)
 
     def until(self, scale: int) -> ScaleLadder:

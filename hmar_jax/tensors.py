@@ -17,8 +17,9 @@ import numpy as np
 import safetensors
 import tqdm
 
-from hmar_jax.errors import InputError
-from hmar_jax.files import check_readable
+from hmar_jax import json_files
+from hmar_jax.errors import InputError, printable, reason
+from hmar_jax.files import open_regular, reading
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
 # The names in a header → NumPy's; others, such as float8, stay as they are.
@@ -26,6 +27,7 @@ _DTYPES = {"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16",
     f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # what weights may be stored as
+MOST_HEADER = 8 + json_files.MOST_BYTES  # which the library would let have 100 MB, whatever the file's arrays
 _CHUNK = 2**18  # numbers looked at together, so that a check takes no memory
 
 
@@ -122,9 +124,8 @@ def check_floats(dtypes: Mapping[str, str], allowed: Sequence[str], where: str) 
     for name, dtype in sorted(dtypes.items()):
         if dtype not in allowed:
             expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            raise InputError(
-                f"{where} has {name} as {dtype}; expected {expected}, so give weights that are such floats."
-            )
+            what = f"{printable(name, 80)} as {printable(dtype, 80)}"
+            raise InputError(f"{where} has {what}; expected {expected}, so give weights that are such floats.")
 
 
 def _all_finite(array: np.ndarray) -> bool:
@@ -151,19 +152,20 @@ class File:
 
     def __init__(self, path: Path):
         self._path = path
-        check_readable(path, "File")
-        if path.exists() and not path.is_file():
-            reason = "it is a folder or a device"
-            raise InputError(f"{path} is not a whole .safetensors file ({reason}); copy or write it again.")
         try:
+            header = _header(path)
             with self._open() as file:
                 found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 self.shapes = {name: tuple(array.get_shape()) for name, array in found.items()}
                 codes = {name: array.get_dtype() for name, array in found.items()}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} does not exist; give a .safetensors file.") from None
         except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a whole .safetensors file ({error}); copy or write it again.") from None
+            raise InputError(
+                f"{path} is not a whole .safetensors file ({printable(reason(error))}); copy or write it again."
+            ) from None
+        # The library has checked the header against the file, but takes the last of two entries of one name.
+        json_files.parse(header, f"The header of {path}", "copy or write it again")
         self.dtypes = {name: _DTYPES.get(code, code) for name, code in codes.items()}
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
@@ -174,8 +176,20 @@ class File:
         """
         with self._open() as file:
             array = file.get_tensor(name) if layer is None else file.get_slice(name)[layer]
-        return cast(array, array.dtype, f"{name} of {self._path}")
+        return cast(array, array.dtype, f"{printable(name, 80)} of {self._path}")
 
     def _open(self) -> Any:
         # Anew each time: what has been read of a lasting map would count as memory in use.
         return safetensors.safe_open(self._path, framework="np")
+
+
+def _header(path: Path) -> bytes:
+    """The header of a .safetensors file, as far as it is there; InputError where it would be too large."""
+    with open_regular(path, "File") as file, reading(path):
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_HEADER - 8:
+            raise InputError(
+                f"{path} is not a whole .safetensors file (its header would have {length} bytes, and {MOST_HEADER - 8} "
+                "is the most); copy or write it again."
+            )
+        return file.read(length)

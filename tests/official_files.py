@@ -144,7 +144,7 @@ def stored(directory):
 
 
 def rewrite(saved, change_weights=None, change_config=None):
-    """Changes a model directory as an own hand would, checksum kept right."""
+    """Changes a model directory as somebody would by hand, checksum kept right and the digest deleted."""
     config, weights = saved / "config.json", saved / "model.safetensors"
     meta = json.loads(config.read_text())
     if change_weights:
@@ -154,6 +154,7 @@ def rewrite(saved, change_weights=None, change_config=None):
         meta["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     if change_config:
         change_config(meta)
+    meta.pop("digest", None)
     config.write_text(json.dumps(meta))
 
 

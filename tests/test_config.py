@@ -46,7 +46,9 @@ TRAIN = TrainConfig(
 CONFIGS = {
     "train": TRAIN,
     "tokenizer stage": TrainConfig(stage="tokenizer"),
-    "model": ModelConfig(ScaleLadder((1, 3)), TokenizerConfig(), TransformerConfig.preset("d16"), tuple(string.digits)),
+    "model": ModelConfig(
+        ScaleLadder((1, 3)), TokenizerConfig(), TransformerConfig.preset("d16", num_classes=10), tuple(string.digits)
+    ),
     "tokenizer alone": ModelConfig(ScaleLadder((2,)), TokenizerConfig(multipliers=(1, 1), downsampling=2)),
     "var": TransformerConfig.preset("var-d20", num_classes=7),
 }
@@ -195,6 +197,97 @@ def test_values_that_do_not_fit_together_are_named(make, names):
         assert name in str(error.value)
 
 
+LADDER = ScaleLadder((1, 2))
+TRANSFORMER = TransformerConfig(8, 64, 4, num_classes=3)
+LARGE = {
+    "tokenizer.channels": lambda value: TokenizerConfig(channels=value),
+    "tokenizer.norm_groups": lambda value: TokenizerConfig(norm_groups=value),
+    "tokenizer.latent_channels": lambda value: TokenizerConfig(latent_channels=value),
+    "tokenizer.codebook_size": lambda value: TokenizerConfig(codebook_size=value),
+    "tokenizer.encoder_blocks": lambda value: TokenizerConfig(encoder_blocks=value),
+    "tokenizer.decoder_blocks": lambda value: TokenizerConfig(decoder_blocks=value),
+    "tokenizer.phis": lambda value: TokenizerConfig(phis=value),
+    "tokenizer.downsampling": lambda value: TokenizerConfig(downsampling=value),
+    "tokenizer.multipliers": lambda value: TokenizerConfig(multipliers=(1, value)),
+    "transformer.depth": lambda value: TransformerConfig(value, 64, 4),
+    "transformer.width": lambda value: TransformerConfig(8, value, 4),
+    "transformer.heads": lambda value: TransformerConfig(8, 64, value),
+    "transformer.num_classes": lambda value: TransformerConfig(8, 64, 4, num_classes=value),
+    "transformer.mlp_ratio": lambda value: TransformerConfig(8, 64, 4, mlp_ratio=value),
+    "transformer.branch_depth": lambda value: TransformerConfig(8, 64, 4, branch_depth=value),
+    "data.workers": lambda value: DataConfig(workers=value),
+    "tokenizer_loss.discriminator_layers": lambda value: TokenizerLossConfig(discriminator_layers=value),
+    "tokenizer_loss.discriminator_channels": lambda value: TokenizerLossConfig(discriminator_channels=value),
+    "steps": lambda value: TrainConfig(stage="tokenizer", steps=value),
+}
+
+
+@pytest.mark.parametrize("value", [2**31, 2**40, 2**63, 10**400], ids=lambda value: f"{value.bit_length()} bits")
+@pytest.mark.parametrize("field", LARGE)
+def test_a_size_beyond_all_use_is_refused_before_anything_is_built(field, value):
+    with pytest.raises(InputError) as error:
+        LARGE[field](value)
+    assert str(error.value).startswith(f"{field} is ")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: TokenizerConfig(multipliers=(1,) * 60, downsampling=1), "has 300 residual blocks; choose"),
+        (lambda: TokenizerConfig(multipliers=(1,) * 10**6), "has 5000000 residual blocks; choose"),
+        (lambda: TransformerConfig(8, 64, 4, gate_init=math.nan), "transformer.gate_init is nan; expected a finite"),
+        (
+            lambda: ModelConfig(LADDER, TokenizerConfig(multipliers=(1,) * 20, encoder_blocks=1, downsampling=2**19)),
+            "Pictures have 1048576 pixels a side, the last of the sides times tokenizer.downsampling; expected 16384",
+        ),
+        (lambda: ModelConfig(LADDER, TokenizerConfig(phi_of_scale=(0,) * 10**5)), "expected one number for each of 2"),
+    ],
+)
+def test_sizes_that_are_too_much_together_are_refused(make, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)) as error:
+        make()
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("a", "b"), "There are 2 class names for 3 classes of the transformer; expected one for each, or none."),
+        (
+            ("a", "b", "c", "d"),
+            "There are 4 class names for 3 classes of the transformer; expected one for each, or none.",
+        ),
+        (("a", "b", "a"), "Two classes are called 'a'; give one of them another name."),
+        (("a", "", "c"), "The name of class 1 is '', which is blank; give it a name."),
+        (("a", "b", " \u3000"), "The name of class 2 is ' \\u3000', which is blank; give it a name."),
+        *(
+            (
+                (f"x{character}y", "b", "c"),
+                f"The name of class 0 is {f'x{character}y'!r}, which has a control character",
+            )
+            for character in "\0\n\r\t\x1b\x7f\x9b\u2028\ud800"
+        ),
+        (("x" * 10**6,) * 3, f"Two classes are called '{'x' * 76}…; give one of them another name."),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_class_names_that_cannot_tell_classes_apart_are_refused(names, sentence):
+    with pytest.raises(InputError) as error:
+        ModelConfig(LADDER, TokenizerConfig(), TRANSFORMER, names)
+    assert str(error.value).startswith(sentence)
+    if "There are" not in sentence:
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            ModelConfig(LADDER, TokenizerConfig(), None, names)
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("Füchse", "犬 と 猫", "👩‍🚀"), ("a", "A", " a"), ("1", "01", "a,b"), ("é", "e\u0301", "\xa0x")]
+)
+def test_names_that_tell_classes_apart_are_taken(names):
+    assert ModelConfig(LADDER, TokenizerConfig(), TRANSFORMER, names).class_names == names
+
+
 def positive(name, value=0):
     return rf"(\w+\.)?{name} is {value}; expected 1 or more\."
 
@@ -335,6 +428,6 @@ def test_presets_follow_the_published_rules(name, depth, branch, gate, var, shar
 
 def test_image_size_and_classes_follow_the_parts():
     config = CONFIGS["model"]
-    assert (config.image_size, config.num_classes) == (3 * 16, 1000)
+    assert (config.image_size, config.num_classes) == (3 * 16, 10)
     assert CONFIGS["tokenizer alone"].image_size == 4
     assert CONFIGS["tokenizer alone"].num_classes == 0

@@ -79,7 +79,8 @@ def configured(directory, output, **changes):
     """A copy of a model directory with other fields in its config file."""
     shutil.copytree(directory, output)
     config = output / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    before = {name: value for name, value in json.loads(config.read_text()).items() if name != "digest"}
+    config.write_text(json.dumps(before | changes))
     return output
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint, 
 from hmar_jax.tensors import Tensor
 
 FILES = ["README.md", "config.json", "model.safetensors"]
+FIELDS = ["format", "model", "source", "licences", "layout", "sha256", "tokenizer_sha256"]
 
 
 @pytest.fixture
@@ -93,7 +95,8 @@ def test_the_config_file_says_what_binds_the_weights(model, tmp_path):
     meta = read_config(path)[1]
     assert (meta["source"], meta["licences"], meta["layout"]) == ("elsewhere", licences, "hmar")
     saved = save_model(tmp_path / "again", from_pretrained(path), "elsewhere", licences=licences)
-    assert read_config(saved)[1] == meta | {"layout": ""}
+    again = read_config(saved)[1]
+    assert again == meta | {"layout": "", "digest": again["digest"]}
 
 
 def test_a_directory_without_its_card_is_a_model(saved):
@@ -206,12 +209,46 @@ def forget(name):
 
 
 def replace_by(kind, name):
+    links = {"unreadable": "/proc/self/mem", "device": "/dev/zero", "loop": name}  # of the first no read succeeds
+
     def damage(saved):
         (saved / name).unlink()
-        # What lies under the link is there, and no read of it succeeds.
-        (saved / name).mkdir() if kind == "folder" else (saved / name).symlink_to("/proc/self/mem")
+        if kind in links:
+            (saved / name).symlink_to(links[kind])
+        else:
+            {"folder": os.mkdir, "pipe": os.mkfifo}[kind](saved / name)
 
     return damage
+
+
+def enlarge(saved):
+    with (saved / "model.safetensors").open("r+b") as file:
+        file.truncate(10**11)  # takes no room on the disk
+
+
+def duplicate(saved):
+    """An entry twice in the header; the library takes the last."""
+    weights = saved / "model.safetensors"
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    entry = json.dumps({"transformer.pos": json.loads(header)["transformer.pos"]}).encode()
+    header = entry[:-1] + b"," + header[1:]
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    rewrite(saved, change_config=lambda meta: meta.update(sha256=hashlib.sha256(weights.read_bytes()).hexdigest()))
+
+
+def of_model(name, value):
+    """A field of the `ModelConfig` changed; a dot leads into a group."""
+
+    def change(meta):
+        *groups, field = name.split(".")
+        inner = meta["model"]
+        for group in groups:
+            inner = inner[group]
+        inner[field] = value
+
+    return lambda saved: rewrite(saved, change_config=change)
 
 
 def write_config(text):
@@ -226,9 +263,16 @@ def write_config(text):
         (lambda saved: (saved / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
         (lambda saved: (saved / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda saved: (saved / "config.json").unlink(), "is not a model directory: it has no config.json"),
-        (replace_by("folder", "config.json"), r"Could not read .*config\.json \(.*; check the path and"),
-        (replace_by("unreadable", "config.json"), r"Could not read .*config\.json \("),
-        (replace_by("folder", "model.safetensors"), "has no model.safetensors"),
+        (replace_by("folder", "config.json"), r"config\.json is a folder; give a file\."),
+        (replace_by("unreadable", "config.json"), r"config\.json could not be read \("),
+        (replace_by("folder", "model.safetensors"), r"model\.safetensors is a folder; give a file\."),
+        (replace_by("pipe", "config.json"), r"config\.json is a named pipe; give a file\."),
+        (replace_by("pipe", "model.safetensors"), r"model\.safetensors is a named pipe; give a file\."),
+        (replace_by("device", "config.json"), r"config\.json is a device; give a file\."),
+        (replace_by("device", "model.safetensors"), r"model\.safetensors is a device; give a file\."),
+        (replace_by("loop", "config.json"), r"config\.json could not be read \(.*; a symbolic link leads to itself"),
+        (replace_by("loop", "model.safetensors"), r"model\.safetensors could not be read \(.*; a symbolic link leads"),
+        (enlarge, r"model\.safetensors has \d{12} bytes; a model of its config\.json has \d{8} at most, so copy"),
         (replace_by("unreadable", "model.safetensors"), r"Could not read .*model\.safetensors \("),
         (drop("transformer.pos"), r"lacks transformer\.pos; weights and config are not of one model"),
         (
@@ -237,21 +281,79 @@ def write_config(text):
         ),
         (add("transformer.extra"), r"has the unexpected transformer\.extra; weights"),
         (misshape("transformer.pos", (3, 2)), r"has transformer\.pos of shape \(3, 2\), not \(14, 32\); weights and"),
-        (write_config(b"{"), r"config\.json is damaged \("),
-        (write_config(b"\xff\xfe\x00"), r"config\.json is damaged \("),
-        (write_config(b"[1]"), r"config\.json is damaged \("),
+        (add("transformer.\x1b[2J" + "x" * 5000), r"has the unexpected transformer\.\\x1b\[2Jxx.{,80}; weights"),
+        (duplicate, r"The header of .* is not JSON \(an object has the name 'transformer\.pos' twice\); copy or"),
+        (write_config(b"{"), r"config\.json is not JSON \("),
+        (write_config(b"\xff\xfe\x00"), r"config\.json is not JSON \(it is not UTF-8\)"),
+        (write_config(b"[" * 100_000), r"config\.json is not JSON \(it is nested deeper than 64 levels\)"),
+        (write_config(b'{"format": ' + b"1" * 5000 + b"}"), r"config\.json is not JSON \(the number 1+… does not fit"),
+        (
+            write_config(b'{"format": 1, "format": 1}'),
+            r"config\.json is not JSON \(an object has the name 'format' twice",
+        ),
+        (write_config(b"[1]"), r"config\.json is damaged, as it has \[1\] and no fields"),
+        (write_config(b"null"), r"config\.json is damaged, as it has None and no fields"),
         (configure(format=2), r"has format 2; this version reads 1"),
-        (configure(model=5), r"config\.json is damaged"),
+        (configure(format="1"), r"has format '1'; this version reads 1"),
+        (configure(format=True), r"Config field 'format' is True; expected int\."),
+        (configure(model=5), r"Config field 'model' is 5; expected ModelConfig\."),
+        (configure(source=None), r"Config field 'source' is None; expected str\."),
+        (configure(source={"a": "x" * 9999}), r"Config field 'source' is \{'a': 'x+…; expected str\."),
+        (configure(sha256=7), r"Config field 'sha256' is 7; expected str\."),
+        (configure(tokenizer_sha256=[]), r"Config field 'tokenizer_sha256' is \[\]; expected str\."),
+        (configure(licences="none"), r"Config field 'licences' is 'none'; expected tuple\[str, \.\.\.\]\."),
+        (configure(licences=[1]), r"Config field 'licences' is 1; expected str\."),
+        (configure(layout="../x"), r"Config field 'layout' is '\.\./x'; expected 'vae' or "),
+        (configure(layout=None), r"Config field 'layout' is None; expected 'vae' or "),
+        (configure(sampling={"cfg": 2}), r"Config field 'sampling' does not exist; "),
+        (of_model("phi_layout", 3), r"Config field 'model\.phi_layout' is 3; expected '' or 'qresi_ls' or 'each'\."),
+        (of_model("tokenizer", []), r"Config field 'model\.tokenizer' is \[\]; expected TokenizerConfig\."),
+        (of_model("ladder.sides", [1, 30000]), r"Sides \(1, 30000\) have 900000001 tokens; expected 262144 at most\."),
+        (of_model("ladder.sides", [1, 2.9]), r"Config field 'model\.ladder\.sides' is 2\.9; expected int\."),
+        (of_model("tokenizer.encoder_blocks", 10_000), r"tokenizer\.encoder_blocks is 10000; expected 256 at most\."),
+        (
+            of_model("tokenizer.encoder_blocks", 130),
+            r"The tokenizer has 262 residual blocks; .* there are 256 at most\.",
+        ),
+        (of_model("tokenizer.multipliers", [1] * 10**5), r"The tokenizer has 200000 residual blocks; choose"),
+        (of_model("tokenizer.multipliers", [1, -2]), r"tokenizer\.multipliers is \(1, -2\); expected whole numbers"),
+        (of_model("tokenizer.multipliers", [1, 2**40]), r"tokenizer\.multipliers is \(1, 1099511627776\); expected"),
+        (of_model("tokenizer.multipliers", []), r"tokenizer\.multipliers is \(\); expected whole numbers"),
+        (
+            of_model("tokenizer.codebook_size", 2**40),
+            r"tokenizer\.codebook_size is 1099511627776; expected 16777216 at",
+        ),
+        (of_model("tokenizer.phis", 10**9), r"tokenizer\.phis is 1000000000; expected 128 at most\."),
+        (of_model("tokenizer.phis", True), r"Config field 'model\.tokenizer\.phis' is True; expected int\."),
+        (of_model("tokenizer.channels", 0), r"tokenizer\.channels is 0; expected 1 or more\."),
+        (of_model("tokenizer.downsampling", 3), r"tokenizer\.downsampling is 3; 2 levels allow a power of two"),
+        (of_model("transformer.depth", 10**9), r"transformer\.depth is 1000000000; expected 1024 at most\."),
+        (
+            of_model("transformer.num_classes", 2**63),
+            r"transformer\.num_classes is 9223372036854775808; expected 1048576",
+        ),
+        (of_model("transformer.width", 2**62), r"transformer\.width is 4611686018427387904; expected 1048576 at most"),
+        (of_model("transformer.pattern", "causal"), r"'model\.transformer\.pattern' is 'causal'; expected 'block_"),
+        (of_model("class_names", ["a", "b", "c", "d"]), r"There are 4 class names for 5 classes of the transformer"),
+        (of_model("class_names", ["a", "b", "c", "d", "a"]), r"Two classes are called 'a'; give one of them another"),
+        (
+            of_model("class_names", ["a", "b", "", "d", "e"]),
+            r"The name of class 2 is '', which is blank; give it a name",
+        ),
+        (
+            of_model("class_names", ["a", "b", "\x1b[2J", "d", "e"]),
+            r"The name of class 2 is '\\x1b\[2J', which has a control",
+        ),
+        (of_model("class_names", "abcde"), r"Config field 'model\.class_names' is 'abcde'; expected tuple"),
+        (of_model("class_names", ["a", "b", 3, "d", "e"]), r"Config field 'model\.class_names' is 3; expected str"),
+        (
+            of_model("transformer.depth", 4),
+            r"has transformer\.trunk\..* of shape \(2, .*, not \(3, .*; weights and config",
+        ),
         (configure(model={"ladder": {"sides": [2, 1]}, "tokenizer": {}}), r"describes no model: Sides \(2, 1\)"),
-        (configure(model={"ladder": {"sides": [1]}, "tokenizer": {}, "head": 1}), "no model: .*'head' does not exist"),
-        (configure(model={"tokenizer": {}}), r"config\.json describes no model: Config field 'ladder' is missing\.$"),
-        (forget("model"), r"config\.json is damaged \('model'\)"),
-        (forget("format"), r"config\.json is damaged \('format'\)"),
-        (forget("sha256"), r"config\.json is damaged \('sha256'\)"),
-        (forget("source"), r"config\.json is damaged \('source'\)"),
-        (forget("licences"), r"config\.json is damaged \('licences'\)"),
-        (forget("layout"), r"config\.json is damaged \('layout'\)"),
-        (forget("tokenizer_sha256"), r"config\.json is damaged \('tokenizer_sha256'\)"),
+        (configure(model={"ladder": {"sides": [1]}, "tokenizer": {}, "head": 1}), r"'model\.head' does not exist"),
+        (configure(model={"tokenizer": {}}), r"describes no model: Config field 'model\.ladder' is missing\.$"),
+        *((forget(name), f"describes no model: Config field '{name}' is missing") for name in FIELDS),
     ],
 )
 def test_damage_gets_one_sentence_that_names_it(saved, damage, message):
@@ -259,8 +361,56 @@ def test_damage_gets_one_sentence_that_names_it(saved, damage, message):
     with pytest.raises((InputError, TransientError), match=message) as error:
         from_pretrained(saved)
     assert isinstance(error.value, TransientError) == ("Input/output error" in str(error.value))
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300 + len(str(saved))
     assert str(saved) in str(error.value)
+
+
+# --- the digest of the description
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta["model"]["class_names"].reverse(),
+        lambda meta: meta["model"]["tokenizer"].update(phi_of_scale=[0, 1, 2]),
+        lambda meta: meta["model"]["tokenizer"].update(norm_groups=2),
+        lambda meta: meta["model"]["transformer"].update(leak_free=True),
+        lambda meta: meta["model"]["transformer"].update(class_dropout=0.2),
+        lambda meta: meta.update(licences=[]),
+        lambda meta: meta.update(tokenizer_sha256=meta["sha256"]),
+        lambda meta: meta.update(digest=meta["digest"][::-1]),
+        lambda meta: meta.update(digest=None),
+    ],
+)
+def test_a_description_that_fits_the_weights_but_is_not_what_was_written_is_refused(saved, change):
+    """Until somebody says, by deleting the digest, that it was changed on purpose."""
+    file = saved / "config.json"
+    rewrite(saved, change_config=lambda meta: meta.update(licences=["Not for sale."]))
+    save_model(saved, from_pretrained(saved), "made by a test", licences=["Not for sale."], replace=True)
+    meta = json.loads(file.read_text())
+    change(meta)
+    file.write_text(json.dumps(meta, indent=2))
+    expected = (
+        rf"^{file} is not as it was written, since its digest is of other fields; copy or export the model again "
+    )
+    with pytest.raises(InputError, match=expected + "or, if you have changed it on purpose, delete the line with its"):
+        read_config(saved)
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if '"digest"' not in line))
+    assert read_config(saved)[1] == {name: value for name, value in meta.items() if name != "digest"}
+
+
+def test_a_description_may_be_laid_out_anew(saved):
+    file = saved / "config.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(meta.items()))))
+    assert read_config(saved) == (TINY, meta)
+
+
+def test_directories_from_before_the_digest_are_read(saved):
+    rewrite(saved)
+    assert "digest" not in json.loads((saved / "config.json").read_text())
+    assert from_pretrained(saved).config == TINY
 
 
 def test_what_is_no_directory_gets_one_sentence(saved):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.errors import InputError
-from hmar_jax.scales import ScaleLadder
+from hmar_jax.scales import MOST_TOKENS, ScaleLadder
 
 ladders = st.sets(st.integers(1, 9), min_size=1, max_size=5).map(lambda sides: ScaleLadder(tuple(sorted(sides))))
 
@@ -71,6 +71,17 @@ def test_sides_that_do_not_increase_from_one_are_refused(sides):
     assert str(sides) in str(error.value)
 
 
+@pytest.mark.parametrize("sides", [(1, 512), (1, 30_000), (2**62,), range(1, 10**6)], ids=lambda sides: str(sides)[:20])
+def test_ladders_of_too_many_tokens_are_refused(sides):
+    with pytest.raises(InputError, match=r"^Sides \(.* have \d+ tokens; expected 262144 at most\.$") as error:
+        ScaleLadder(sides)
+    assert len(str(error.value)) < 200
+
+
+def test_ladders_of_as_many_tokens_as_a_picture_may_have_are_taken():
+    assert ScaleLadder((512,)).length == MOST_TOKENS
+
+
 def test_a_ladder_is_a_value():
     ladder = ScaleLadder([1, 2])
     assert ladder == ScaleLadder((1, 2))
@@ -83,7 +94,9 @@ def test_only_is_the_ladder_of_one_scale(ladder):
     assert [ladder.only(scale).sides for scale in range(ladder.num_scales)] == [(side,) for side in ladder.sides]
 
 
-@pytest.mark.parametrize("sides", [7, None, (1, 2.9), (1, 2.0), "12", ("1", "2"), [[1], [2]], (1, None)], ids=repr)
+@pytest.mark.parametrize(
+    "sides", [7, None, (1, 2.9), (1, 2.0), "12", ("1", "2"), [[1], [2]], (1, None), (True, 2)], ids=repr
+)
 def test_sides_that_are_no_list_of_whole_numbers_are_refused(sides):
     with pytest.raises(InputError, match=r"^Sides are .*; expected an increasing list of positive integers") as error:
         ScaleLadder(sides)

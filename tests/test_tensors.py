@@ -234,14 +234,65 @@ def test_what_is_no_file_gets_one_sentence(tmp_path):
     missing = tmp_path / "nowhere" / "file.safetensors"
     with pytest.raises(InputError, match=rf"^{missing} does not exist; give a \.safetensors file\.$"):
         File(missing)
-    with pytest.raises(InputError, match=not_whole(tmp_path)):
+    with pytest.raises(InputError, match=rf"^File {tmp_path} is a folder; give a file\.$"):
         File(tmp_path)
 
 
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(InputError, match=not_whole(tmp_path / "pipe.safetensors")):
+    with pytest.raises(InputError, match=rf"^File {tmp_path}/pipe\.safetensors is a named pipe; give a file\.$"):
         File(tmp_path / "pipe.safetensors")
+
+
+def file_of_entries(path, text, data=b"\0" * 8):
+    """A file of a header that is written as it stands."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+ENTRY = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+HEADERS = {
+    "a name twice": (b'{"x":%s,"x":%s}' % (ENTRY, ENTRY), r"is not JSON \(an object has the name 'x' twice\)"),
+    "no object": (b"[1]", "is not a whole"),
+    "deep": (b"[" * 50_000, "is not a whole"),
+    "overlapping": (b'{"x":%s,"y":%s}' % (ENTRY, ENTRY), "is not a whole"),
+    "a shape of another size": (ENTRY.replace(b"[2]", b"[3]").join([b'{"x":', b"}"]), "is not a whole"),
+    "a shape beyond 64 bits": (ENTRY.replace(b"[2]", b"[%d]" % 2**63).join([b'{"x":', b"}"]), "is not a whole"),
+    "a negative shape": (ENTRY.replace(b"[2]", b"[-2]").join([b'{"x":', b"}"]), "is not a whole"),
+    "offsets that run backwards": (ENTRY.replace(b"[0,8]", b"[8,0]").join([b'{"x":', b"}"]), "is not a whole"),
+    "an unknown dtype": (ENTRY.replace(b"F32", b"X" * 9999).join([b'{"x":', b"}"]), "is not a whole"),
+    "a field of kilobytes": (b'{"x":{"%s":1}}' % (b"\\u001b[2J" * 999), "is not a whole"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_damaged_header_gets_one_short_sentence(tmp_path, case):
+    text, expected = HEADERS[case]
+    path = file_of_entries(tmp_path / "file.safetensors", text)
+    with pytest.raises(InputError, match=expected) as error:
+        File(path)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300 + len(str(path))
+
+
+def test_a_header_as_large_as_no_model_has_is_not_read(tmp_path):
+    path = tmp_path / "file.safetensors"
+    with path.open("wb") as file:
+        file.write((90 * MB).to_bytes(8, "little"))
+        file.truncate(200 * MB)
+    with pytest.raises(InputError, match=r"\(its header would have 94371840 bytes, and 16777216 is the most\); copy"):
+        File(path)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "C64", "BOOL", "U8", "I32", "F64"])
+def test_an_entry_that_is_no_float_is_named_with_its_dtype(tmp_path, code):
+    size = {"F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1, "U8": 1, "I32": 4, "F64": 8}[code]
+    header = json.dumps({"x\x1b" * 99: {"dtype": code, "shape": [1], "data_offsets": [0, size]}}).encode()
+    file = File(file_of_entries(tmp_path / "file.safetensors", header, bytes(size)))
+    with pytest.raises(InputError, match=r"^it has x\\x1bx.* as \w+; expected float32 or float16, so") as error:
+        tensors.check_floats(file.dtypes, ("float32", "float16"), "it")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
 
 
 # --- numbers

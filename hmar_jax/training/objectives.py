@@ -300,11 +300,6 @@ class _TransformerObjective:
         self.start = opened
         self.model_config = self._model_config(opened.config, class_names)
         assert self.model_config.transformer is not None
-        if class_names and len(class_names) != self.model_config.num_classes:
-            raise InputError(
-                f"The token cache has {len(class_names)} classes, but transformer.num_classes is "
-                f"{self.model_config.num_classes}; set it to {len(class_names)}."
-            )
 
     def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
         raise NotImplementedError
@@ -344,6 +339,7 @@ class NextScaleObjective(_TransformerObjective):
 
     def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
         transformer = dataclasses.replace(self.config.transformer, masked=False)
+        _check_class_count(class_names, transformer)
         self._goes_on = start.transformer is not None and _same_network(start.transformer, transformer)
         if self._goes_on:
             anew = "" if start.num_classes == transformer.num_classes else " but for its class embeddings"
@@ -394,6 +390,7 @@ class MaskedObjective(_TransformerObjective):
             (f"init_from={self.config.init_from}", start.class_names),
             "whose class embeddings are trained in that order; export the tokens again from folders of those names",
         )
+        _check_class_count(class_names, start.transformer)
         transformer = dataclasses.replace(start.transformer, masked=True, leak_free=self.config.objective.leak_free)
         return dataclasses.replace(start, transformer=transformer, class_names=class_names or start.class_names)
 
@@ -452,6 +449,15 @@ def _keys(batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     """
     keys = batch["keys"] if "keys" in batch else example_keys(key, batch["label"].shape[0])
     return jax.random.fold_in(key, 0), keys[:, 0], keys[:, 1]
+
+
+def _check_class_count(class_names: tuple[str, ...], transformer: TransformerConfig) -> None:
+    """Raises InputError where a token cache has another number of classes than the transformer."""
+    if len(class_names) not in (0, transformer.num_classes):
+        raise InputError(
+            f"The token cache has {len(class_names)} classes, but transformer.num_classes is "
+            f"{transformer.num_classes}; set it to {len(class_names)}."
+        )
 
 
 def _same_network(start: TransformerConfig, wanted: TransformerConfig) -> bool:

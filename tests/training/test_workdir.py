@@ -42,6 +42,7 @@ def rename_classes_of_model(model, names):
     file = model / "config.json"
     meta = json.loads(file.read_text())
     meta["model"]["class_names"] = names
+    del meta["digest"]
     file.write_text(json.dumps(meta))
 
 
