@@ -120,7 +120,7 @@ MODELS = {
     "without weights": (lambda model: (model / "model.safetensors").unlink(), "has no model.safetensors"),
     "cut short": (cut, "model.safetensors is damaged"),
     "a bit flipped": (flip, "model.safetensors is damaged"),
-    "config cut short": (lambda model: (model / "config.json").write_text('{"format": 1'), "config.json is damaged"),
+    "config cut short": (lambda model: (model / "config.json").write_text('{"format": 1'), "config.json is not JSON"),
     "config of a list": (lambda model: (model / "config.json").write_text("[]"), "config.json is damaged"),
     "of another format": (lambda model: (model / "config.json").write_text('{"format": 99}'), "has format 99"),
 }

@@ -251,7 +251,7 @@ FILES = {
     "cut": ("f.safetensors", cut, "f.safetensors is not a whole .safetensors file ("),
     "empty": ("f.safetensors", lambda file: file.touch(), "f.safetensors is not a whole .safetensors file ("),
     "a text": ("f.safetensors", text, "f.safetensors is not a whole .safetensors file ("),
-    "a folder": ("f.safetensors", lambda file: file.mkdir(), "f.safetensors is not a whole .safetensors file ("),
+    "a folder": ("f.safetensors", lambda file: file.mkdir(), "File f.safetensors is a folder; give a file."),
     "another ending": ("f.npz", text, "f.npz is no .safetensors or .pth file; give one with such an ending."),
     "no ending": ("f", text, "f is no .safetensors or .pth file; give one with such an ending."),
 }
