@@ -51,7 +51,7 @@ def _whole(config: Any, group: str, least: int, **most: int) -> None:
             raise InputError(f"{group}{name} is {shown(value)}; expected {expected}.")
 
 
-def _check_names(names: tuple[str, ...]) -> None:
+def check_names(names: tuple[str, ...]) -> None:
     """Raises InputError unless class names tell classes apart, and can be written in a line and in a file."""
     seen = set()
     for number, name in enumerate(names):
@@ -293,7 +293,7 @@ class ModelConfig(Checked):
                 f"Pictures have {shown(self.image_size)} pixels a side, the last of the sides times "
                 f"tokenizer.downsampling; expected {_MOST_PIXELS} at most."
             )
-        _check_names(self.class_names)
+        check_names(self.class_names)
         if self.transformer is not None and len(self.class_names) not in (0, self.transformer.num_classes):
             raise InputError(
                 f"There are {len(self.class_names)} class names for {self.transformer.num_classes} classes of the "

@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hmar_jax.errors import InputError
-from hmar_jax.files import writing
+from hmar_jax import json_files
+from hmar_jax.errors import HmarError, InputError, printable
+from hmar_jax.files import check_regular, read_bytes, writing
 
 RENEWED, STALE = 30.0, 300.0  # seconds between renewals; without one, until the holder is taken for gone
 POLL = 5.0
+_LARGEST = 2**16  # bytes of the file, which has some 300
 NAME = ".lock"  # of the file; others that are there for moments begin with it
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,9 @@ class Lock:
                 lives = self._lives(holder, modified)
                 if lives:
                     raise InputError(
-                        f"Another process {self._doing} in {self._folder}: PID {holder.get('pid', 'unknown')} on "
-                        f"{holder.get('host', 'an unknown host')}, since {holder.get('since', 'an unknown time')}; "
-                        "wait for it, end it, or choose another folder."
+                        f"Another process {self._doing} in {self._folder}: {_named(holder)}, since "
+                        f"{printable(str(holder.get('since', 'an unknown time')), 60)}; wait for it, end it, or choose "
+                        "another folder."
                     )
                 if lives is None or not self._take_over(holder):
                     return False
@@ -92,7 +94,7 @@ class Lock:
     def close(self) -> None:
         """Gives the lock back, if it is still this process's."""
         self._done.set()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, HmarError):
             if self._held and self._read()[0].get("token") == self._me["token"]:
                 self._file.unlink()
         self._held = False
@@ -108,13 +110,20 @@ class Lock:
         return True
 
     def _read(self) -> tuple[dict[str, Any], float | None]:
-        """What the file says, {} where it is not whole, and when it was modified, None where it is not there."""
+        """What the file says, {} where it is not whole, and when it was modified, None where it is not there.
+
+        Raises:
+          InputError: something else than a file is there.
+        """
         try:
+            check_regular(self._file, "Lock")
             modified = self._file.stat().st_mtime
-            holder = json.loads(self._file.read_bytes())
+            content = read_bytes(self._file, "Lock", _LARGEST)
         except FileNotFoundError:
             return {}, None
-        except ValueError:
+        try:
+            holder = json_files.parse(content, "Lock", "remove it")
+        except InputError:
             return {}, modified
         return holder if isinstance(holder, dict) else {}, modified
 
@@ -123,16 +132,16 @@ class Lock:
         if modified is None:  # given back meanwhile
             return None
         if _here(holder, self._me):
-            return _started(holder.get("pid")) == holder.get("started")
+            started = _started(holder.get("pid"))
+            return started is not None and started == holder.get("started")
         token = holder.get("token", "")
         if self._seen is not None and self._seen[0] == token and modified > self._seen[1]:
             return True
         if self._now() - modified > STALE:
             return False
         if self._seen is None:
-            where = f"PID {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
             wait = f"waiting up to {STALE:.0f} s to see whether that process still lives"
-            logger.info("%s is held by %s; %s.", self._folder, where, wait)
+            logger.info("%s is held by %s; %s.", self._folder, _named(holder), wait)
         if self._seen is None or self._seen[0] != token:
             self._seen = token, modified
         return None
@@ -164,9 +173,15 @@ class Lock:
 
     def _renew(self) -> None:
         while not self._done.wait(RENEWED):
-            with contextlib.suppress(OSError):  # the disk may come back
+            with contextlib.suppress(OSError, HmarError):  # the disk may come back
                 if self._read()[0].get("token") == self._me["token"]:
                     os.utime(self._file)
+
+
+def _named(holder: dict[str, Any]) -> str:
+    """Which process holds a lock, as far as its file says so."""
+    pid, host = holder.get("pid", "unknown"), holder.get("host", "an unknown host")
+    return f"PID {printable(str(pid), 60)} on {printable(str(host), 60)}"
 
 
 def _this_process() -> dict[str, Any]:

@@ -73,19 +73,25 @@ def loss_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]], sides: Seque
         steps = [line["step"] for line in lines]
         if lines and "scale_loss" in lines[0]:
             for k, side in enumerate(sides):
-                values = [line["scale_loss"][k] for line in lines]
+                values = [_scale(line, k) for line in lines]
                 if any(values):  # the first scale is never masked
                     axes.plot(steps, values, label=f"{side}x{side}", color=colormaps["viridis"](k / len(sides)))
             axes.set_ylabel("cross-entropy by scale, nats a token")
         else:
             for name in ("pixel", "vq", "perceptual", "generator"):
                 if lines and name in lines[0]:
-                    axes.plot(steps, [line[name] for line in lines], label=name)
+                    axes.plot(steps, [line.get(name, np.nan) for line in lines], label=name)
             axes.set_yscale("symlog", linthresh=1e-3)
             axes.set_ylabel("loss terms")
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7, ncols=2)
     return _rendered(figure)
+
+
+def _scale(line: dict[str, Any], k: int) -> float:
+    """The loss of scale k in a line of metrics, NaN where it has none."""
+    losses = line.get("scale_loss")
+    return losses[k] if isinstance(losses, list) and k < len(losses) else np.nan
 
 
 def bars(

@@ -72,8 +72,16 @@ def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_i
 
 @pytest.mark.parametrize(
     "changes",
-    [{"started": 1}, {"pid": 2**22 + 1, "started": 1}, {"pid": "x"}, {"pid": -1}],
-    ids=["a number that repeats", "no such process", "no number", "a group"],
+    [
+        {"started": 1},
+        {"pid": 2**22 + 1, "started": 1},
+        {"pid": "x"},
+        {"pid": -1},
+        {"pid": 0, "started": None},
+        {"pid": 2**63, "started": None},
+        {"pid": [1], "started": None},
+    ],
+    ids=["a number that repeats", "no such process", "no number", "a group", "all", "a huge number", "a list"],
 )
 def test_on_the_same_boot_the_process_itself_is_looked_up(tmp_path, changes):
     held_by(tmp_path, **changes)
@@ -103,13 +111,33 @@ def test_elsewhere_it_lives_when_it_is_renewed(tmp_path):
         second.take()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": null}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b'{"pid": null}', b"[" * 9999])
 def test_a_file_that_is_not_whole_is_taken_over_when_it_is_old(tmp_path, content):
     (tmp_path / ".lock").write_bytes(content)
     second = Lock(tmp_path)
     assert not second.take()
     aged(tmp_path, STALE + 20)
     assert second.take()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(os.mkfifo, "is a named pipe"), (os.mkdir, "is a folder"), (lambda p: p.symlink_to(p), "link leads to itself")],
+)
+def test_a_lock_that_is_no_file_is_refused_and_stays(tmp_path, make, kind):
+    make(tmp_path / ".lock")
+    with pytest.raises(InputError, match=kind), locked(tmp_path):
+        pass
+    assert os.path.lexists(tmp_path / ".lock")
+
+
+def test_what_a_lock_says_is_shown_in_one_short_line(tmp_path, holder):
+    held = json.loads((tmp_path / ".lock").read_text())
+    (tmp_path / ".lock").write_text(json.dumps(held | {"host": "\x1b[2J" * 1000, "since": ["\n" * 5000]}))
+    with pytest.raises(InputError, match=f"PID {holder.pid} on ") as caught, locked(tmp_path, "trains"):
+        pass
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_the_holder_renews_it(tmp_path, monkeypatch):

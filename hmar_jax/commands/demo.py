@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hmar_jax import json_files
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig, from_config_dict
@@ -44,9 +45,7 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax.training.loop import train
 
     configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}
-    record = folder / "tokenizer" / "config.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["steps"] != configs["tokenizer"].steps:
-        raise InputError(f"{folder} holds a demo of another length; remove it, or choose another --output.")
+    _check_same_length(folder, configs["tokenizer"].steps)
     say(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
     if (tokenizer := train(configs["tokenizer"], folder / "tokenizer")) is None:
         return
@@ -65,6 +64,17 @@ def run(argv: Sequence[str]) -> None:
     say(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
     settings = f"--labels=A,7 --schedule=small --cfg={SAMPLING['cfg']} --top-k={SAMPLING['top_k']}"
     say(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
+
+
+def _check_same_length(folder: Path, steps: int) -> None:
+    """Raises InputError where the folder has a demo of another number of steps, or its record is damaged."""
+    file, instead = folder / "tokenizer" / "config.json", f"remove {folder}, or choose another --output"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        record = json_files.read(file, "The demo's record", instead)
+        if not isinstance(record, dict) or type(record.get("steps")) is not int:
+            raise InputError(f"The demo's record {file} has no steps; {instead}.")
+        if record["steps"] != steps:
+            raise InputError(f"{folder} holds a demo of another length; {instead}.")
 
 
 def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:

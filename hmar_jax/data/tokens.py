@@ -29,7 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax import json_files
-from hmar_jax.config import from_plain, to_plain
+from hmar_jax.config import check_names, from_plain, to_plain
 from hmar_jax.errors import InputError, reason, saying, shown
 from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, write_whole, writing
 from hmar_jax.lock import is_running
@@ -73,8 +73,7 @@ class Header:
         for name, most in (("codebook_size", MOST_CODES), ("crops", 2**31), ("count", 2**62), ("shards", 2**31)):
             if not 1 <= getattr(self, name) <= most:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 to {most}.")
-        if "" in self.class_names or len(set(self.class_names)) < len(self.class_names):
-            raise InputError(f"class_names are {shown(self.class_names)}; expected distinct names, none of them empty.")
+        check_names(self.class_names)
         if len(self.ends) not in (0, self.shards):
             raise InputError(f"ends has {len(self.ends)} digests; expected one for each of {self.shards} shards.")
 
@@ -158,7 +157,7 @@ def write_header(folder: Path, header: Header) -> None:
     """Makes a cache of the folder that has its shards."""
     ends = tuple(_digest_of_ends(folder / name) for name in shard_names(header.shards))
     plain = to_plain(dataclasses.replace(header, ends=ends))
-    write_whole(folder / HEADER, (json.dumps(plain | {"sha256": _digest(plain)}, indent=1) + "\n").encode())
+    write_whole(folder / HEADER, (json.dumps(plain | {"digest": _digest(plain)}, indent=1) + "\n").encode())
 
 
 def _digest(plain: dict[str, Any]) -> str:
@@ -348,12 +347,12 @@ def _read_header(path: Path) -> Header:
         raise InputError(f"Token cache header {file} is {shown(values)}; expected an object, so {again}.")
     if values.get("format") != FORMAT:
         raise InputError(f"Token cache {str(path)!r} has format {shown(values.get('format'))}, not {FORMAT}; {again}.")
-    digest = values.pop("sha256", None)  # None in caches from before it was recorded
+    digest = values.pop("digest", None)  # None in caches from before it was recorded
     with saying(f"Token cache header {file}"):
         header = from_plain(Header, values)
     if digest is not None and digest != _digest(values):
         raise InputError(
-            f"Token cache header {file} is not what was written; {again}, or delete its line `sha256` if you changed "
-            "it on purpose."
+            f"Token cache header {file} is not as it was written, since its digest is of other fields; {again} or, if "
+            "you have changed it on purpose, delete the line with its digest."
         )
     return header

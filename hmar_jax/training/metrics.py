@@ -17,7 +17,9 @@ import jax
 import numpy as np
 import tqdm
 
-from hmar_jax.files import local_path, writing
+from hmar_jax.files import local_path, open_regular, writing
+
+_LONGEST = 2**20  # bytes of a line; one of a hundred metrics of ten scales has some 20,000
 
 logger = logging.getLogger(__name__)
 
@@ -192,18 +194,43 @@ def _tensorboard(workdir: Path) -> Any:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of steps in a `metrics.jsonl`, in order; where a resumed run wrote a step again, the later line.
 
-    null is read as NaN. What is no line of a step, such as half a line that a killed run left, is passed over.
+    null is read as NaN. What is no line of a step, such as half a line that a killed run left, is passed over; where
+    there is no file, there are no lines.
+
+    Raises:
+      InputError: it is no regular file, or may not be read.
     """
     lines = {}
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines[line["step"]] = {name: _from_null(value) for name, value in line.items()}
+    try:
+        with open_regular(file, "Metrics file") as stream:
+            while text := stream.readline(_LONGEST):
+                line = _line(text)
+                if line is not None:
+                    lines[line["step"]] = line
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [line for _, line in sorted(lines.items())]
 
 
-def _from_null(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_null(item) for item in value]
-    return math.nan if value is None else value
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics at a step: numbers, or lists of them, by name; None where it is none."""
+    try:  # Python's parser, since lines of earlier versions may have NaN, which JSON has not
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    plain = {
+        name: [_number(x) for x in value] if type(value) is list else _number(value) for name, value in line.items()
+    }
+    known = all(None not in value if type(value) is list else value is not None for value in plain.values())
+    return plain if known else None
+
+
+def _number(value: Any) -> float | int | None:
+    """A number of a line, NaN for null; None where it is no number, or larger than a float can be."""
+    if value is None:
+        return math.nan
+    if type(value) is int:
+        return value if abs(value) < 2**63 else None
+    return value if type(value) is float else None

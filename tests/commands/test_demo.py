@@ -98,3 +98,14 @@ def test_a_longer_demo_does_not_go_on_from_a_quick_one(shown, capsys):
     assert main(["demo", "--output", str(folder)]) == 2
     assert "holds a demo of another length" in capsys.readouterr().err
     assert trained(folder) == before
+
+
+@pytest.mark.parametrize("text", ["7", "{}", '{"steps": true}', "[" * 100_000, '{"steps": ' + "1" * 5000 + "}", "\0"])
+def test_a_damaged_record_of_a_demo_is_a_sentence(tmp_path, capsys, text):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "config.json").write_text(text)
+    assert main(["demo", "--quick", f"--output={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hmar-jax demo: The demo's record {tmp_path / 'tokenizer' / 'config.json'} ")
+    assert said.endswith("or choose another --output.\n")
+    assert len(said) < 500

@@ -166,7 +166,7 @@ def change(**fields):
 
     def apply(path):
         header = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps({name: value for name, value in header.items() if name not in ("sha256", "ends")}))
+        path.write_text(json.dumps({name: value for name, value in header.items() if name not in ("digest", "ends")}))
 
     return apply
 
@@ -219,7 +219,7 @@ def test_what_is_no_file_is_refused_and_not_called_damage(tmp_path, file, digest
         ("cache.json", change(crops=-1), "crops is -1"),
         ("cache.json", change(crops=10**9), "expected 28000000004"),
         ("cache.json", change(sides=[1, 2, 4]), "its record has 60 bytes, expected 88"),
-        ("cache.json", change(sides=[1, 2**40]), "its record has 60 bytes"),
+        ("cache.json", change(sides=[1, 2**40]), "tokens; expected 262144 at most"),
         ("cache.json", change(sides=[2, 1]), "increasing list"),
         ("cache.json", change(codebook_size=0), "codebook_size is 0"),
         ("cache.json", change(codebook_size=2**16 + 1), "codebook_size is 65537"),
@@ -227,8 +227,8 @@ def test_what_is_no_file_is_refused_and_not_called_damage(tmp_path, file, digest
         ("cache.json", change(shards=2), "0 of 2 files are there"),
         ("cache.json", change(shards=0), "shards is 0"),
         ("cache.json", change(class_names=["a", "b"]), "its label is 2, expected 0 to 1"),
-        ("cache.json", change(class_names=["a", "b", "b"]), "expected distinct names"),
-        ("cache.json", change(class_names=["a", "b", ""]), "none of them empty"),
+        ("cache.json", change(class_names=["a", "b", "b"]), "Two classes are called 'b'"),
+        ("cache.json", change(class_names=["a", "b", ""]), "name of class 2 is '', which is blank"),
         ("cache.json", change(class_names="abc"), "class_names"),
         ("cache.json", change(format=[1]), r"format \[1\], not 1"),
         ("cache.json", change(color="red"), "color.* does not exist"),
@@ -252,9 +252,9 @@ def test_a_header_that_was_changed_is_refused_and_a_change_on_purpose_can_be_kep
     file.write_text(json.dumps(dict(reversed(header.items()))))  # as another program may write it
     assert len(TokenSource(tmp_path / "cache")) == 9
     file.write_text(json.dumps(header | {"class_names": ["a", "b", "x"]}))
-    with pytest.raises(InputError, match=r"cache.json is not what was written; .*delete its line `sha256`"):
+    with pytest.raises(InputError, match=r"cache.json is not as it was written.*delete the line with its digest"):
         TokenSource(tmp_path / "cache")
-    del header["sha256"]
+    del header["digest"]
     file.write_text(json.dumps(header | {"class_names": ["a", "b", "x"]}))
     assert TokenSource(tmp_path / "cache").class_names == ("a", "b", "x")
 
@@ -315,7 +315,7 @@ def test_a_cache_without_names_is_bounded_by_the_classes_that_are_trained(tmp_pa
 def test_a_cache_of_an_earlier_version_is_read(tmp_path):
     write(tmp_path / "cache", shard_size=3)
     change()(tmp_path / "cache" / "cache.json")
-    assert "sha256" not in (tmp_path / "cache" / "cache.json").read_text()
+    assert "digest" not in (tmp_path / "cache" / "cache.json").read_text()
     assert len(list(TokenSource(tmp_path / "cache"))) == 9
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps
 from hmar_jax.commands import train
 from hmar_jax.commands.main import main
 from hmar_jax.errors import DivergedError, InputError, MachineError, TransientError
-from hmar_jax.training import loop
+from hmar_jax.training import digests, loop
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.state import TrainState
 
@@ -138,19 +139,137 @@ def two_saved(tmp_path_factory):
     return workdir
 
 
+def flip_a_digit(name):
+    def apply(folder):
+        file = folder / name / "metadata"
+        text = file.read_text()
+        at = next(i for i, c in enumerate(text) if c.isdigit())
+        file.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+
+    return apply
+
+
+def write_items(folder, name, text):
+    (folder / name).write_text(text)
+
+
+DAMAGE |= {
+    f"with {text[:9]} for its {name}": functools.partial(write_items, name=name, text=text)
+    for name in ("data/metadata", "config/metadata", "digests/metadata", "state/_METADATA")
+    for text in ("7", "[]", "{}", "", "[" * 100_000, '{"a": ' + "1" * 5000 + "}")
+}
+DAMAGE |= {
+    "with another digit in its data position": flip_a_digit("data"),
+    "with another digit in its config": flip_a_digit("config"),
+    "with another digit in its digests": flip_a_digit("digests"),
+    "without its keys": lambda folder: shutil.rmtree(folder / "state" / "d"),
+    "of another step": lambda folder: [
+        shutil.rmtree(folder),
+        shutil.copytree(folder.with_name("2"), folder),
+    ],
+}
+
+
+def read_all(workdir):
+    """All that a resumed run reads of the newest checkpoint."""
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.config(), checkpoints.position(), checkpoints.restore(describe(state(0)))[0]
+    finally:
+        checkpoints.close()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_gone_back_to(two_saved, tmp_path, damage):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "4"
     DAMAGE[damage](newest)
     with pytest.raises(InputError, match=r"cannot be read .*remove that folder to resume from step 2") as caught:
-        Checkpoints(tmp_path).restore(describe(state(0)))
+        read_all(tmp_path)
     assert str(newest) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
     assert steps_on_disk(tmp_path) == {"2", "4"}
 
     shutil.rmtree(newest)  # as it says
     assert_bit_equal(Checkpoints(tmp_path).restore(describe(state(0)))[0], state(2))
+
+
+@pytest.mark.parametrize("text", ["7", "[]", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"custom_metadata": 7}'])
+def test_what_orbax_recorded_of_a_checkpoint_is_read_or_refused(two_saved, tmp_path, text):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text(text)
+    with pytest.raises(InputError, match=r"checkpoints.* cannot be read .*remove"):
+        read_all(tmp_path)
+
+
+def test_a_flipped_bit_of_a_value_is_told(tmp_path):
+    checkpoints, saved = Checkpoints(tmp_path), state(4, size=1000)  # small values are kept in nodes with checksums
+    checkpoints.save(2, state(2, size=1000), data(2), CONFIG)
+    checkpoints.save(4, saved, data(4), CONFIG)
+    checkpoints.close()
+    told = 0
+    for file in (tmp_path / "checkpoints" / "4" / "state").rglob("d/*"):
+        content = file.read_bytes()
+        for at in range(3, len(content), 499):
+            file.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+            reader = Checkpoints(tmp_path)
+            try:
+                assert_bit_equal(reader.restore(describe(saved))[0], saved)  # it is a part that nothing is read from
+            except InputError as error:
+                assert re.search("checkpoints/4 cannot be read .*remove that folder to resume from step 2", str(error))
+                told += "an array is not what was saved" in str(error)
+            reader.close()
+        file.write_bytes(content)
+    assert told > 5  # which nothing but the digests tell
+
+
+def test_a_checkpoint_from_before_digests_is_read(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "digests")
+    config, position, restored = read_all(tmp_path)
+    assert (config, position) == (CONFIG, data(4))
+    assert_bit_equal(restored, state(4))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint32, jnp.int32, jnp.uint8])
+def test_a_digest_tells_any_element_and_any_exchange_and_is_the_same_by_either_way(monkeypatch, dtype):
+    array = jnp.arange(60).reshape(3, 4, 5).astype(dtype)
+    changed = [array.at[i, j, k].add(1) for i in range(3) for j in range(4) for k in range(5)]
+    exchanged = [array[::-1], array[:, ::-1], array[:, :, ::-1], array.at[0, 0, 0].set(1).at[0, 0, 1].set(0)]
+    by_numpy = digests.of_arrays([array, *changed, *exchanged])
+    assert by_numpy.count(by_numpy[0]) == 1
+    position = np.arange(60, dtype=np.uint64)
+    words = np.frombuffer(np.asarray(array).tobytes(), f"u{array.dtype.itemsize}").astype(np.uint64)
+    assert by_numpy[0] == int(np.sum(words * ((position * 0x9E3779B1 % 2**32) | 1)) % 2**32)
+    monkeypatch.setattr(digests, "_SMALL", 0)
+    assert digests.of_arrays([array, *changed[:2], *exchanged]) == [*by_numpy[:3], *by_numpy[-4:]]
+
+
+KINDS = {
+    "a named pipe": (os.mkfifo, "is a named pipe"),
+    "a folder": (os.mkdir, "cannot be read|is a folder|Is a directory"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "data/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+def test_what_is_no_file_in_a_checkpoint_is_refused(two_saved, tmp_path, name, kind):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoints" / "4" / name
+    file.unlink()
+    make, expected = KINDS[kind]
+    make(file)
+    with pytest.raises(InputError, match=f"checkpoints/4.*({expected})"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["-1", "007", "1e9", "０", "²", "x"])
+def test_a_folder_among_the_checkpoints_that_is_none_is_passed_over(two_saved, tmp_path, name):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / name).mkdir()
+    assert_bit_equal(read_all(tmp_path)[2], state(4))
 
 
 def test_what_the_disk_refuses_is_not_called_damage_nor_to_be_removed(two_saved, tmp_path):
@@ -330,7 +449,7 @@ def test_a_full_disk_stops_training_with_a_sentence_and_keeps_what_was_saved(sta
         from pathlib import Path
         from tiny_training import idle_steps, next_scale_config
         from hmar_jax.commands import main, train
-        from hmar_jax.training import loop
+        from hmar_jax.training import digests, loop
         from hmar_jax.training.checkpoint import Checkpoints
 
         save = Checkpoints.save

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 
 from hmar_jax import pictures
-from hmar_jax.errors import DivergedError, MachineError
+from hmar_jax.errors import DivergedError, InputError, MachineError
 from hmar_jax.training import loop, metrics
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler, read_metrics
 
@@ -287,6 +288,26 @@ def test_every_original_stands_right_above_its_own_reconstruction(number, rows):
             assert above.min() == below.min() == 255
 
 
+def test_nan_as_earlier_versions_wrote_it_is_read_and_no_file_has_no_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 3, "loss": NaN, "scale_loss": [Infinity, 1]}\n')
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert np.isnan(line["loss"])
+    assert line["scale_loss"] == [np.inf, 1]
+    assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+def test_metrics_that_are_no_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"Metrics file .* is a named pipe"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_curves_are_drawn_of_lines_that_lack_what_the_first_has():
+    lines = [{"step": 1, "scale_loss": [1.0, 2.0]}, {"step": 2}, {"step": 3, "scale_loss": 7.0}, {"step": 4, "vq": 1.0}]
+    terms = [{"step": 1, "vq": 1.0}, {"step": 2}]
+    assert pictures.loss_curves([("a", lines), ("b", terms)], (1, 2)).size[0] > 0
+
+
 def test_what_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
     writer = MetricsWriter(tmp_path, steps=2, start=0, name="masked")
     values = {"loss": np.float32("nan"), "weight": np.float32("-inf"), "scale_loss": np.float32([1, np.inf])}
@@ -303,7 +324,27 @@ def test_what_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
     np.testing.assert_equal([read["loss"], read["scale_loss"], read["accuracy"]], [np.nan, [1, np.nan], 0.5])
 
 
-@pytest.mark.parametrize("line", [b"7", b"\xff", b"[1]", b'{"step": "a"}', b"null", b"[" * 100_000, b'{"step": 1'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"7",
+        b"\xff",
+        b"[1]",
+        b'{"step": "a"}',
+        b'{"step": true}',
+        b'{"step": 1.0}',
+        b"null",
+        b"[" * 100_000,
+        b'{"step": 1',
+        b'{"step": 1, "loss": "\xff"}',
+        b'{"step": 1, "loss": {}}',
+        b'{"step": 1, "scale_loss": [1, "x"]}',
+        b'{"step": 1, "loss": ' + b"1" * 5000 + b"}",
+        b'{"step": 1, "loss": 1%s}' % (b"0" * 400),
+        b'{"step": 1, "loss": "%s"}' % (b"x" * 10_000_000),
+    ],
+    ids=lambda line: line[:24].decode(errors="replace"),
+)
 def test_a_line_that_is_no_steps_is_passed_over(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(line + b'\n{"step": 2, "loss": 1.0}\n')
