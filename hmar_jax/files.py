@@ -115,7 +115,7 @@ def open_regular(path: Path, what: str) -> io.BufferedReader:
 def read_bytes(path: Path, what: str, most: int) -> bytes:
     """All of a regular file of at most `most` bytes; raises as `open_regular` does, and InputError if it is larger."""
     with open_regular(path, what) as file, _refusing(path, what):
-        content = file.read(most + 1)
+        content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # memory is taken for what is asked for
     if len(content) > most:
         raise InputError(f"{what} {path} is larger than {most} bytes; expected a smaller file.")
     return content
