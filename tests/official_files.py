@@ -92,7 +92,10 @@ def file_of_zeros(path, shapes):
     return path
 
 
-_STORAGES = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16", "int8": "Char"}
+_STORAGES = {
+    "float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16", "int8": "Char", "uint8": "Byte",
+    "int32": "Int", "int64": "Long", "bool": "Bool", "complex64": "ComplexFloat",
+}  # fmt: skip
 
 
 def torch_pickle(state):

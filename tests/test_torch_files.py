@@ -108,12 +108,14 @@ def test_other_floats_become_float32(tmp_path, dtype):
     assert_bit_equal(*found)
 
 
-def test_a_quantised_model_is_refused(tmp_path):
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "bool", "complex64"])
+def test_weights_that_are_no_floats_are_refused_by_name(tmp_path, dtype):
     state = random_state("vae")
-    state["quant_conv.bias"] = state["quant_conv.bias"].astype(np.int8)
+    state["quant_conv.bias"] = np.ones_like(state["quant_conv.bias"], dtype)
     file = torch_file_of(tmp_path / "vae.pth", state)
     said = refusal(tmp_path, lambda: convert("vae", file, LADDER, tmp_path / "out"))
-    assert said.startswith("vae.pth has quant_conv.bias as int8; expected float32, bfloat16, float16 or float64, so")
+    expected = f"vae.pth has quant_conv.bias as {dtype}; expected float32, bfloat16, float16 or float64, so"
+    assert said.startswith(expected)
 
 
 # --- writing

@@ -130,6 +130,57 @@ def test_a_file_in_another_byte_order_is_refused(tmp_path, arrays):
     assert refused(tmp_path / "f.pth").startswith("f.pth was written by a machine of another byte order; ")
 
 
+def old_file(path, arrays, system=None, version=1001, content=None, keys=None, after=b""):
+    """A file from before PyTorch 1.6, with other parts than `old_torch_file_of` gives it."""
+    keys = [str(number) for number in range(len(arrays))] if keys is None else keys
+    values = (0x1950A86A20F9469CFC6C, version, {"little_endian": True} if system is None else system)
+    storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in arrays.values()]
+    pickles = [*(pickle.dumps(value, 2) for value in values), content or torch_pickle(arrays), pickle.dumps(keys, 2)]
+    path.write_bytes(b"".join([*pickles, *storages, after]))
+    return path
+
+
+OLD = {
+    "big-endian": ({"system": {"little_endian": False}}, "was written by a machine of another byte order; "),
+    "another version": ({"version": 1000}, "is no whole PyTorch file (its version is not known); "),
+    "a storage twice": ({"keys": ["0", "0"]}, "is no whole PyTorch file (its storages are not those of its tensors); "),
+    "another storage": ({"keys": ["0", "2"]}, "is no whole PyTorch file (its storages are not those of its tensors); "),
+    "keys that are none": ({"keys": [[], {}]}, "is no whole PyTorch file (unhashable type: 'list'); "),
+    "no list of storages": ({"keys": 7}, "is no whole PyTorch file (its storages are not those of its tensors); "),
+    "storages in another order": (
+        {"keys": ["1", "0"]},
+        "is no whole PyTorch file (storage '0' should have 96 bytes and",
+    ),
+    "more than its storages": ({"after": b"x"}, "is no whole PyTorch file (it goes on behind its last storage); "),
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_an_old_file_that_contradicts_itself_is_refused(tmp_path, arrays, case):
+    change, expected = OLD[case]
+    assert File(old_file(tmp_path / "f.pth", arrays)).shapes.keys() == arrays.keys()
+    assert refused(old_file(tmp_path / "f.pth", arrays, **change)).startswith(f"f.pth {expected}")
+
+
+def test_a_storage_of_two_lengths_is_refused(tmp_path, arrays):
+    content = torch_pickle({"a": COUNT, "b": COUNT[:7]}).replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    said = "f.pth is damaged (storage '0' has two lengths in its pickle); copy or save it again."
+    assert refused(file_with(tmp_path / "f.pth", content)) == said
+    assert refused(old_file(tmp_path / "f.pth", arrays, content=content)) == said
+
+
+def test_a_tensor_whose_sign_is_not_in_its_storage_is_not_read(tmp_path):
+    """PyTorch negates and conjugates without touching the storage; what is to be done stands in the pickle."""
+    hooks = b"\x89ccollections\nOrderedDict\n)R"
+    content = torch_pickle({"a": COUNT}).replace(hooks, hooks + b"}X\x03\x00\x00\x00neg\x88s")
+    path = packed_anew(
+        torch_file_of(tmp_path / "whole.pth", {"a": COUNT}),
+        tmp_path / "f.pth",
+        change=lambda name, data: content if name.endswith(".pkl") else data,
+    )
+    assert File(path).dtypes == {"a": "negated or conjugated"}
+
+
 # --- malice
 
 
