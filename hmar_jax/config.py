@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import operator
 import string
@@ -72,6 +73,12 @@ def is_line(text: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, whose text takes long to evaluate."""
+    return typing.get_type_hints(typing.cast(Any, cls))
+
+
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """`value` as type `hint`: nested dataclasses built, lists made tuples, ints taken as floats; else InputError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -105,7 +112,7 @@ class Checked:
         cls._group = group
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(typing.cast(Any, type(self)))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             given = getattr(self, field.name)
             value = _convert(hints[field.name], given, self._group + field.name)
@@ -243,7 +250,7 @@ class TransformerConfig(Checked, group="transformer."):
         Args:
           name: of the preset. overrides: fields to change, e.g. `masked=False` for stage 1.
         """
-        depth, var, shared = _TRANSFORMERS.get(str(name), (0, False, False))
+        depth, var, shared = _TRANSFORMERS.get(name if isinstance(name, str) else "", (0, False, False))
         if not depth:
             raise InputError(f"No transformer is named {shown(name)}; choose one of {', '.join(_TRANSFORMERS)}.")
         fields: dict[str, Any] = {
@@ -625,9 +632,11 @@ def from_plain[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T
     """The config dataclass `cls` from nested mappings, as JSON gives them.
 
     Raises:
-      InputError: a name that the dataclass does not have, a missing one, or a value of the wrong type.
+      InputError: no mapping, a name that the dataclass does not have, a missing one, or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    if not isinstance(values, Mapping):
+        raise InputError(f"{cls.__name__} is {shown(values)}; expected its fields by name.")
+    hints = _hints(typing.cast(Any, cls))
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:

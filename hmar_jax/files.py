@@ -63,7 +63,10 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
             "and give the path of the mount, or copy it here first."
         )
     try:
+        os.fsencode(text)
         return Path(text).expanduser()
+    except UnicodeError:
+        raise InputError(f"{name} is {shown(text)}, which has half a character; expected a path.") from None
     except RuntimeError:
         raise InputError(f"{name} is {shown(text)}, and there is no such user here; write the whole path.") from None
 

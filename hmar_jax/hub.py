@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, reason, shown
 
 
 def is_hub_id(text: str) -> bool:
@@ -23,6 +23,8 @@ def download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     Raises:
       InputError: huggingface_hub is not installed, or the files are not to be had.
     """
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise InputError(f"revision is {shown(revision)}; expected a branch, a tag or a commit of {hub_id}.")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
@@ -40,16 +42,11 @@ def download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, errors.HTTPError) as error:
         known = next((why for kind, why in refusals.items() if isinstance(error, kind)), None)
-        at = f" at revision {revision!r}" if revision else ""
+        at = f" at revision {shown(revision)}" if revision else ""
         raise InputError(
             f"{hub_id} is neither a directory here nor a model to be had from the hub{at} "
-            f"({known or _first_line(error)}); check the name, and the connection."
+            f"({known or reason(error)}); check the name, and the connection."
         ) from None
     if absent := [name for name in files if not (folder / name).is_file()]:
         raise InputError(f"{hub_id} on the hub is no model of HMAR-JAX: it has no {' and no '.join(absent)}.")
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

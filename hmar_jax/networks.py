@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,10 +56,12 @@ def structure(
     return nnx.split(nnx.eval_shape(create))
 
 
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter of a model, by its dotted name."""
     _, abstract = structure(config)
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
+    shapes = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(abstract)}
+    return types.MappingProxyType(shapes)
 
 
 def networks(

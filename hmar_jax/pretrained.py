@@ -78,8 +78,8 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     Raises:
       InputError: no model there, damaged weights, or entries that don't fit the config, by name.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
+    if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {shown(dtype)}; use 'float32' or 'bfloat16'.")
     opened = open_model(path, revision)
     use_compilation_cache()
     held = held_dtypes(opened.config, dtype)
@@ -143,7 +143,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     there = is_there(local, "Model directory")
     if there or not hub.is_hub_id(text):
         if revision is not None:
-            raise InputError(f"{text} is a local path, which has no revision {revision!r}; leave revision out.")
+            raise InputError(f"{text} is a local path, which has no revision {shown(revision)}; leave revision out.")
         return local
     if local.parent.is_dir():
         raise InputError(

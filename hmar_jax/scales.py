@@ -62,7 +62,7 @@ class ScaleLadder:
         """The published ladder for pictures of `resolution` pixels at 16 pixels a token (64 and 128 are ours)."""
         try:
             return cls(_PRESETS[str(resolution)])
-        except KeyError:
+        except (KeyError, ValueError):  # the latter of an int of thousands of digits
             raise InputError(f"No ladder is named {shown(resolution)}; choose one of {', '.join(_PRESETS)}.") from None
 
     @property

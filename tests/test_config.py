@@ -161,10 +161,16 @@ def test_numbers_of_numpy_and_lists_become_the_types_of_the_fields():
     assert type(OptimizerConfig(base_lr=np.float32(0.5)).base_lr) is float
 
 
-@pytest.mark.parametrize("name", [None, 3, ["d16"], "d17"], ids=repr)
+@pytest.mark.parametrize("name", [None, 3, ["d16"], "d17", 10**5000, "x" * 9999], ids=lambda name: str(type(name)))
 def test_other_presets_are_refused(name):
     with pytest.raises(InputError, match="No transformer is named"):
         TransformerConfig.preset(name)
+
+
+@pytest.mark.parametrize("values", [None, [], ["ladder"], 7, "ladder"], ids=repr)
+def test_what_has_no_fields_is_no_config(values):
+    with pytest.raises(InputError, match=r"^ModelConfig is .*; expected its fields by name\.$"):
+        from_plain(ModelConfig, values)
 
 
 def test_a_missing_field_is_named():

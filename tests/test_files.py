@@ -177,6 +177,8 @@ def test_a_tilde_is_a_home_and_other_paths_stay(tmp_path, monkeypatch):
 
 
 def test_nothing_is_no_path():
+    with pytest.raises(InputError, match=r"^--output is 'a\\ud800', which has half a character; expected a path\.$"):
+        local_path("a\ud800", "--output")
     with pytest.raises(InputError, match=r"^--output is empty; expected a path\.$"):
         local_path("", "--output")
 

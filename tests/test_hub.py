@@ -144,6 +144,13 @@ def test_what_was_downloaded_loads_without_the_hub(hub, directory, model, as_new
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("revision", [7, "", b"main", ["main"]], ids=repr)
+def test_a_revision_that_is_no_text_is_refused(hub, revision):
+    with pytest.raises(InputError, match=rf"^revision is .*; expected a branch, a tag or a commit of {ID}\.$"):
+        from_pretrained(ID, revision=revision)
+    assert hub.requests == []
+
+
 def test_a_revision_chooses_the_files(hub, directory, other_directory, model, other_model):
     first = hub.put(directory, "v1", "refs/pr/1")
     second = hub.put(other_directory, "main", "a-branch")

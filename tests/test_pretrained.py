@@ -154,6 +154,8 @@ def test_the_compute_type_is_chosen_when_loading(saved):
     assert (loaded.dtype, loaded.params["transformer"]["word"]["kernel"].dtype) == ("bfloat16", "bfloat16")
     with pytest.raises(InputError, match="dtype is 'int8'; use 'float32' or 'bfloat16'"):
         from_pretrained(saved, dtype="int8")
+    with pytest.raises(InputError, match=r"dtype is array\(\['float32', 'bfloat16'\].*; use 'float32' or 'bfloat16'"):
+        from_pretrained(saved, dtype=np.array(["float32", "bfloat16"]))
 
 
 def test_an_existing_output_is_refused_and_untouched(saved, model):

@@ -29,6 +29,8 @@ def test_presets_are_the_published_sides(name, sides, length):
 
 
 def test_an_unknown_preset_is_named():
+    with pytest.raises(InputError, match=r"No ladder is named \(int\); choose one of 64"):
+        ScaleLadder.preset(10**5000)
     with pytest.raises(InputError, match=r"No ladder is named '300'; choose one of 64, 128, 256, 512, 1024\."):
         ScaleLadder.preset("300")
 
