@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, TiffImagePlugin
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_START = b"\x89PNG\r\n\x1a\n"
 _MOST = 2**16  # bytes of a PNG chunk that is kept for another reason than its pixels
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_KEPT = {  # where the significant bits stand, and where Pillow looks for the orientation: how the chunk begins
@@ -47,7 +47,7 @@ def stated_size(file: BinaryIO) -> tuple[int, int] | None:
     """Width and height of a picture, where its format has Pillow take memory before it tells them; None of others."""
     file.seek(0)
     start = file.read(30)
-    if start.startswith(_PNG_START):
+    if start.startswith(PNG_START):
         return int.from_bytes(start[16:20]), int.from_bytes(start[20:24])
     if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
         return 1 + int.from_bytes(start[24:27], "little"), 1 + int.from_bytes(start[27:30], "little")
@@ -66,7 +66,7 @@ def without(file: BinaryIO, bare: bool) -> BinaryIO | None:
     file.seek(0)
     start = file.read(12)
     file.seek(0)
-    if start.startswith(_PNG_START):
+    if start.startswith(PNG_START):
         return _png(file, bare)
     if start.startswith((b"GIF87a", b"GIF89a")):
         return _gif(file.read())
@@ -127,7 +127,7 @@ def _png(file: BinaryIO, bare: bool) -> BinaryIO:
     packed = sum(length for kind, _, length in chunks if kind == b"IDAT")
     if packed > _MOST_OVERHEAD + 2 * _png_bytes(file):
         raise DamagedError(f"it has {packed} bytes of compressed pixels, more than they can be")
-    kept = [_PNG_START]
+    kept = [PNG_START]
     for kind, start, length in chunks:
         begins = _PNG_KEPT.get(kind)
         useful = begins is not None and length <= _MOST and not (bare and begins)

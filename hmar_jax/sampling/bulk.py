@@ -17,7 +17,6 @@ Axis letters: B batch, N samples of a part, S pixels a side, L tokens.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -25,7 +24,6 @@ import io
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,13 +37,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
+from hmar_jax import json_files
 from hmar_jax.config import ModelConfig, to_plain
-from hmar_jax.errors import InputError
-from hmar_jax.files import check_refusal, is_there, local_path, put_in_place, reading, write_whole, writing
+from hmar_jax.errors import InputError, printable, shown
+from hmar_jax.files import is_there, local_path, put_in_place, read_bytes, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.progress_bar import progress
-from hmar_jax.sampling import program
+from hmar_jax.sampling import bulk_parts, program
 from hmar_jax.sampling.schedule import Controls, Schedule
 from hmar_jax.training import distributed, sharding
 from pallas_kernels.scale_attention import BATCH_AXES
@@ -56,7 +55,7 @@ _PART = re.compile(r"tokens/\d{10}\.npz")
 # Names of files that are ours, and so may be removed: parts, pictures, and what a killed process was writing.
 _PICTURE = re.compile(r"pictures/(\d+/\d+\.png|\d+\.array_record)")
 _OURS = re.compile(rf"{_PART.pattern}|{_PICTURE.pattern}|(tokens/|pictures/(\d+/)?)\.[^/]+\.partial")
-_PNG_END = b"IEND\xaeB`\x82"  # a PNG file's last chunk and its checksum
+_MOST = 2**26  # samples of a run, fifty times ImageNet; their numbers take ½ GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +192,8 @@ def _numbers(num_classes: int, labels: Sequence[int], per_class: int) -> np.ndar
     """Of the samples asked for, (N,) uint32, ascending: the first of every class before the second of any."""
     if per_class < 1 or per_class * num_classes > 2**31:
         raise InputError(f"{per_class} per class were asked for; expected 1 to {2**31 // num_classes}.")
+    if per_class * len(np.unique(labels)) > _MOST:
+        raise InputError(f"{per_class} of each of {len(np.unique(labels))} classes are more than {_MOST} samples.")
     for label in labels:
         if not 0 <= label < num_classes:
             raise InputError(f"Label {label} is out of range; this model has classes 0 to {num_classes - 1}.")
@@ -264,24 +265,29 @@ class _Folder:
         self.path = local_path(path, "The samples' directory")
         self._manifest = json.loads(json.dumps(to_plain(settings)))
         self._records = settings.pictures == "array_record"
-        self._classes = settings.model.num_classes
+        self._model, self._classes = settings.model, settings.model.num_classes
 
     def check(self) -> None:
         """Raises InputError where what is there are not samples of these settings."""
+        file = self.path / MANIFEST
         try:
-            there = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            content = read_bytes(file, "File", json_files.MOST_BYTES)
         except FileNotFoundError:
             names = {entry.name for entry in self.path.iterdir()} if is_there(self.path, "Directory") else set()
             # Hidden files are no samples; process 0 may be writing the manifest.
             if any(name != MANIFEST and not name.startswith(".") for name in names):
                 raise InputError(f"{self.path} has files but no {MANIFEST}; choose a new directory.") from None
             return
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}); choose a new directory.") from None
-        if differing := [name for name, value in self._manifest.items() if there.get(name) != value]:
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error}); choose a new directory.") from None
+        there = json_files.parse(content, f"{file} cannot be read: its content", "choose a new directory")
+        if not isinstance(there, dict):
+            raise InputError(f"{file} is {shown(there)}, not settings of samples; choose a new directory.")
+        fields = [*self._manifest, *(there.keys() - self._manifest.keys())]
+        if differing := [name for name in fields if _text(there, name) != _text(self._manifest, name)]:
             raise InputError(
-                f"{self.path} has samples with another {' and '.join(differing)}; choose a new directory, or settings "
-                f"as in its {MANIFEST}."
+                f"{self.path} has samples with another {printable(' and '.join(differing), 200)}; choose a new "
+                f"directory, or settings as in its {MANIFEST}."
             )
 
     def open(self) -> np.ndarray:
@@ -297,18 +303,27 @@ class _Folder:
     def look(self) -> tuple[np.ndarray, list[str]]:
         """The numbers (N,) uint32 of samples that are there whole, and the names of other files that are ours."""
         found = {str(file.relative_to(self.path)) for file in self.path.rglob("*")}
-        names = list(filter(_PICTURE.fullmatch, found))
         with ThreadPoolExecutor(16) as pool:
-            whole_ones = pool.map(_is_whole, (self.path / name for name in names))
-        cut = {name for name, is_whole in zip(names, whole_ones, strict=True) if not is_whole}
-        numbers, whole = [np.zeros(0, np.int64)], set()
-        for name in sorted(filter(_PART.fullmatch, found)):
-            labels, indices = self._read(self.path / name)
-            if labels.size and (found - cut).issuperset(pictures := self._pictures(labels, indices)):
-                numbers.append(indices * self._classes + labels)
-                whole.update([name, *pictures])
+            pngs = [] if self._records else list(filter(_PICTURE.fullmatch, found))
+            are_whole = pool.map(lambda name: bulk_parts.is_whole_png(self.path / name, self._model.image_size), pngs)
+            whole_pngs = {name for name, is_whole in zip(pngs, are_whole, strict=True) if is_whole}
+            parts = sorted(filter(_PART.fullmatch, found))
+            read = list(pool.map(lambda name: bulk_parts.read_part(self.path / name, self._model), parts))
+            numbers, whole = set[int](), set[str]()
+            for name, (labels, indices) in zip(parts, read, strict=True):
+                own = set((indices.astype(np.int64) * self._classes + labels).tolist())
+                pictures = self._pictures(labels, indices) if own else []
+                if own and not own & numbers and self._are_whole(pictures, whole_pngs, len(own)):
+                    numbers |= own
+                    whole.update([name, *pictures])
         rest = [name for name in found - whole if _OURS.fullmatch(name)]
-        return np.concatenate(numbers).astype(np.uint32), rest
+        return np.array(sorted(numbers), np.uint32), rest
+
+    def _are_whole(self, pictures: list[str], whole_pngs: set[str], count: int) -> bool:
+        """Whether a part's pictures are there undamaged."""
+        if self._records:
+            return bulk_parts.holds_pngs(self.path / pictures[0], count, self._model.image_size)
+        return whole_pngs.issuperset(pictures)
 
     def write(self, part: Part, pool: ThreadPoolExecutor) -> None:
         """Writes a part: its pictures, as the threads of the pool compress them, then its tokens."""
@@ -322,16 +337,6 @@ class _Folder:
         np.savez(content, labels=part.labels, indices=part.indices, tokens=part.tokens)
         write_whole(self.path / "tokens" / f"{self._name(part.labels, part.indices)}.npz", content.getvalue())
 
-    def _read(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and indices of a part; none where it is damaged, or gone since it was seen."""
-        try:
-            with file.open("rb") as stream, np.load(stream) as part:
-                part["tokens"]  # whose checksum is checked as they are read
-                return part["labels"], part["indices"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            check_refusal(str(file), error)
-            return np.zeros(0, np.int32), np.zeros(0, np.int32)
-
     def _pictures(self, labels: np.ndarray, indices: np.ndarray) -> list[str]:
         """Names of the files of a part's pictures."""
         if self._records:
@@ -343,15 +348,9 @@ class _Folder:
         return f"{indices[0] * self._classes + labels[0]:010}"
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a picture's file has an end: a disk that was full, or lost its power, may leave it empty or cut short."""
-    with reading(file), contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if file.suffix != ".png":
-            return size > 0
-        stream.seek(max(size - len(_PNG_END), 0))
-        return stream.read() == _PNG_END
-    return False  # gone since it was seen
+def _text(fields: dict[str, Any], name: str) -> str:
+    """A field as JSON, empty if it is not there; values would not do, as 1, 1.0 and True are equal."""
+    return json.dumps(fields[name], sort_keys=True) if name in fields else ""
 
 
 def _png(image: np.ndarray) -> bytes:
