@@ -18,7 +18,7 @@ import numpy as np
 
 from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import Kind, ModelConfig
-from hmar_jax.errors import InputError, saying, shown
+from hmar_jax.errors import InputError, printable, saying, shown
 from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
 from hmar_jax.params import check_shapes
@@ -90,7 +90,7 @@ def convert(
         output,
         config,
         {name: tensor._replace(dtype=_stored_dtype(name, tensor, dtype)) for name, tensor in parameters.items()},
-        source=f"converted by hmar-jax from {source.name} ({kind})",
+        source=f"converted by hmar-jax from {printable(source.name)} ({kind})",
         licences=list(dict.fromkeys([_LICENCES[kind.split("-")[0]], *inherited])),
         layout=kind,
     )

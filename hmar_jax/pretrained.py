@@ -24,7 +24,7 @@ import numpy as np
 from hmar_jax import hub, json_files, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import Checked, Kind, ModelConfig, from_plain, to_plain
-from hmar_jax.errors import InputError, saying, shown
+from hmar_jax.errors import InputError, printable, saying, shown
 from hmar_jax.files import is_there, local_path, open_regular, put_back, reading, refused_by_disk, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
@@ -293,8 +293,9 @@ def write_model(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
         partial.mkdir(parents=True)
-        digests = tensors.write(partial / WEIGHTS, parameters, label=path.name)
-        card = model_card.write(path.name, config, parameters, source=source, licences=licences)
+        name = printable(path.name)  # names of folders and files may hold line ends, or be no UTF-8
+        digests = tensors.write(partial / WEIGHTS, parameters, label=name)
+        card = model_card.write(name, config, parameters, source=source, licences=licences)
         (partial / CARD).write_text(card, encoding="utf-8")
         recorded = dataclasses.replace(config.tokenizer, phi_of_scale=_phis(config))
         meta = {

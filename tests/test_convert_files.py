@@ -85,6 +85,18 @@ def test_files_of_other_types_become_float32(converted, dtype):
     assert_bit_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["\udc80", "a\n## b\n", "\x1b[2J", "ö"], ids=ascii)
+def test_a_file_and_a_folder_may_have_any_name(tmp_path, name):
+    """A name of bytes that are no UTF-8 has half surrogate pairs in Python, which no UTF-8 file can hold."""
+    source = file_of(tmp_path / f"x{name}.safetensors", random_state("vae"))
+    out = convert("vae", source, LADDER, tmp_path / f"y{name}")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "converted by hmar-jax from x" in card
+    assert not {"\x1b", "## b"} & {*card, *card.splitlines()}
+    export_torch(out, tmp_path / f"z{name}.safetensors")
+    assert (tmp_path / f"z{name}.safetensors").stat().st_size == source.stat().st_size
+
+
 # --- refused writes, memory, death
 
 
