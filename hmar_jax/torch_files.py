@@ -85,7 +85,8 @@ class _Old:
     """The storages of a file from before PyTorch 1.6.
 
     It has no checksums. What it says twice must agree: the storages that the tensors name are those that follow, each
-    as long as both say, and the last one ends where the file ends. A number changed within one cannot be found.
+    as long as both say, and the last one ends where the file ends. Another number in a storage, or another name or
+    shape in the pickle, cannot be found.
     """
 
     def __init__(self, path: Path, where: str):

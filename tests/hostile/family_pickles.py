@@ -17,7 +17,7 @@ from mutations import ODD_NUMBERS, damaged
 from hmar_jax import pickles, torch_pickles
 from hmar_jax.errors import InputError
 
-MORE = settings(max_examples=settings().max_examples * 10)  # of a millisecond each
+MORE = settings(max_examples=settings().max_examples * 4)  # of a millisecond each
 WATCHED = ("import", "exec", "compile", "open", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "code.")
 happened = []
 watching = False

@@ -1,6 +1,7 @@
 """PyTorch files that are damaged: whatever is read is bit-equal to what was written, or the file is refused."""
 
 import io
+import pickletools
 import struct
 import tempfile
 import zipfile
@@ -18,7 +19,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.torch_files import File
 from hmar_jax.torch_pickles import DTYPES
 
-MORE = settings(max_examples=settings().max_examples * 5)  # of some milliseconds each
+MORE = settings(max_examples=settings().max_examples * 3)  # of some milliseconds each
 MADE = Path(__file__).parent.parent / "torch_files"  # by PyTorch
 ARRAYS = {"a": np.arange(24, dtype=np.float32), "b": np.ones((2, 30), np.float16), "c.d": np.zeros((0, 3), np.float64)}
 
@@ -98,16 +99,31 @@ def test_a_damaged_archive_is_refused_or_equal(path, whole, case):
     assert read(path, content) in (None, whole[name])
 
 
+def storages_at(content):
+    """Where the storages of an old file begin: behind its five pickles."""
+    stream = io.BytesIO(content)
+    for _ in range(5):
+        list(pickletools.genops(stream))
+    return stream.tell()
+
+
 @MORE
-@given(st.sampled_from(sorted(OLD)).flatmap(lambda name: st.tuples(st.just(name), damaged(OLD[name]))))
-def test_a_damaged_old_file_is_refused_or_as_long(path, whole, case):
+@given(st.sampled_from(sorted(OLD)), st.data())
+def test_damaged_storages_of_an_old_file_are_refused_or_as_long(path, whole, name, data):
     """No checksum tells other numbers, but none are taken from elsewhere: every byte of the file has its place."""
-    name, content = case
+    start = storages_at(OLD[name])
+    content = OLD[name][:start] + data.draw(damaged(OLD[name][start:]))
     found = read(path, content)
-    if found is not None and len(content) != len(OLD[name]):
-        assert sorted(len(data) for _, _, data in found.values()) == sorted(
-            len(x) for *_, x in whole[f"old {name}"].values()
-        )
+    if found is not None:
+        assert len(content) == len(OLD[name])
+        shapes = ({name: entry[:2] for name, entry in file.items()} for file in (found, whole[f"old {name}"]))
+        assert next(shapes) == next(shapes)
+
+
+@MORE
+@given(st.sampled_from(sorted(OLD)).flatmap(lambda name: damaged(OLD[name])))
+def test_a_damaged_old_file_is_read_or_refused(path, content):
+    read(path, content)
 
 
 @given(st.sampled_from(sorted(OLD)), st.data())
