@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from hmar_jax import official, tensors, torch_files
 from hmar_jax.config import Kind, ModelConfig
-from hmar_jax.errors import InputError, printable, saying, shown
+from hmar_jax.errors import InputError, check_choice, printable, saying, shown
 from hmar_jax.files import check_outputs, is_there, local_path, writing
 from hmar_jax.networks import shapes_of
 from hmar_jax.params import check_shapes
@@ -66,13 +67,16 @@ def convert(
         the tokenizer; or the disk refused.
     """
     source, output = local_path(source, "--input"), local_path(output, "--output")
+    check_choice("kind", kind, typing.get_args(Kind))
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    for name, part in (("--tokenizer", tokenizer), ("--next-scale", next_scale)):
+        if part is not None:
+            local_path(part, name)
     check_outputs("--output", [output], {"--input": source, "--tokenizer": tokenizer, "--next-scale": next_scale})
     if is_there(output, "Directory"):
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
     if (tokenizer is None) != (kind == "vae"):
         raise InputError(f"Kind {kind} goes {'without' if tokenizer else 'with'} --tokenizer, a model directory.")
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype is {dtype!r}; use 'float32' or 'bfloat16'.")
     if next_scale is not None and kind != "hmar-stage2":
         raise InputError(f"--next-scale is the stage-1 model of an hmar-stage2 file; leave it out for {kind}.")
     state = open_state_dict(source, kind, key)

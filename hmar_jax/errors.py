@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -51,7 +51,14 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
-_LONGEST_WORD = 300  # a path of ours may well have two hundred letters
+_LONGEST_WORD = 200  # a path may well have a hundred and fifty letters
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises InputError, with the argument's name, unless a value is one of these texts."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} is {shown(value)}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
 
 
 def printable(text: str, most: int = 1000) -> str:

@@ -64,7 +64,11 @@ def parse_labels(text: str, class_names: Sequence[str], num_classes: int) -> lis
 def parse_label(text: str, class_names: Sequence[str], num_classes: int) -> Label:
     """The one class that an option asks for; as it is only one, a name with a comma needs no quotes."""
     classes = _Classes(class_names, num_classes)
-    labels = classes.read(text) if text in class_names else parse_labels(text, class_names, num_classes)
+    labels = (
+        classes.read(text)
+        if isinstance(text, str) and text in class_names
+        else parse_labels(text, class_names, num_classes)
+    )
     if len(labels) != 1:
         raise InputError(f"--label is {printable(text, 80)}; expected one class.")
     return labels[0]

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from hmar_jax.arrays import flag, host_array, mesh_in_use, on_host, over_devices, whole
 from hmar_jax.config import ModelConfig, TransformerConfig
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import InputError, check_choice, shown
 from hmar_jax.networks import hold, networks, undo_layout, unrolls
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept
@@ -65,8 +65,7 @@ class Model:
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
         if not isinstance(config, ModelConfig):
             raise InputError(f"config is {shown(config)}; expected a ModelConfig.")
-        if dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype is {shown(dtype)}; expected 'float32' or 'bfloat16'.")
+        check_choice("dtype", dtype, ("float32", "bfloat16"))
         networks_here = {"tokenizer", "transformer"} if config.transformer else {"tokenizer"}
         if not isinstance(params, dict) or params.keys() != networks_here:
             raise InputError(f"params is {shown(params)}; expected a dict of {' and '.join(sorted(networks_here))}.")
@@ -131,7 +130,7 @@ class Model:
           changes: cfg, temperature, top_k, top_p, noise, refine_cfg, order: override the schedule's, as in
             `Schedule.replace`. They compile nothing, but for the order, or where guidance appears or vanishes.
         """
-        labels, _ = self._check(labels, classes=self.config.num_classes - 1)
+        labels = self._check_labels(labels, self.config.num_classes - 1)
         schedule = self.schedule(schedule, **changes)
         return self._sample(labels, schedule, seed, numbers, greedy=greedy, record=record, on_scale=on_scale)
 
@@ -250,12 +249,16 @@ class Model:
             ]
         return Sample(on_host(images)[:number], on_host(tokens)[:number], records)
 
-    def _check(
-        self, labels: ArrayLike, tokens: ArrayLike | None = None, classes: int | None = None
-    ) -> tuple[np.ndarray, jax.Array | np.ndarray]:
-        """Labels, and tokens if any, as int32; labels may go up to `classes`, by default the null class."""
+    def _check(self, labels: ArrayLike, tokens: ArrayLike) -> tuple[np.ndarray, jax.Array]:
+        """Labels up to the null class, and as many rows of tokens, as int32."""
+        labels, tokens = self._check_labels(labels, self.config.num_classes), check_tokens(self.config, tokens)
+        if tokens.shape[0] != labels.shape[0]:
+            raise InputError(f"There are {labels.shape[0]} labels but tokens of {tokens.shape[0]} pictures.")
+        return labels, tokens
+
+    def _check_labels(self, labels: ArrayLike, highest: int) -> np.ndarray:
+        """Labels from 0 to `highest` as int32."""
         self._check_transformer()
-        highest = self.config.num_classes if classes is None else classes
         given, expected = labels, f"a list of integers from 0 to {highest}"
         labels = host_array("Labels are", given, expected)
         if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
@@ -265,10 +268,7 @@ class Model:
             raise InputError(
                 f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}."
             )
-        checked = np.zeros((0,), np.int32) if tokens is None else check_tokens(self.config, tokens)
-        if tokens is not None and checked.shape[0] != labels.shape[0]:
-            raise InputError(f"There are {labels.shape[0]} labels but tokens of {checked.shape[0]} pictures.")
-        return labels.astype(np.int32), checked
+        return labels.astype(np.int32)
 
     def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
         """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
@@ -276,7 +276,7 @@ class Model:
         array = host_array(
             "Labels are", null if labels is None else labels, f"a list of integers from 0 to {null}, or one"
         )
-        checked, _ = self._check(np.full(pictures, array) if array.ndim == 0 else array)
+        checked = self._check_labels(np.full(pictures, array) if array.ndim == 0 else array, null)
         if len(checked) != pictures:
             raise InputError(f"There are {len(checked)} labels for {pictures} pictures; give one each, or one.")
         return checked

@@ -24,7 +24,7 @@ import numpy as np
 from hmar_jax import hub, json_files, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import Checked, Kind, ModelConfig, from_plain, to_plain
-from hmar_jax.errors import InputError, printable, saying, shown
+from hmar_jax.errors import InputError, check_choice, printable, saying, shown
 from hmar_jax.files import is_there, local_path, open_regular, put_back, reading, refused_by_disk, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
@@ -78,8 +78,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     Raises:
       InputError: no model there, damaged weights, or entries that don't fit the config, by name.
     """
-    if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype is {shown(dtype)}; use 'float32' or 'bfloat16'.")
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
     opened = open_model(path, revision)
     use_compilation_cache()
     held = held_dtypes(opened.config, dtype)
@@ -250,6 +249,8 @@ def save_model(
     path: str | Path, model: Model, source: str, *, licences: Sequence[str] = (), replace: bool = False
 ) -> Path:
     """Writes a model directory, whole or not at all; see `write_model`."""
+    if not isinstance(model, Model):
+        raise InputError(f"The model is {shown(model)}; expected a Model, such as from_pretrained gives.")
 
     def parts(leaf: Any) -> list[np.ndarray]:
         return [np.asarray(leaf)]

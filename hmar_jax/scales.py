@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import itertools
 import operator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import InputError, check_choice, shown
 
 Pattern = Literal["block_diagonal", "block_causal"]
 
@@ -101,15 +101,8 @@ class ScaleLadder:
         """
         offsets = np.asarray(self.offsets, np.int32)
         end = offsets[self.scale_ids + 1]
-        match pattern:
-            case "block_diagonal":
-                start = offsets[self.scale_ids]
-            case "block_causal":
-                start = np.zeros_like(end)
-            case _:
-                raise InputError(
-                    f"Attention pattern {shown(pattern)} is unknown; use 'block_diagonal' or 'block_causal'."
-                )
+        check_choice("The attention pattern", pattern, get_args(Pattern))
+        start = offsets[self.scale_ids] if pattern == "block_diagonal" else np.zeros_like(end)
         return np.stack([start, end], axis=1)
 
     def until(self, scale: int) -> ScaleLadder:

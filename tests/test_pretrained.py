@@ -152,9 +152,11 @@ def test_float16_weights_are_loaded_and_saved(saved, tmp_path):
 def test_the_compute_type_is_chosen_when_loading(saved):
     loaded = from_pretrained(str(saved), dtype="bfloat16")
     assert (loaded.dtype, loaded.params["transformer"]["word"]["kernel"].dtype) == ("bfloat16", "bfloat16")
-    with pytest.raises(InputError, match="dtype is 'int8'; use 'float32' or 'bfloat16'"):
+    with pytest.raises(InputError, match="dtype is 'int8'; expected 'float32' or 'bfloat16'"):
         from_pretrained(saved, dtype="int8")
-    with pytest.raises(InputError, match=r"dtype is array\(\['float32', 'bfloat16'\].*; use 'float32' or 'bfloat16'"):
+    with pytest.raises(
+        InputError, match=r"dtype is array\(\['float32', 'bfloat16'\].*; expected 'float32' or 'bfloat16'"
+    ):
         from_pretrained(saved, dtype=np.array(["float32", "bfloat16"]))
 
 

@@ -62,7 +62,7 @@ def test_key_ranges_hold_exactly_the_scales_a_token_may_see(pattern, ladder):
 
 
 def test_an_unknown_pattern_is_named():
-    with pytest.raises(InputError, match="Attention pattern 'causal' is unknown"):
+    with pytest.raises(InputError, match="The attention pattern is 'causal'; expected 'block_diag"):
         ScaleLadder((1, 2)).key_ranges("causal")
 
 

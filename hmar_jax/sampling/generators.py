@@ -9,7 +9,6 @@ import itertools
 import math
 import operator
 import re
-import sys
 from numbers import Real
 from typing import Any
 
@@ -52,8 +51,7 @@ def generate(
     if not isinstance(curve, str) or curve not in CURVES:
         raise InputError(f"Curve {shown(curve)} is unknown; choose {', '.join(CURVES)}.")
     steps = _checked_steps(curve, steps)
-    power = curve == "power"
-    number = isinstance(exponent, Real) and not isinstance(exponent, bool) and 0 < exponent <= sys.float_info.max
+    power, number = curve == "power", _is_exponent(exponent)
     if power != (exponent is not None) or power != number:
         rule = "a number above 0, such as 2" if power else "none, which 'power' alone has"
         raise InputError(f"The exponent of curve {curve!r} is {shown(exponent)}; expected {rule}.")
@@ -68,6 +66,15 @@ def generate(
         _counts(length, steps if first <= scale <= last and scale > 1 else 1, curve, float(exponent or 1))
         for scale, length in enumerate(ladder.lengths, 1)
     ]
+
+
+def _is_exponent(value: Any) -> bool:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # of 10**400
+        return False
 
 
 def _checked_steps(curve: str, steps: Any) -> int:

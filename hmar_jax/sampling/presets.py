@@ -35,13 +35,14 @@ NAMES = (*_COUNTS, "small", "next-scale", "var")
 
 def counts(name: str, ladder: ScaleLadder) -> Counts:
     """Tokens that each step commits, by scale: of the published ladder, or of this one where the name is for any."""
-    if isinstance(name, str) and name in _COUNTS:
-        return _COUNTS[name]
-    if name == "small":
-        first, *rest = ladder.sides
-        return ((first * first,), *(_SMALL_HEAD.get(side, (side * side,)) for side in rest))
-    if name in ("next-scale", "var"):
-        return tuple((length,) for length in ladder.lengths)
+    match name if isinstance(name, str) else "":
+        case "small":
+            first, *rest = ladder.sides
+            return ((first * first,), *(_SMALL_HEAD.get(side, (side * side,)) for side in rest))
+        case "next-scale" | "var":
+            return tuple((length,) for length in ladder.lengths)
+        case published if published in _COUNTS:
+            return _COUNTS[published]
     raise InputError(
         f"Schedule {shown(name)} is unknown; choose {', '.join(NAMES)}, a .json file, or a curve and its steps, "
         "such as cosine:4, equal:2@7 or power2:4@5-9."

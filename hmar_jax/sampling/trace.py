@@ -49,7 +49,7 @@ def frames(model: Model, sample: Sample, index: int = 0) -> list[Frame]:
     if not isinstance(model, Model) or not isinstance(sample, Sample):
         raise InputError(f"model is {shown(model)} and sample {shown(sample)}; expected a Model and what it gave.")
     draws, ladder = sample.draws, model.config.ladder
-    if draws is None:
+    if not draws:
         raise InputError("This sample has no draws; have them recorded with model.sample(…, record=True).")
     index = whole("index", index, 0)
     if index >= len(sample.tokens):

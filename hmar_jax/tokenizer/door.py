@@ -35,7 +35,8 @@ class TokenizerDoor:
         size = self._config.image_size
         if not isinstance(images, jax.Array):
             images = host_array("Images are", images, f"floats (B, {size}, {size}, 3) in [-1, 1]")
-        pictures = jnp.asarray(images)
+        with np.errstate(over="ignore"):  # infinities are refused below
+            pictures = jnp.asarray(images)
         # Whole numbers would be bytes that nobody has scaled.
         whole = not jnp.issubdtype(pictures.dtype, jnp.floating)
         if whole or pictures.ndim != 4 or pictures.shape[1:] != (size, size, 3) or not len(pictures):
