@@ -179,7 +179,12 @@ def _open(file: BinaryIO) -> Image.Image:
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[2] is not Warning or getattr(first[3], "pattern", "") != _PILLOW:
         warnings.filterwarnings("ignore", category=Warning, module=_PILLOW)
-    picture = Image.open(file, formats=formats() if _may_be_tga(file) else _without_tga())
+    try:
+        picture = Image.open(file, formats=_with_magic_numbers())
+    except UnidentifiedImageError:
+        if not _may_be_tga(file):
+            raise
+        picture = Image.open(file, formats=("TGA",))
     _check_size(*picture.size, file)
     if picture.tile and picture.tile[0][0] in Image.DECODERS and picture.width * picture.height > _MOST_IN_PYTHON:
         raise _TooLargeError(f"has {picture.width}x{picture.height}, for this kind more than {_MOST_IN_PYTHON} pixels")
@@ -190,7 +195,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 @functools.cache
-def _without_tga() -> tuple[str, ...]:
+def _with_magic_numbers() -> tuple[str, ...]:
     return tuple(f for f in formats() if f != "TGA")
 
 
@@ -208,10 +213,12 @@ def _check_size(width: int, height: int, file: BinaryIO) -> None:
         raise _TooLargeError(f"has {width}x{height}, more than {MOST_PIXELS} pixels")
     if max(width, height) > _MOST_SIDE:
         raise _TooLargeError(f"has {width}x{height} pixels, a side of more than {_MOST_SIDE} pixels")
+    if width * height <= _LARGE:
+        return
     at = file.tell()
     length = file.seek(0, io.SEEK_END)
     file.seek(at)
-    if width * height > max(_LARGE, _SPARSE * length):
+    if width * height > _SPARSE * length:
         raise _TooLargeError(f"has {width}x{height} pixels, more than a file of its length can hold of a photograph")
 
 

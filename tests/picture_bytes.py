@@ -1,0 +1,52 @@
+"""Picture files made by hand, for tests."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+RED = (200, 40, 30)
+
+
+def saved(picture, format, **options):
+    data = io.BytesIO()
+    picture.save(data, format, **options)
+    return data.getvalue()
+
+
+def chunk(kind, content, crc=None):
+    return struct.pack(">I4s", len(content), kind) + content + (crc or zlib.crc32(kind + content).to_bytes(4))
+
+
+def png(samples, before=(), after=()):
+    """A PNG of samples (H,W,C) uint8 or uint16, with further chunks before and after its pixels."""
+    samples = np.asarray(samples)
+    bits, kind = 8 * samples.dtype.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], bits, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(samples.dtype.newbyteorder(">")).tobytes() for row in samples)
+    chunks = [chunk(b"IHDR", header), *before, chunk(b"IDAT", zlib.compress(rows)), *after, chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff(samples, bits=16, photometric=1, tags=()):
+    """A TIFF of samples (H,W,C) uint16, or of packed bytes of `bits` with the shape (H,W,1) given by `samples`."""
+    height, width, channels = samples.shape
+    data = samples.astype("<u2").tobytes()
+    if bits == 12:
+        number = "".join(f"{value:012b}" for value in samples.ravel())
+        data = int(number, 2).to_bytes(len(number) // 8)
+    entries = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [0]}
+    entries |= {277: [channels], 278: [height], 279: [len(data)], **dict(tags)}
+    end = 8 + 2 + 12 * len(entries) + 4
+    fields, beyond = [], b""
+    for tag, values in sorted(entries.items()):
+        content = struct.pack(f"<{len(values)}H", *values)
+        if len(content) > 4:
+            content, beyond = struct.pack("<I", end + len(beyond)), beyond + content
+        fields.append([tag, len(values), content.ljust(4, b"\0")])
+    next(field for field in fields if field[0] == 273)[2] = struct.pack("<H2x", end + len(beyond))
+    directory = b"".join(struct.pack("<HHI", tag, 3, count) + content for tag, count, content in fields)
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + bytes(4) + beyond + data
