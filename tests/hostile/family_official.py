@@ -1,13 +1,14 @@
 """Official state dicts with other names, shapes and dtypes: a conversion gives their model, or an InputError."""
 
 import contextlib
+import math
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from official_files import (
     KINDS,
@@ -52,7 +53,7 @@ def mutated(draw, shapes):
                 shapes[draw(st.sampled_from(NAMES))] = draw(st.sampled_from([(), (1,), (0,), (2, 3)]))
             case "axis" if shapes[name]:
                 axes = list(shapes[name])
-                axes[draw(st.integers(0, len(axes) - 1))] = draw(st.sampled_from([0, 1, 2, 3, 7, 64, 4096]))
+                axes[draw(st.integers(0, len(axes) - 1))] = draw(st.sampled_from([0, 1, 2, 3, 7, 64, 300]))
                 shapes[name] = tuple(axes)
             case "rank":
                 shapes[name] = draw(st.sampled_from([(), (0,), (*shapes[name], 1), shapes[name][1:], (1,) * 30]))
@@ -110,6 +111,7 @@ def test_sizes_are_inferred_or_refused(folder, case):
 @example(("hmar", SHAPES["hmar"] | {"base_blocks.999999999.x": (1,)}), "float32")
 def test_a_conversion_gives_the_file_s_model_or_is_refused(folder, small_tokenizer, tmp_path_factory, case, dtype):
     kind, shapes = case
+    assume(all(math.prod(shape) < 2**22 for shape in shapes.values()))  # which are really written
     out = tmp_path_factory.mktemp("out")
     rng = np.random.default_rng(0)
     state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
