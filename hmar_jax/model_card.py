@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hmar_jax.config import ModelConfig, TransformerConfig
+from hmar_jax.errors import printable
 from hmar_jax.labels import written
 from hmar_jax.sampling.presets import preset_for
 from hmar_jax.tensors import Tensor
@@ -23,14 +24,14 @@ def write(
       source: one line on where the weights come from. licences: sentences on those they are bound to; perhaps none.
     """
     what = "Tokenizer" if config.transformer is None else _family(config.transformer)
-    bound = " ".join(licences) or "None is stated: whoever trained these weights decides."
+    bound = printable(" ".join(licences)) or "None is stated: whoever trained these weights decides."
     parts = [
         "---",
         "library_name: hmar-jax",
         *(["license: other"] if licences else []),
         "tags: [jax, flax, image-generation, class-conditional, hmar]",
         "---",
-        f"# {name}",
+        f"# {printable(name)}",
         "",
         f"{what} for {config.image_size}x{config.image_size} pictures, in the format of HMAR-JAX (hierarchical masked",
         "autoregressive image generation, [arXiv 2506.04421](https://arxiv.org/abs/2506.04421)).",
@@ -38,7 +39,7 @@ def write(
         "| | |",
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _geometry(config, parameters)),
-        f"| source | {source} |",
+        f"| source | {printable(source)} |",
         "",
         "## Licence",
         "",

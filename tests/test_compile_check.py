@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import os
 import re
 import types
 
@@ -355,6 +356,16 @@ def config(**changes):
         "data": DataConfig("tokens", path="/nowhere"),
     }  # fmt: skip
     return TrainConfig(**(base | changes))
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "loop", "folder"])
+def test_a_start_that_is_here_but_is_no_model_is_refused(tmp_path, kind):
+    path = tmp_path / "start"
+    {"file": path.touch, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "loop": lambda: path.symlink_to(path)}[
+        kind
+    ]()
+    with pytest.raises(InputError, match=f"{path} (is not a model directory|could not be read .* leads to itself)"):
+        programs.start_model(config(init_from=str(path)))
 
 
 class TestModelFlops:

@@ -234,3 +234,9 @@ def test_the_schedule_shown_is_the_one_for_the_model(config, schedule):
     card = described(config, {})
     assert f'schedule="{schedule}"' in code(card, "python")
     assert f"--schedule={schedule}" in words(code(card, "bash"))
+
+
+def test_what_the_card_quotes_takes_one_line_each():
+    card = model_card.write("a\nb", SMALL, {}, source="x\n| y | z |", licences=["Not for sale.\n# Free"])
+    lines = card.splitlines()
+    assert {"# a\\nb", "| source | x\\n| y | z | |", "Not for sale.\\n# Free"} <= set(lines)

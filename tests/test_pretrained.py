@@ -314,10 +314,10 @@ def write_config(text):
         (of_model("tokenizer", []), r"Config field 'model\.tokenizer' is \[\]; expected TokenizerConfig\."),
         (of_model("ladder.sides", [1, 30000]), r"Sides \(1, 30000\) have 900000001 tokens; expected 262144 at most\."),
         (of_model("ladder.sides", [1, 2.9]), r"Config field 'model\.ladder\.sides' is 2\.9; expected int\."),
-        (of_model("tokenizer.encoder_blocks", 10_000), r"tokenizer\.encoder_blocks is 10000; expected 256 at most\."),
+        (of_model("tokenizer.encoder_blocks", 10_000), r"tokenizer\.encoder_blocks is 10000; expected 128 at most\."),
         (
-            of_model("tokenizer.encoder_blocks", 130),
-            r"The tokenizer has 262 residual blocks; .* there are 256 at most\.",
+            of_model("tokenizer.encoder_blocks", 65),
+            r"The tokenizer has 132 residual blocks; .* there are 128 at most\.",
         ),
         (of_model("tokenizer.multipliers", [1] * 10**5), r"The tokenizer has 200000 residual blocks; choose"),
         (of_model("tokenizer.multipliers", [1, -2]), r"tokenizer\.multipliers is \(1, -2\); expected whole numbers"),

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from hmar_jax import params as trees
 from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
-from hmar_jax.files import local_path
+from hmar_jax.files import is_there, local_path
 from hmar_jax.networks import held_dtypes, structure
 from hmar_jax.params import Tree
 from hmar_jax.pretrained import read_config
@@ -122,9 +122,9 @@ def start_model(config: TrainConfig) -> ModelConfig:
     """The config of the model that a stage starts from: that in `init_from`; what `config` says, where it is not here.
 
     Raises:
-      InputError: `init_from` is a directory, but of no model.
+      InputError: `init_from` is here, but is no model directory.
     """
-    if config.init_from and (start := local_path(config.init_from, "init_from")).is_dir():
+    if config.init_from and is_there(start := local_path(config.init_from, "init_from"), "init_from"):
         return read_config(start)[0]
     if config.stage != "tokenizer" and config.init_from:
         what = "init_from=%s is not here; sides=%s and the tokenizer are taken from this config."

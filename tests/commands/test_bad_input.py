@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -123,7 +124,32 @@ MODELS = {
     "config cut short": (lambda model: (model / "config.json").write_text('{"format": 1'), "config.json is not JSON"),
     "config of a list": (lambda model: (model / "config.json").write_text("[]"), "config.json is damaged"),
     "of another format": (lambda model: (model / "config.json").write_text('{"format": 99}'), "has format 99"),
+    "of other class names": (
+        lambda model: change_config(model, '"class_names": [', '"class_names": ["x",'),
+        "class names",
+    ),
+    "a digit changed": (
+        lambda model: change_config(model, '"norm_groups": 4', '"norm_groups": 2'),
+        "is not as it was written",
+    ),
+    "as deep as nobody writes": (
+        lambda model: (model / "config.json").write_bytes(b"[" * 10**6),
+        "deeper than 64 levels",
+    ),
+    "a named pipe": (lambda model: put_pipe(model / "model.safetensors"), "model.safetensors is a named pipe"),
 }
+
+
+def change_config(model, before, after):
+    file = model / "config.json"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def put_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
 
 
 @pytest.mark.parametrize("case", MODELS)
