@@ -41,6 +41,9 @@ _MOST_BLOCKS = 128  # residual blocks of a tokenizer, of which each takes some 2
 _MOST_PHIS = 128  # a ladder has fewer scales than that
 _MOST_PIXELS = 2**14  # a side: a picture then takes 3 GiB
 _MOST_STEPS = 2**31 - 1  # counted in int32
+_MOST_EXAMPLES = 2**20  # of a batch, or drawn for a grid
+_MOST_BATCH_PIXELS = 2**34  # of all pictures of a batch, which take 48 GiB of the hosts
+_GREATEST = 1e9  # of a factor of losses or gradients: far from the end of float32
 
 
 def _whole(config: Any, group: str, least: int, **most: int) -> None:
@@ -50,6 +53,14 @@ def _whole(config: Any, group: str, least: int, **most: int) -> None:
         if not least <= value <= bound:
             expected = f"{least} or more" if value < least else f"{bound} at most"
             raise InputError(f"{group}{name} is {shown(value)}; expected {expected}.")
+
+
+def _check_factor(config: Any, group: str, name: str) -> None:
+    """Raises InputError unless a field is from 0 to what float32 has room for times anything."""
+    value = getattr(config, name)
+    if not 0 <= value <= _GREATEST:
+        expected = f"{_GREATEST:g} at most" if value > _GREATEST else "0 or more"
+        raise InputError(f"{group}{name} is {value}; expected {expected}.")
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -406,8 +417,7 @@ class OptimizerConfig(Checked, group="optimizer."):
             "final_weight_decay",
             "clip",
         ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected 0 or more.")
+            _check_factor(self, "optimizer.", name)
         if self.warmup > 1 or self.flat > 1:
             raise InputError(f"optimizer.warmup={self.warmup}, optimizer.flat={self.flat}; expected shares, at most 1.")
         for name in ("b1", "b2", "ema"):
@@ -452,16 +462,17 @@ class TokenizerLossConfig(Checked, group="tokenizer_loss."):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = ("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below")
-        for name in (*weights, "adversarial_start", "adversarial_ramp"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"tokenizer_loss.{name} is {getattr(self, name)}; expected 0 or more.")
+        for name in weights:
+            _check_factor(self, "tokenizer_loss.", name)
+        _whole(self, "tokenizer_loss.", 0, adversarial_start=_MOST_STEPS, adversarial_ramp=_MOST_STEPS)
         _whole(
             self, "tokenizer_loss.", 1, revive_every=_MOST_STEPS, discriminator_channels=2**14, discriminator_layers=16
         )
-        if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1 or self.kmeans_batches < 0:
+        _whole(self, "tokenizer_loss.", 0, kmeans_batches=1024)  # which devices hold all at once
+        if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1:
             raise InputError(
-                f"tokenizer_loss has scale_dropout={self.scale_dropout}, usage_decay={self.usage_decay} and "
-                f"kmeans_batches={self.kmeans_batches}; expected a share, a share below 1, and 0 or more."
+                f"tokenizer_loss has scale_dropout={self.scale_dropout} and usage_decay={self.usage_decay}; expected a "
+                "share, and a share below 1."
             )
 
 
@@ -494,6 +505,12 @@ class MeshConfig(Checked, group="mesh."):
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("data", "fsdp", "tensor"):
+            if getattr(self, name) != -1:
+                _whole(self, "mesh.", 1, **{name: _MOST_EXAMPLES})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,14 +582,23 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        _whole(self, "", 1, **dict.fromkeys(counts, _MOST_STEPS))
+        counts = ("steps", "log_every", "checkpoint_every", "keep")
+        _whole(self, "", 1, **dict.fromkeys(counts, _MOST_STEPS), batch_size=_MOST_EXAMPLES, accumulate=_MOST_EXAMPLES)
+        ladder = ScaleLadder(self.sides)
+        pixels = ModelConfig(ladder, self.tokenizer).image_size if self.stage == "tokenizer" else 0
+        if self.batch_size * pixels**2 > _MOST_BATCH_PIXELS:
+            raise InputError(
+                f"batch_size={self.batch_size} pictures of {pixels} pixels a side have more than {_MOST_BATCH_PIXELS} "
+                "pixels; lower batch_size or the last of sides."
+            )
+        if len(self.sample_labels) > _MOST_EXAMPLES:
+            raise InputError(f"sample_labels has {len(self.sample_labels)} labels; expected {_MOST_EXAMPLES} at most.")
         if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed is {self.seed}; expected 0 to {2**31 - 1}.")
+            raise InputError(f"seed is {shown(self.seed)}; expected 0 to {2**31 - 1}.")
         if len({e.kind for e in self.evals}) < len(self.evals):
             raise InputError("evals has a kind more than once, which would write the same metrics; keep one of each.")
-        if self.sample_every < 0:
-            raise InputError(f"sample_every is {self.sample_every}; expected steps, or 0 for no samples.")
+        if not 0 <= self.sample_every <= _MOST_STEPS:
+            raise InputError(f"sample_every is {shown(self.sample_every)}; expected steps, or 0 for no samples.")
         if self.transformer.masked or self.transformer.leak_free:
             raise InputError(
                 "transformer.masked and transformer.leak_free are the stage's to set; choose stage='masked' and "

@@ -18,7 +18,7 @@ from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig, check_paths, from_config_dict
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import check_outputs, check_readable, check_refusal, is_there, local_path
 
 
@@ -85,8 +85,16 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         with _naming_fault(str(path)):
             values(argv)
+            if isinstance(failed := getattr(holder.value, "_error", None), OSError):  # ml_collections puts it off
+                raise failed
+            if isinstance(holder.value, ml_collections.ConfigDict):
+                made = from_config_dict(TrainConfig, holder.value)
     except InputError:
         raise
+    except (RecursionError, MemoryError):
+        raise InputError(
+            f"Config file {file}, or a value given for it, is nested too deeply; take levels out of it."
+        ) from None
     except (AttributeError, KeyError) as error:
         if "get_config" in str(error):
             raise InputError(f"Config file {file} has no get_config(); see those in configs/.") from None
@@ -102,12 +110,10 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InputError(f"Config file {file} cannot be loaded: {_sentence(error)}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"A config value is not usable: {_sentence(error)}") from None
-    config = holder.value
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(holder.value, ml_collections.ConfigDict):
         raise InputError(
-            f"get_config() of {file} returns {type(config).__name__}; expected an ml_collections.ConfigDict."
+            f"get_config() of {file} returns {type(holder.value).__name__}; expected an ml_collections.ConfigDict."
         )
-    made = from_config_dict(TrainConfig, config)
     check_paths(made)
     return made
 
@@ -117,7 +123,9 @@ def _naming_fault(file: str) -> Iterator[None]:
     """Turns what a config file raises, being a program of the user's, into an InputError with its line."""
     try:
         yield
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         cause: BaseException = error  # ml_collections and absl wrap some, with a traceback for a text
         while isinstance(cause, flags.Error | TypeError | ValueError) and (
             below := cause.__cause__ or cause.__context__
@@ -125,13 +133,22 @@ def _naming_fault(file: str) -> Iterator[None]:
             cause = below
         lines = [at.lineno for at in traceback.extract_tb(cause.__traceback__) if at.filename == file]
         if lines and not isinstance(cause, InputError | ImportError):
-            said = f"{type(cause).__name__} ({str(cause).partition(chr(10))[0]})"
+            said = f"{type(cause).__name__} ({_first_line(cause)})"
             raise InputError(f"Config file {file} fails at line {lines[-1]} with {said}.") from None
-        if "Traceback" in str(error):
+        if "Traceback" in _first_line(error, lines=2):
             raise InputError(f"Config file {file} cannot be loaded: {_sentence(Exception(*cause.args))}") from None
         raise
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip().splitlines()[0]
+    text = _first_line(Exception(*error.args[:1])).replace("\\n", " ").replace("\\'", "'")
     return text if text.endswith((".", "?")) else text + "."
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+    """What an error says, cut; a config file may raise one that cannot say anything."""
+    try:
+        said = str(error).strip()
+    except Exception:
+        said = ""
+    return printable(" ".join(said.splitlines()[:lines]), 200)

@@ -24,7 +24,7 @@ from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource, validation_of
-from hmar_jax.errors import DivergedError, InputError, device_memory
+from hmar_jax.errors import DivergedError, InputError, device_memory, shown
 from hmar_jax.failures import explained
 from hmar_jax.files import is_there, local_path
 from hmar_jax.model import Model
@@ -334,14 +334,14 @@ def _check_samples(config: TrainConfig, model: ModelConfig) -> None:
     wrong = [label for label in config.sample_labels if not 0 <= label < model.num_classes]
     if wrong or not config.sample_labels:
         raise InputError(
-            f"sample_labels={config.sample_labels} is not a list of the classes 0 to {model.num_classes - 1}; set it "
-            "to some of those, or sample_every to 0."
+            f"sample_labels={shown(config.sample_labels)} is not a list of the classes 0 to {model.num_classes - 1}; "
+            "set it to some of those, or sample_every to 0."
         )
     schedule = Schedule.parse(config.sample_schedule, model.ladder, model.transformer.depth)
     if schedule.has_masked_steps and not model.transformer.masked:
         raise InputError(
-            f"sample_schedule={config.sample_schedule!r} has masked steps, which stage {config.stage!r} does not have; "
-            "set it to 'next-scale', or sample_every to 0."
+            f"sample_schedule={shown(config.sample_schedule)} has masked steps, which stage {config.stage!r} does not "
+            "have; set it to 'next-scale', or sample_every to 0."
         )
 
 

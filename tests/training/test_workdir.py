@@ -13,9 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_training import CLASSES, SIZE, TRANSFORMER, idle_steps, stage_config
+from tiny_training import CLASSES, LADDER, SIZE, TRANSFORMER, idle_steps, stage_config
 
-from hmar_jax.config import DataConfig, ObjectiveConfig, TokenizerConfig, TokenizerLossConfig, TransformerConfig
+from hmar_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TransformerConfig,
+)
+from hmar_jax.data.tokens import write_shard
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop, objectives
 from hmar_jax.training.checkpoint import Checkpoints
@@ -127,6 +135,66 @@ def test_the_masked_stage_refuses_a_cache_of_other_classes_than_its_model(starts
     expected = (
         f"The token cache has the classes {', '.join(names)}, but init_from=.* has A, B, C, whose class embeddings"
     )
+    with pytest.raises(InputError, match=expected):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def damage_header(cache):
+    (cache / "cache.json").write_text("{}")
+
+
+def damage_records(cache):
+    """Leaves the first record, which is looked at as the cache is opened, and damages others."""
+    (shard,) = cache.glob("*.array_record")
+    records = [np.int32(label).tobytes() + bytes(2 * 2 * LADDER.length) for label in [0] * 2 + [-1] * 30]
+    write_shard(shard, records, cache)
+    header = json.loads((cache / "cache.json").read_text())
+    del header["digest"], header["ends"]
+    (cache / "cache.json").write_text(json.dumps(header))
+
+
+def cut_shard(cache):
+    (shard,) = cache.glob("*.array_record")
+    os.truncate(shard, 1000)
+
+
+def no_shard(cache):
+    (shard,) = cache.glob("*.array_record")
+    shard.unlink()
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("damage", [damage_header, damage_records, cut_shard, no_shard])
+def test_a_damaged_cache_is_refused_and_leaves_nothing(starts, tmp_path, idle, damage, there):
+    cache = shutil.copytree(starts / "tokens", tmp_path / "tokens")
+    damage(cache)
+    if there == "an empty folder":
+        (tmp_path / "run").mkdir()
+    config = stage_config("next_scale", starts, steps=9, data=DataConfig("tokens", path=str(cache)))
+    with pytest.raises(InputError, match="Token cache"):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run").exists() == (there == "an empty folder")
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "expected"),
+    [
+        ("", {"codebook_size": 17}, "tokens was written by another tokenizer"),
+        ("validation", {"codebook_size": 17}, "validation was written by another tokenizer"),
+        ("validation", {"tokenizer": "another"}, "validation was written by another tokenizer"),
+        ("validation", {"class_names": ["A", "C", "B"]}, "has the classes A, B, C, but .*validation has A, C, B"),
+        ("validation", {"crops": 7}, "its record has"),
+    ],
+)
+def test_a_cache_and_its_held_out_part_must_be_of_this_tokenizer(starts, tmp_path, idle, part, changes, expected):
+    cache = shutil.copytree(starts / "tokens", tmp_path / "tokens")
+    shutil.copytree(starts / "tokens", cache / "validation")
+    header = json.loads((cache / part / "cache.json").read_text()) | changes
+    del header["digest"]
+    (cache / part / "cache.json").write_text(json.dumps(header))
+    config = stage_config("next_scale", starts, data=DataConfig("tokens", path=str(cache)), evals=(EvalConfig(),))
     with pytest.raises(InputError, match=expected):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
