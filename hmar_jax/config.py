@@ -59,7 +59,7 @@ def _check_factor(config: Any, group: str, name: str) -> None:
     """Raises InputError unless a field is from 0 to what float32 has room for times anything."""
     value = getattr(config, name)
     if not 0 <= value <= _GREATEST:
-        expected = f"{_GREATEST:g} at most" if value > _GREATEST else "0 or more"
+        expected = f"{_GREATEST:g} at most" if _GREATEST < value < math.inf else "0 or more"
         raise InputError(f"{group}{name} is {value}; expected {expected}.")
 
 

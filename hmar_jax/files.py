@@ -302,7 +302,7 @@ def swap_in(new: Path, path: Path) -> None:
     path = path.absolute()
     aside = _aside(path)
     put_back(path)
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+    _remove(aside)  # what a killed run left
     if not os.path.lexists(path):
         os.rename(new, path)
         return
@@ -317,9 +317,14 @@ def swap_in(new: Path, path: Path) -> None:
             put_back(path)
             shutil.rmtree(aside, ignore_errors=True)
             raise
-    if aside.is_symlink():
-        aside.unlink()
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, as far as that may be, or whatever is there: `rmtree` would wait for a named pipe."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def put_back(path: Path) -> None:

@@ -363,3 +363,13 @@ def test_a_link_gives_way_to_a_folder_and_what_it_led_to_stays(tmp_path, monkeyp
     assert (tmp_path / "model" / "a").read_text() == "new"
     assert (tmp_path / "elsewhere" / "a").read_text() == "elsewhere"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "model"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, os.mkdir, lambda path: path.symlink_to(path)])
+def test_whatever_is_in_the_place_of_a_folder_is_replaced_by_it(tmp_path, make):
+    make(tmp_path / "model")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").touch()
+    swap_in(tmp_path / "new", tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["file"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

@@ -113,5 +113,5 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
         say(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
         for file in (args.output / BROKEN, args.output / "validation" / BROKEN):
             if file.is_file():
-                count = len(file.read_text(encoding="utf-8").splitlines())
+                count = len(file.read_bytes().splitlines())
                 say(f"Broken pictures that were left out: {count}, listed in {file}")

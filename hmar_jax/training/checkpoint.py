@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's, of a checkpoint
+_MOST_METADATA = 2**26  # bytes of a file that has no values of arrays, and that Orbax reads into memory
 _POSITION = {"examples": int, "class_names": list, "start": str}  # what `data` of a checkpoint has
 
 
@@ -48,6 +49,8 @@ class Checkpoints:
           InputError: what Orbax recorded of one of them is damaged.
         """
         self.folder = local_path(workdir, "workdir").absolute() / "checkpoints"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is no folder; remove it, or choose another --workdir.")
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
@@ -159,10 +162,12 @@ class Checkpoints:
                 raise ValueError(f"{_METADATA} is no JSON object")
 
     def _check_files(self, step: int | None) -> None:
-        """Raises InputError where a checkpoint has something else than files: a named pipe would be waited for."""
+        """Raises where a checkpoint has something else than files, which might be waited for, or far too large ones."""
         for folder, _, names in os.walk(self.folder / str(step)):
-            for name in names:
-                check_regular(Path(folder, name), f"Checkpoint {self.folder / str(step)} could not be read: file")
+            for file in (Path(folder, name) for name in names):
+                check_regular(file, f"Checkpoint {self.folder / str(step)} could not be read: file")
+                if not folder.endswith("/d") and file.stat().st_size > _MOST_METADATA:
+                    raise ValueError(f"{file.name} is larger than {_MOST_METADATA // 2**20} MiB")
 
     @contextlib.contextmanager
     def _naming(self, step: int | None) -> Iterator[int | None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_jax.config import TrainConfig, to_plain
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.files import write_whole, writing
 from hmar_jax.lock import Lock
 from hmar_jax.params import flatten
@@ -107,7 +107,8 @@ def check_same_run(before: TrainConfig, now: TrainConfig, workdir: Path) -> None
         old, new = (operator.attrgetter(name)(config) for config in (before, now))
         if old != new:
             raise InputError(
-                f"The run in {workdir} has {name}={old}, this config {new}; set it back, or choose another --workdir."
+                f"The run in {workdir} has {name}={shown(old, 600)}, this config {shown(new, 600)}; set it back, or "
+                "choose another --workdir."
             )
     if bool(before.tokenizer_loss.adversarial) != bool(now.tokenizer_loss.adversarial):
         raise InputError(
@@ -121,6 +122,6 @@ def _log_changes(before: TrainConfig, now: TrainConfig) -> None:
     old, new = (flatten(to_plain(config)) for config in (before, now))
     changed = [name for name in new if old[name] != new[name]]
     for name in changed:
-        logger.info("Going on with %s=%r instead of %r.", name, new[name], old[name])
+        logger.info("Going on with %s=%s instead of %s.", name, shown(new[name]), shown(old[name]))
     if _STREAM & set(changed):
         logger.warning("The position in the data is that of the old stream; the new one goes on from the same number.")

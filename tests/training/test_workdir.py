@@ -453,3 +453,11 @@ def test_ctrl_c_in_the_last_step_keeps_the_model_and_is_heard(starts, tmp_path, 
         loop.train(stage_config("next_scale", starts, steps=2), tmp_path)
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch])
+def test_checkpoints_that_are_no_folder_are_refused_before_anything_is_written(starts, tmp_path, idle, make):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="checkpoints is no folder; remove it, or choose another --workdir"):
+        loop.train(stage_config("next_scale", starts, steps=1), tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoints"]
