@@ -333,9 +333,9 @@ STAGE = {"stage": "tokenizer"}
             (lambda n=name, v=value: TokenizerLossConfig(**{n: v}), rf"tokenizer_loss has .*{name}={value}.*\.")
             for name, value in [
                 ("scale_dropout", 1.5), ("scale_dropout", -0.1), ("usage_decay", 1.0), ("usage_decay", -0.1),
-                ("kmeans_batches", -1),
             ]
         ],
+        (lambda: TokenizerLossConfig(kmeans_batches=-1), r"tokenizer_loss\.kmeans_batches is -1; expected 0 or more\."),
         *[
             (lambda n=name: TrainConfig(**STAGE, **{n: 0}), positive(name))
             for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")

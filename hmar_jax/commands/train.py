@@ -135,7 +135,7 @@ def _naming_fault(file: str) -> Iterator[None]:
         if lines and not isinstance(cause, InputError | ImportError):
             said = f"{type(cause).__name__} ({_first_line(cause)})"
             raise InputError(f"Config file {file} fails at line {lines[-1]} with {said}.") from None
-        if "Traceback" in _first_line(error, lines=2):
+        if "Traceback" in _text(error):
             raise InputError(f"Config file {file} cannot be loaded: {_sentence(Exception(*cause.args))}") from None
         raise
 
@@ -145,10 +145,14 @@ def _sentence(error: Exception) -> str:
     return text if text.endswith((".", "?")) else text + "."
 
 
-def _first_line(error: BaseException, lines: int = 1) -> str:
-    """What an error says, cut; a config file may raise one that cannot say anything."""
+def _first_line(error: BaseException) -> str:
+    """What an error says, cut to its first line."""
+    return printable(_text(error).strip().partition("\n")[0], 200)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; a config file may raise one that fails at saying it."""
     try:
-        said = str(error).strip()
+        return str(error)
     except Exception:
-        said = ""
-    return printable(" ".join(said.splitlines()[:lines]), 200)
+        return ""
