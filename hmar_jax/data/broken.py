@@ -24,6 +24,7 @@ from hmar_jax.progress_bar import progress
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10  # broken pictures in a sentence
+_WITH_FAULTS = 3  # are in a sentence with all that is wrong with them, more by name alone
 _LISTED = 1000  # in the log
 _BATCH = 16
 
@@ -59,9 +60,11 @@ def broken(source: NamedSource, config: DataConfig) -> list[Broken]:
 def naming_all(source: NamedSource, config: DataConfig, first: BrokenPictureError) -> InputError:
     """The error that names all broken pictures of a source, one of which was met."""
     found = broken(source, config) or [Broken(0, first.name, first.fault)]
-    if len(found) > _SHOWN:
+    if len(found) > _WITH_FAULTS:
         _log("cannot be used", found, len(source))
-    shown = ", ".join(printable(str(one), 250) for one in found[:_SHOWN])
+        shown = ", ".join(repr(printable(source.name(one.index), 60)) for one in found[:_SHOWN])
+    else:
+        shown = ", ".join(printable(str(one), 250) for one in found)
     more = f", and {len(found) - _SHOWN} more, which the log names" * (len(found) > _SHOWN)
     return InputError(
         f"{len(found)} of {len(source)} pictures cannot be used: {shown}{more}; replace them or take them away, or set "

@@ -135,8 +135,10 @@ def _png(file: BinaryIO, bare: bool) -> BinaryIO:
             file.seek(start - 8)
             chunk = file.read(12 + length)
             whole = zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+            if kind in _PNG_PIXELS and len(chunk) < 12 + length:
+                raise DamagedError("it is cut short")
             if kind in _PNG_PIXELS and not whole:  # Pillow checks the others, and not that of IDAT
-                raise DamagedError(f"the checksum of its {kind.decode()} chunk is wrong, or it is cut short")
+                raise DamagedError(f"the checksum of its {kind.decode()} chunk is wrong")
             if kind in _PNG_PIXELS or (begins is not None and whole and chunk[8:].startswith(begins)):
                 kept.append(chunk)
     return io.BytesIO(b"".join(kept))
