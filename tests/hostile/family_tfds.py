@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import damaged, odd_json
 from tfds_datasets import LABEL, encoded, pictures, prepare
@@ -52,14 +52,12 @@ def check(whole, name, content):
     assert not set(MODULES) & sys.modules.keys()
 
 
-@settings(max_examples=settings().max_examples * 3)
 @given(data=st.data(), name=st.sampled_from(FILES))
 def test_a_damaged_dataset_gives_the_examples_that_were_written_or_a_sentence(whole, data, name):
     content = (whole[0] / "small/1.0.0" / name).read_bytes()
     check(whole, name, data.draw(damaged(content.rstrip(b"\0"))) + content[len(content.rstrip(b"\0")) :])
 
 
-@settings(max_examples=settings().max_examples * 2)
 @given(data=st.data(), name=st.sampled_from(FILES[:2]))
 def test_odd_metadata_give_the_examples_that_were_written_or_a_sentence(whole, data, name):
     content = json.loads((whole[0] / "small/1.0.0" / name).read_bytes())
