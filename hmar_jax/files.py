@@ -374,7 +374,7 @@ def check_refusal(what: str, error: Exception) -> None:
     if refused is None or refused.errno in (None, errno.ENOENT, errno.ENOTDIR):
         return
     if wrong := WRONG_PATHS.get(refused.errno):
-        raise InputError(f"{what} could not be read ({refused}); {wrong}.") from error
+        raise InputError(f"{what} could not be read ({refused.strerror}); {wrong}.") from error
     if isinstance(refused, PermissionError):
         raise InputError(f"{what} may not be read ({refused}); check its permissions.") from error
     raise refused_by_disk(f"{what} could not be read", refused) from error

@@ -333,9 +333,16 @@ def test_a_refusal_for_lack_of_memory_tells_how_much_is_needed(refusal, needed):
 
 
 class TestTopologies:
-    @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:16", "v5e:2x2*", "h200:0", "h100", ""])
+    @pytest.mark.parametrize(
+        "name", ["v9:2x2", "v5e", "v5e:16", "v5e:2x2*", "h200:0", "h100", "", "h200:999999999", "v5e:²x2", "A" * 5000]
+    )
     def test_other_names_are_refused(self, name):
         with pytest.raises(InputError, match="No topology is named"):
+            topology.open_topology(name)
+
+    @pytest.mark.parametrize("name", ["v5e:9999x9999", "v5e:16x16*9999", "h200:999", "v5p:0x2x2"])
+    def test_devices_are_bounded_before_they_are_made(self, name):
+        with pytest.raises(InputError, match=r"has \d+ devices; expected 1 to "):
             topology.open_topology(name)
 
     @pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("h200", "cuda")])

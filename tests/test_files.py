@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hmar_jax import files, tensors, torch_files
 from hmar_jax.commands.train import read_config
@@ -287,7 +288,7 @@ def test_a_file_that_may_not_be_read_is_not_called_absent(tmp_path, monkeypatch,
         (
             errno.EISDIR,
             InputError,
-            r"It could not be read \(\[Errno 21\] Is a directory\); give a file, not a folder\.",
+            r"It could not be read \(Is a directory\); give a file, not a folder\.",
         ),
         (errno.ELOOP, InputError, "a symbolic link leads to itself, so make it anew"),
         (errno.ENAMETOOLONG, InputError, "check the path, which is too long"),
@@ -373,3 +374,31 @@ def test_whatever_is_in_the_place_of_a_folder_is_replaced_by_it(tmp_path, make):
     swap_in(tmp_path / "new", tmp_path / "model")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["file"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["a pipe", "a folder", "a device", "a link to itself", "other content", "a name too long"]
+)
+def test_what_is_of_another_kind_is_not_replaced_nor_waited_for(tmp_path, kind):
+    file = tmp_path / "x.png"
+    match kind:
+        case "a pipe":
+            os.mkfifo(file)
+        case "a folder":
+            file.mkdir()
+        case "a device":
+            file.symlink_to("/dev/zero")
+        case "a link to itself":
+            file.symlink_to(file)
+        case "other content":
+            file.write_bytes(b"mine")
+        case "a name too long":
+            file = tmp_path / ("A" * 249 + ".png")  # with the name that it is written by
+    with pytest.raises(InputError):
+        files.check_files("--output", [file])
+        files.check_pngs("--output", [file])
+
+
+def test_a_picture_is_replaced_by_a_picture(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    files.check_pngs("--output", [tmp_path / "x.png", tmp_path / "new.png"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import stat
 import subprocess
 import sys
 
@@ -213,3 +214,17 @@ def test_other_errors_stay_what_they_are():
 def test_a_device_that_another_process_has_may_be_free_later():
     with pytest.raises(TransientError, match="JAX_PLATFORMS=tpu"), naming_absent_platforms({"JAX_PLATFORMS": "tpu"}):
         raise RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process 7")
+
+
+def test_programs_are_kept_where_nobody_else_may_write(jax_cache, tmp_path, monkeypatch):
+    place = tmp_path / "hmar-jax" / "xla"
+    place.mkdir(parents=True)
+    for folder in (place, place.parent):
+        folder.chmod(0o777)
+    use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    assert jax_cache() == str(place)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (place, place.parent)] == [0o700, 0o700]
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    use_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
+    assert jax_cache() is None

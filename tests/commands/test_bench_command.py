@@ -161,9 +161,9 @@ def test_a_kernel_is_tuned(monkeypatch, capsys):
         (["--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
         (["--pixels=300"], "No ladder is named '300'; choose one of 64, 128, 256, 512, 1024."),
         (["--sides="], "--sides= is not a list of whole numbers"),
-        (["--batch=0"], "--batch is 0; expected a positive whole number."),
-        (["--head-size=-8"], "--head-size is -8; expected a positive whole number."),
-        (["--repeats=0"], "--repeats is 0; expected a positive whole number."),
+        (["--batch=0"], "--batch is 0; expected a whole number, 1 to 65536."),
+        (["--head-size=-8"], "--head-size is -8; expected a whole number, 1 to 65536."),
+        (["--repeats=0"], "--repeats is 0; expected a whole number, 1 to 65536."),
         (["--implementations=xla,cudnn"], "--implementations names 'cudnn'; expected some of "),
         (["--implementations="], "--implementations names ''"),
         (
@@ -176,7 +176,7 @@ def test_a_kernel_is_tuned(monkeypatch, capsys):
             "There is no kernel to tune here: N=14 B=1 H=2 D=8 float32",
         ),
         (["--tune", "--implementations=tpu"], "scale_attention cannot run as 'tpu' on cpu with q of float32"),
-        (["--output=/dev/null"], "Could not write /dev/null"),
+        (["--output=/dev/null"], "--output is /dev/null, but /dev/null is a file"),
     ],
 )
 def test_a_bad_argument_is_one_sentence(tmp_path, capsys, options, sentence):

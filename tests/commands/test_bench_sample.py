@@ -163,7 +163,7 @@ def test_kernels_are_told_apart_by_the_scope_they_were_traced_in():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch=0"], "--batch is 0; expected a positive whole number."),
+        (["--batch=0"], "--batch is 0; expected a whole number, 1 to 65536."),
         (["--image=256"], "--image and --model go together, such as --image=256 --model=d16."),
         (["--model-dir=here", "--var"], "--model-dir says what to measure; leave --image, --model and --var out."),
         (["--model-dir={missing}"], "missing"),

@@ -126,7 +126,7 @@ def test_a_tokenizer_is_timed_on_random_pictures_and_what_it_replaces_is_named(t
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch=0"], "--batch is 0; expected a positive whole number."),
+        (["--batch=0"], "--batch is 0; expected a whole number, 1 to 65536."),
         (["--image=256"], "--image and --model go together, such as --image=256 --model=d16."),
         (["--config={config}", "--model=d16"], "--config says what to measure; leave --image and --model out."),
         (["--image=256", "--model=d99"], "d99"),

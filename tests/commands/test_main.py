@@ -1,6 +1,7 @@
 """The console script: what it does before any command runs."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hmar_jax.commands import main as script
-from hmar_jax.commands import schedule
+from hmar_jax.commands import schedule, terminal
 from hmar_jax.errors import DivergedError, InputError, MachineError, TransientError
 
 NAMES = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
@@ -95,7 +96,16 @@ def test_a_bug_shows_its_traceback_and_has_an_exit_code_of_its_own(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("command", "code", "said"),
-    [("schedule list > /dev/full", 2, "No space left on device); make room"), ("--help > /dev/null", 0, "")],
+    [
+        ("schedule list > /dev/full", 2, "No space left on device); make room"),
+        ("--help > /dev/full", 2, "No space left on device); make room"),
+        ("bench attention --help > /dev/full", 2, "No space left on device); make room"),
+        ("--help > /dev/null", 0, ""),
+        ("schedule list >&-", 0, ""),
+        ("schedule list <&- >&- 2>&-", 0, ""),
+        ("schedule show nothing 2>&-", 2, ""),
+        ("schedule show nothing 2> /dev/full", 2, ""),
+    ],
 )
 def test_an_output_that_cannot_be_written_is_a_sentence(command, code, said):
     done = subprocess.run(
@@ -106,7 +116,34 @@ def test_an_output_that_cannot_be_written_is_a_sentence(command, code, said):
     assert len(done.stderr.splitlines()) == bool(said)
 
 
-def test_a_reader_that_has_gone_is_no_fault():
-    pipe = f"({sys.executable} -m hmar_jax schedule list; echo $? >&2) | true"
+@pytest.mark.parametrize("command", ["schedule list", "--help"])
+def test_a_reader_that_has_gone_is_no_fault(command):
+    pipe = f"({sys.executable} -m hmar_jax {command}; echo $? >&2) | true"
     done = subprocess.run(pipe, shell=True, capture_output=True, text=True, timeout=100, check=False)
     assert done.stderr == "141\n"
+
+
+def test_arguments_are_shown_cut_and_escaped(capsys):
+    for argv in (["\x1b[2J\n" * 500], ["schedule", "\x1b[2J\n" * 500], ["sample", "--seed=" + "\n9" * 3000]):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(argv)
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err.removesuffix("\n").split("\n")
+        assert all(line.isprintable() for line in said)
+        assert len(said[-1]) < 400
+
+
+def test_a_value_of_two_dashes_is_missed_by_name(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["sample", "--model=m", "--labels=0", "--output=--"])
+    assert stopped.value.code == 2
+    assert "argument --output: expected a value, not --" in capsys.readouterr().err
+
+
+def test_what_is_printed_and_logged_has_no_control_characters(capsys):
+    terminal.say("one\x1b[2J\r\ntwo")
+    assert capsys.readouterr().out == "one\\x1b[2J\\r\ntwo\n"
+    record = logging.LogRecord("hmar_jax", logging.INFO, "", 0, "Replacing %s.", ("\x1b[2J\n" * 1000,), None)
+    said = terminal.OneLine("%(message)s").format(record)
+    assert said.isprintable()
+    assert len(said) < 5000

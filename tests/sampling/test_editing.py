@@ -375,7 +375,7 @@ def test_the_feather_is_half_a_token_unless_it_is_given(model):
         (lambda edit: edit(IMAGES, MASK, -1), r"Label -1 is out of range"),
         (lambda edit: edit(IMAGES, MASK, "A"), r"Labels are .*; expected a list of integers"),
         (lambda edit: edit(IMAGES, MASK, [1, 2]), r"There are 2 labels for 3 pictures; give one each, or one\."),
-        (lambda edit: edit(IMAGES, MASK, variants=0), r"variants is 0; expected a whole number, 1 or more\."),
+        (lambda edit: edit(IMAGES, MASK, variants=0), r"variants is 0; expected a whole number, 1 to 10000\."),
         (lambda edit: edit(IMAGES, MASK, variants=1.5), r"variants is 1\.5; expected a whole number"),
         (lambda edit: edit(IMAGES, MASK, feather=-1), r"feather is -1; expected a whole number, 0 or more\."),
         (lambda edit: edit(IMAGES, MASK, composite=True, feather=0.5), r"feather is 0\.5; expected a whole number"),
