@@ -36,7 +36,7 @@ read_arguments() { # read_arguments "REQUIRED NAMES" "OPTIONAL NAMES" "$@": --tp
             overrides+=("$checked")
             ;;
         --*=*)
-            [[ " $required $optional " == *" $key "* ]] || stop "${0##*/} has no argument --$key; --help lists all."
+            [[ "$key" =~ ^[a-z-]+$ && " $required $optional " == *" $key "* ]] || stop "${0##*/} has no argument --$key; --help lists all."
             case "$key" in
             config | workdir | root | bucket) read_path "$word" ;;
             repository) read_home "$word" ;;

@@ -19,7 +19,9 @@ environment="${HMAR_VENV:-$checkout/.venv}"
 python="$environment/bin/python"
 
 stop() { # One sentence, and the exit code for "this machine or this request does not fit".
-    printf '%s\n' "$1" >&2
+    local said="${1//[[:cntrl:]]/?}" # an argument may have what moves a terminal's cursor, or thousands of letters
+    ((${#said} <= 600)) || said="${said:0:300} … ${said: -300}"
+    printf '%s\n' "$said" >&2
     exit 2
 }
 

@@ -92,6 +92,7 @@ def work_of(commands: Sequence[Sequence[str]]) -> str:
 def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and done.stderr.endswith(".\n")
+    assert len(done.stderr) < 700
     for part in parts:
         assert part in done.stderr
 
@@ -112,6 +113,9 @@ class TestArguments:
             ("--speed=3", "--speed"),
             ("--nodes", "--nodes"),
             ("fast", "fast"),
+            ("--name nodes=3", "has no argument --name nodes"),
+            ("\x1b[2J\n", "cannot read the argument ?[2J?"),
+            ("--" + 5000 * "x" + "=1", f"{200 * 'x'} … {200 * 'x'}"),
             ("--workdir=gs://bucket/run", "gs://bucket/run is a URL"),
             ("--workdir=gs:/bucket/run", "gs:/bucket/run is a URL"),
             ("--config=https://example.org/c.py", "https://example.org/c.py is a URL"),
