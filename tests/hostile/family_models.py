@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from mutations import damaged, odd_json
 from tiny_models import TINY
 
-from hmar_jax import networks
+from hmar_jax import networks, pretrained
 from hmar_jax import params as trees
 from hmar_jax.config import from_plain, to_plain
 from hmar_jax.errors import HmarError
@@ -56,15 +57,16 @@ def described(meta):
 
 @settings(max_examples=settings().max_examples * 3)
 @given(data=st.data())
-def test_a_config_file_that_is_damaged_is_refused_or_told(written, caplog, data):
+def test_a_config_file_that_is_damaged_is_refused_or_told(written, data):
     _, config, weights, params = written
     meta = json.loads(config)
     content = data.draw(damaged(config) | odd_json(meta))
-    if (got := read(written, content, weights)) is not None:
+    with mock.patch.object(pretrained.logger, "warning") as warned:
+        got = read(written, content, weights)
+    if got is not None:
         opened, found = got
         said = {name: value for name, value in opened.meta.items() if name != "digest"}
-        if opened.meta != meta and "digest" in opened.meta:
-            assert "is not as it was written" in caplog.records[-1].getMessage()
+        assert warned.called == (opened.meta != meta and "digest" in opened.meta)
         if said == {name: value for name, value in meta.items() if name != "digest"}:
             assert opened.config == TINY
         else:
