@@ -593,6 +593,10 @@ class TrainConfig(Checked):
             )
         if len(self.sample_labels) > _MOST_EXAMPLES:
             raise InputError(f"sample_labels has {len(self.sample_labels)} labels; expected {_MOST_EXAMPLES} at most.")
+        if any(abs(label) > _MOST_CLASSES for label in self.sample_labels):  # the stage knows how many there are
+            raise InputError(
+                f"sample_labels is {shown(self.sample_labels)}; expected labels of {_MOST_CLASSES} at most."
+            )
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {shown(self.seed)}; expected 0 to {2**31 - 1}.")
         if len({e.kind for e in self.evals}) < len(self.evals):
