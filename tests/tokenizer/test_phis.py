@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,6 +23,7 @@ from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import checkpoint
 from hmar_jax.training.objectives import OBJECTIVES
+from hmar_jax.training.state import TrainState
 
 # Of three phis and four scales: by VAR's rule, and as it was before it was recorded.
 BY_RULE, UNRECORDED = (0, 0, 1, 2), (0, 1, 1, 2)
@@ -125,13 +128,18 @@ def test_a_tokenizer_for_another_number_of_scales_uses_the_rule(three_phis):
 
 
 @pytest.mark.parametrize(("recorded", "expected"), [(True, ()), (False, UNRECORDED)])
-def test_a_run_from_before_is_known_to_use_other_phis(three_phis, monkeypatch, recorded, expected):
+def test_a_run_from_before_is_known_to_use_other_phis(three_phis, tmp_path, monkeypatch, recorded, expected):
     config = TrainConfig(stage="tokenizer", sides=LADDER.sides, tokenizer=three_phis[0].config.tokenizer)
     values = checkpoint.to_plain(config)
     if not recorded:
         del values["tokenizer"]["phi_of_scale"]
-    monkeypatch.setattr(checkpoint.Checkpoints, "_read", lambda self, items: {"config": values})
-    before = checkpoint.Checkpoints.config(object.__new__(checkpoint.Checkpoints))
+    monkeypatch.setattr(checkpoint, "to_plain", lambda config: values)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    state = TrainState(jnp.int32(2), jax.random.key_data(jax.random.key(0)), {}, {}, {}, {})
+    checkpoints.save(2, state, {"examples": 16, "class_names": [], "start": ""}, config)
+    checkpoints.wait()
+    before = checkpoints.config()
+    checkpoints.close()
     assert before.tokenizer.phi_of_scale == expected
 
 

@@ -236,14 +236,12 @@ def test_a_checkpoint_from_before_digests_is_read(two_saved, tmp_path):
 def test_a_digest_tells_any_element_and_any_exchange_and_is_the_same_by_either_way(monkeypatch, dtype):
     array = jnp.arange(60).reshape(3, 4, 5).astype(dtype)
     changed = [array.at[i, j, k].add(1) for i in range(3) for j in range(4) for k in range(5)]
-    exchanged = [array[::-1], array[:, ::-1], array[:, :, ::-1], array.at[0, 0, 0].set(1).at[0, 0, 1].set(0)]
+    negated = [array.at[0, 1].multiply(-1), array ^ 192 if array.dtype == jnp.uint8 else -array]
+    exchanged = [array[::-1], array[:, ::-1], array[:, :, ::-1], array.at[0, 0, 0].set(1).at[0, 0, 1].set(0), *negated]
     by_numpy = digests.of_arrays([array, *changed, *exchanged])
     assert by_numpy.count(by_numpy[0]) == 1
-    position = np.arange(60, dtype=np.uint64)
-    words = np.frombuffer(np.asarray(array).tobytes(), f"u{array.dtype.itemsize}").astype(np.uint64)
-    assert by_numpy[0] == int(np.sum(words * ((position * 0x9E3779B1 % 2**32) | 1)) % 2**32)
     monkeypatch.setattr(digests, "_SMALL", 0)
-    assert digests.of_arrays([array, *changed[:2], *exchanged]) == [*by_numpy[:3], *by_numpy[-4:]]
+    assert digests.of_arrays([array, *changed[:2], *exchanged]) == [*by_numpy[:3], *by_numpy[-6:]]
 
 
 KINDS = {
