@@ -67,10 +67,10 @@ def printable(text: str, most: int = 1000) -> str:
 
     What a file says may hold sequences that move a terminal's cursor or write kilobytes.
     """  # fmt: skip
-    if len(text) > most:
-        text = _without_middle(text, most)
     if len(text) > _LONGEST_WORD:
         text = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _without_middle(word[0], _LONGEST_WORD), text)
+    if len(text) > most:
+        text = _without_middle(text, most)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
