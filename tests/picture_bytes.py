@@ -31,22 +31,28 @@ def png(samples, before=(), after=()):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def tiff(samples, bits=16, photometric=1, tags=()):
-    """A TIFF of samples (H,W,C) uint16, or of packed bytes of `bits` with the shape (H,W,1) given by `samples`."""
+def tiff(samples, bits=16, photometric=1, tags=(), strips=1):
+    """A TIFF of samples (H,W,C) uint16, or of packed bytes of `bits` with the shape (H,W,1) given by `samples`.
+
+    Args:
+      strips: parts of equal length that the samples are in; 0 puts every channel into a plane of its own.
+    """
     height, width, channels = samples.shape
-    data = samples.astype("<u2").tobytes()
+    data = (samples if strips else samples.transpose(2, 0, 1)).astype("<u2").tobytes()
     if bits == 12:
         number = "".join(f"{value:012b}" for value in samples.ravel())
         data = int(number, 2).to_bytes(len(number) // 8)
-    entries = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [0]}
-    entries |= {277: [channels], 278: [height], 279: [len(data)], **dict(tags)}
-    end = 8 + 2 + 12 * len(entries) + 4
-    fields, beyond = [], b""
+    count = strips or channels
+    length = len(data) // count
+    entries = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 277: [channels]}
+    entries |= {273: [8 + i * length for i in range(count)], 279: [length] * count, 278: [height // (strips or 1)]}
+    entries |= {284: [1 if strips else 2], **dict(tags)}
+    start = 8 + len(data)
+    end = start + 2 + 12 * len(entries) + 4
+    fields, beyond = b"", b""
     for tag, values in sorted(entries.items()):
         content = struct.pack(f"<{len(values)}H", *values)
         if len(content) > 4:
             content, beyond = struct.pack("<I", end + len(beyond)), beyond + content
-        fields.append([tag, len(values), content.ljust(4, b"\0")])
-    next(field for field in fields if field[0] == 273)[2] = struct.pack("<H2x", end + len(beyond))
-    directory = b"".join(struct.pack("<HHI", tag, 3, count) + content for tag, count, content in fields)
-    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + bytes(4) + beyond + data
+        fields += struct.pack("<HHI", tag, 3, len(values)) + content.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", start) + data + struct.pack("<H", len(entries)) + fields + bytes(4) + beyond

@@ -190,6 +190,7 @@ def _open(file: BinaryIO) -> Image.Image:
         raise _TooLargeError(f"has {picture.width}x{picture.height}, for this kind more than {_MOST_IN_PYTHON} pixels")
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         _check_tiles(picture)
+        pixels.state_planes(picture)
         metadata.keep_only_orientation(picture)
     return picture
 

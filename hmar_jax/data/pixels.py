@@ -24,9 +24,9 @@ from PIL import Image, TiffImagePlugin
 from hmar_jax.data import metadata
 
 _FULL = 2**16 - 1
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE, _S_MAX_SAMPLE = 258, 262, 281, 341  # tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _MAX_SAMPLE, _S_MAX_SAMPLE = 258, 262, 284, 281, 341  # tags of TIFF
 _ALPHA_UNUSED = ("BMP", "DIB", "TGA")
-_COLOURS_OF_16_BITS = r"RGB[AX]?;16[BLN]"  # in Pillow's words
+_COLOURS_OF_16_BITS = r"(RGB[AX]?|R);16[BLN]"  # in Pillow's words, also of planes
 
 
 class UnknownRangeError(Exception):
@@ -59,6 +59,8 @@ def rgb(picture: Image.Image, again: Callable[[], Image.Image], file: BinaryIO, 
 
 
 def _flat(image: Image.Image, background: str, alpha_unused: bool = False) -> Image.Image:
+    if image.mode == "P" and image.palette is None:  # of a PNG in an ICNS; Pillow has it elsewhere
+        return image.convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -115,13 +117,27 @@ def _stated_top(picture: Image.Image, file: BinaryIO, layout: str) -> int | None
     return 2 ** bits[0] - 1 if bits and 0 < bits[0] < 16 else None
 
 
+def state_planes(picture: Any) -> None:
+    """Says of the planes of an open TIFF, one for each colour, that they have 16 bits: Pillow takes them for 8."""
+    if picture.tag_v2.get(_PLANAR) == 2 and set(picture.tag_v2.get(_BITS_PER_SAMPLE, ())) == {16}:
+        order = "B" if picture.tag_v2.prefix == b"MM" else "L"
+        _relabel(picture, lambda layout: f"{layout};16{order}" if len(layout) == 1 else layout)
+
+
 def _low_bytes(picture: Any, layout: str) -> np.ndarray:
     """The low bytes of 16-bit colours: what Pillow takes for high ones if it is told the other order of bytes."""
-    order = layout[-1].replace("N", sys.byteorder[0].upper())
-    other = layout[:-1] + ("L" if order == "B" else "B")
-    picture.tile = [(*tile[:3], other if isinstance(tile[3], str) else (other, *tile[3][1:])) for tile in picture.tile]
+    other = "L" if layout[-1].replace("N", sys.byteorder[0].upper()) == "B" else "B"
+    _relabel(picture, lambda layout: layout[:-1] + other)
     picture.load()
     return np.asarray(picture)
+
+
+def _relabel(picture: Any, change: Callable[[str], str]) -> None:
+    """Changes Pillow's names of how the samples of an open picture are stored."""
+    picture.tile = [
+        tile._replace(args=change(tile.args) if isinstance(tile.args, str) else (change(tile.args[0]), *tile.args[1:]))
+        for tile in picture.tile
+    ]
 
 
 def _has_unused_alpha(picture: Any) -> bool:

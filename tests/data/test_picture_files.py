@@ -259,6 +259,12 @@ SHOWN = [[255, 128], [1, 0]]
         pytest.param(tiff(TWELVE * 2, tags={281: [4095]}.items()), [[31, 16], [0, 0]], id="untrue"),
         pytest.param(tiff(TWELVE), [[15, 8], [0, 0]], id="unsaid"),
         pytest.param(tiff(np.repeat(TWELVE, 3, -1), photometric=2, tags={281: [4095] * 3}.items()), SHOWN, id="colour"),
+        pytest.param(
+            tiff(np.repeat(TWELVE, 3, -1), photometric=2, tags={281: [4095] * 3}.items(), strips=2), SHOWN, id="strips"
+        ),
+        pytest.param(
+            tiff(np.repeat(TWELVE, 3, -1), photometric=2, tags={281: [4095] * 3}.items(), strips=0), SHOWN, id="planes"
+        ),
         pytest.param(png(TWELVE, before=[chunk(b"sBIT", b"\x0c")]), SHOWN, id="png"),
         pytest.param(png(TWELVE << 4, before=[chunk(b"sBIT", b"\x0c")]), SHOWN, id="shifted"),
         pytest.param(png(np.repeat(TWELVE, 3, -1), before=[chunk(b"sBIT", b"\x0c\x0c\x0c")]), SHOWN, id="rgb"),
@@ -279,6 +285,12 @@ def test_a_tiff_of_16_bits_whose_zero_is_white():
     assert read(tiff(np.array([[0, 65535]], np.uint16)[..., None], photometric=0))[0, :, 0].tolist() == [255, 0]
 
 
+@pytest.mark.parametrize("strips", [0, 1, 2], ids=["planes", "one-strip", "two-strips"])
+def test_a_tiff_of_16_bits_is_read_however_its_colours_lie(strips):
+    samples = np.random.default_rng(0).integers(0, 2**16, (4, 6, 3), np.uint16)
+    assert (read(tiff(samples, photometric=2, strips=strips)) == samples >> 8).all()
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_samples_of_unknown_range_are_refused(mode):
     with pytest.raises(BrokenPictureError, match=f"mode '{mode}', of no known range; save it with 8 or 16"):
@@ -293,9 +305,10 @@ def test_samples_of_unknown_range_are_refused(mode):
         (Image.new("YCbCr", (8, 8), (76, 85, 255)), "JPEG", (255, 0, 0)),
         (Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF", (255, 255, 255)),
         (Image.new("1", (8, 8), 1), "TIFF", (255, 255, 255)),
+        (Image.new("RGB", (8, 8), RED).quantize(2), "ICNS", RED),
         (Image.new("LA", (8, 8), (77, 255)), "TIFF", (77, 77, 77)),
     ],
-    ids=["cmyk-jpeg", "cmyk-tiff", "ycbcr", "lab", "bilevel", "grey-alpha"],
+    ids=["cmyk-jpeg", "cmyk-tiff", "ycbcr", "lab", "bilevel", "palette-icns", "grey-alpha"],
 )
 def test_colour_spaces_become_rgb(picture, format, expected):
     assert np.abs(np.subtract(colour(saved(picture, format)), expected)).max() < 3
