@@ -8,23 +8,16 @@ A *model config* (`ModelConfig`) says what a model is and travels with its weigh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
 import operator
 import string
-import types
 import typing
-import unicodedata
-from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any, Literal
-
-import ml_collections
 
 from hmar_jax.errors import InputError, shown
 from hmar_jax.files import local_path
+from hmar_jax.plain import Checked, check_names, from_config_dict, from_plain, to_config_dict, to_plain
 from hmar_jax.scales import Pattern, ScaleLadder
 
 Stage = Literal["tokenizer", "next_scale", "masked"]
@@ -43,92 +36,6 @@ _MOST_PIXELS = 2**14  # a side: a picture then takes 3 GiB
 _MOST_STEPS = 2**31 - 1  # counted in int32
 _MOST_EXAMPLES = 2**20  # of a batch, or drawn for a grid
 _MOST_BATCH_PIXELS = 2**34  # of all pictures of a batch, which take 48 GiB of the hosts
-_GREATEST = 1e9  # of a factor of losses or gradients: far from the end of float32
-
-
-def _whole(config: Any, group: str, least: int, **most: int) -> None:
-    """Raises InputError, naming field and group, unless each field that is named is from `least` to its bound."""
-    for name, bound in most.items():
-        value = getattr(config, name)
-        if not least <= value <= bound:
-            expected = f"{least} or more" if value < least else f"{bound} at most"
-            raise InputError(f"{group}{name} is {shown(value)}; expected {expected}.")
-
-
-def _check_factor(config: Any, group: str, name: str) -> None:
-    """Raises InputError unless a field is from 0 to what float32 has room for times anything."""
-    value = getattr(config, name)
-    if not 0 <= value <= _GREATEST:
-        expected = f"{_GREATEST:g} at most" if _GREATEST < value < math.inf else "0 or more"
-        raise InputError(f"{group}{name} is {value}; expected {expected}.")
-
-
-def check_names(names: tuple[str, ...]) -> None:
-    """Raises InputError unless class names tell classes apart, and can be written in a line and in a file."""
-    seen = set()
-    for number, name in enumerate(names):
-        if not name.strip():
-            raise InputError(f"The name of class {number} is {shown(name)}, which is blank; give it a name.")
-        if not is_line(name):
-            raise InputError(
-                f"The name of class {number} is {shown(name)}, which has a control character or is no Unicode text; "
-                "give it another name."
-            )
-        if name in seen:
-            raise InputError(f"Two classes are called {shown(name)}; give one of them another name.")
-        seen.add(name)
-
-
-def is_line(text: str) -> bool:
-    """Whether a text has no control characters, such as line ends and escapes, and can be written as UTF-8."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields, whose text takes long to evaluate."""
-    return typing.get_type_hints(typing.cast(Any, cls))
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as type `hint`: nested dataclasses built, lists made tuples, ints taken as floats; else InputError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, name)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_plain(typing.cast(type, hint), value, f"{name}.")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(args[0], item, name) for item in value)
-    if origin is Literal and isinstance(value, str) and value in args:
-        return value
-    if hint is float and isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):  # NumPy's too
-        return int(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    expected = " or ".join(map(repr, args)) if origin is Literal else str(hint if origin else hint.__name__)
-    raise InputError(f"Config field '{name}' is {shown(value)}; expected {expected}.")
-
-
-class Checked:
-    """A config whose fields have their declared types, however it is made: numbers and lists are converted, other types
-    refused. `group` is what its fields' names begin with in a sentence.
-    """  # fmt: skip
-
-    _group: typing.ClassVar[str]
-
-    def __init_subclass__(cls, group: str = "") -> None:
-        cls._group = group
-
-    def __post_init__(self) -> None:
-        hints = _hints(typing.cast(Any, type(self)))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            given = getattr(self, field.name)
-            value = _convert(hints[field.name], given, self._group + field.name)
-            if type(given) is not int:  # which stays one where a float is declared, as sentences show it
-                object.__setattr__(self, field.name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +69,7 @@ class TokenizerConfig(Checked, group="tokenizer."):
         super().__post_init__()
         sizes = dict.fromkeys(("channels", "norm_groups", "latent_channels"), _LARGEST)
         blocks = dict.fromkeys(("encoder_blocks", "decoder_blocks"), _MOST_BLOCKS)
-        _whole(self, "tokenizer.", 1, **sizes, **blocks, codebook_size=_MOST_CODES, phis=_MOST_PHIS)
+        self._check_whole(1, **sizes, **blocks, codebook_size=_MOST_CODES, phis=_MOST_PHIS)
         if not self.multipliers or min(self.multipliers) < 1 or max(self.multipliers) * self.channels > _LARGEST:
             raise InputError(
                 f"tokenizer.multipliers is {shown(self.multipliers)}; expected whole numbers of 1 or more, which times "
@@ -230,7 +137,7 @@ class TransformerConfig(Checked, group="transformer."):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = dict.fromkeys(("width", "heads", "mlp_ratio"), _LARGEST)
-        _whole(self, "transformer.", 1, depth=_DEEPEST, num_classes=_MOST_CLASSES, **sizes)
+        self._check_whole(1, depth=_DEEPEST, num_classes=_MOST_CLASSES, **sizes)
         if not 0 <= self.class_dropout <= 1 or not 0 <= self.drop_path < 1:
             raise InputError(
                 f"transformer.class_dropout is {self.class_dropout}, transformer.drop_path {self.drop_path}; expected "
@@ -371,7 +278,7 @@ class DataConfig(Checked, group="data."):
                 f"data.resize is {self.resize:g}; expected 1 to 16: it is not in pixels, but the ratio of a picture's "
                 "shorter side, before the crop, to the model's image size."
             )
-        _whole(self, "data.", 0, workers=1024)  # processes of one machine
+        self._check_whole(0, workers=1024)  # processes of one machine
         if self.skip_broken and self.source not in ("folder", "tfds"):
             raise InputError(
                 f"data.skip_broken is for 'folder' and 'tfds', and data.source is {self.source!r}; leave it."
@@ -407,17 +314,8 @@ class OptimizerConfig(Checked, group="optimizer."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "base_lr",
-            "warmup",
-            "warmup_from",
-            "flat",
-            "final_lr",
-            "weight_decay",
-            "final_weight_decay",
-            "clip",
-        ):
-            _check_factor(self, "optimizer.", name)
+        self._check_factors("base_lr", "warmup", "warmup_from", "flat", "final_lr", "clip")
+        self._check_factors("weight_decay", "final_weight_decay")
         if self.warmup > 1 or self.flat > 1:
             raise InputError(f"optimizer.warmup={self.warmup}, optimizer.flat={self.flat}; expected shares, at most 1.")
         for name in ("b1", "b2", "ema"):
@@ -461,14 +359,10 @@ class TokenizerLossConfig(Checked, group="tokenizer_loss."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below")
-        for name in weights:
-            _check_factor(self, "tokenizer_loss.", name)
-        _whole(self, "tokenizer_loss.", 0, adversarial_start=_MOST_STEPS, adversarial_ramp=_MOST_STEPS)
-        _whole(
-            self, "tokenizer_loss.", 1, revive_every=_MOST_STEPS, discriminator_channels=2**14, discriminator_layers=16
-        )
-        _whole(self, "tokenizer_loss.", 0, kmeans_batches=1024)  # which devices hold all at once
+        self._check_factors("l1", "l2", "vq", "commitment", "perceptual", "adversarial", "dead_below")
+        self._check_whole(0, adversarial_start=_MOST_STEPS, adversarial_ramp=_MOST_STEPS)
+        self._check_whole(1, revive_every=_MOST_STEPS, discriminator_channels=2**14, discriminator_layers=16)
+        self._check_whole(0, kmeans_batches=1024)  # which devices hold all at once
         if not 0 <= self.scale_dropout <= 1 or not 0 <= self.usage_decay < 1:
             raise InputError(
                 f"tokenizer_loss has scale_dropout={self.scale_dropout} and usage_decay={self.usage_decay}; expected a "
@@ -510,7 +404,7 @@ class MeshConfig(Checked, group="mesh."):
         super().__post_init__()
         for name in ("data", "fsdp", "tensor"):
             if getattr(self, name) != -1:
-                _whole(self, "mesh.", 1, **{name: _MOST_EXAMPLES})
+                self._check_whole(1, **{name: _MOST_EXAMPLES})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,7 +423,7 @@ class EvalConfig(Checked, group="evals."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole(self, "evals: ", 1, every=_MOST_STEPS, count=_MOST_STEPS)
+        self._check_whole(1, every=_MOST_STEPS, count=_MOST_STEPS)
 
 
 _STAGE1_D16 = TransformerConfig.preset("d16", masked=False)
@@ -583,7 +477,7 @@ class TrainConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("steps", "log_every", "checkpoint_every", "keep")
-        _whole(self, "", 1, **dict.fromkeys(counts, _MOST_STEPS), batch_size=_MOST_EXAMPLES, accumulate=_MOST_EXAMPLES)
+        self._check_whole(1, **dict.fromkeys(counts, _MOST_STEPS), batch_size=_MOST_EXAMPLES, accumulate=_MOST_EXAMPLES)
         ladder = ScaleLadder(self.sides)
         pixels = ModelConfig(ladder, self.tokenizer).image_size if self.stage == "tokenizer" else 0
         if self.batch_size * pixels**2 > _MOST_BATCH_PIXELS:
@@ -635,45 +529,8 @@ def check_paths(config: TrainConfig) -> None:
             local_path(path, name)
 
 
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """A config dataclass as the ConfigDict that a config file returns, tuples and nesting kept."""
-    return ml_collections.ConfigDict(to_plain(config))
-
-
-def to_plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts of JSON types (tuples stay tuples)."""
-    return {
-        field.name: tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
-        for field in dataclasses.fields(config)
-        for value in [getattr(config, field.name)]
-    }
-
-
-def _plain(value: Any) -> Any:
-    return to_plain(value) if dataclasses.is_dataclass(value) else value
-
-
-def from_config_dict[T](cls: type[T], config: ml_collections.ConfigDict) -> T:
-    """What `to_config_dict` made, perhaps changed since, checked: see `from_plain`."""
-    return from_plain(cls, config.to_dict())
-
-
-def from_plain[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """The config dataclass `cls` from nested mappings, as JSON gives them.
-
-    Raises:
-      InputError: no mapping, a name that the dataclass does not have, a missing one, or a value of the wrong type.
-    """
-    if not isinstance(values, Mapping):
-        raise InputError(f"{cls.__name__} is {shown(values)}; expected its fields by name.")
-    hints = _hints(typing.cast(Any, cls))
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise InputError(
-                f"Config field {shown(where + str(name))} does not exist; {cls.__name__} has {', '.join(fields)}."
-            )
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"Config field '{where}{name}' is missing.")
-    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+__all__ = [
+    "DataConfig", "EvalConfig", "Kind", "MeshConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Stage",
+    "TokenizerConfig", "TokenizerLossConfig", "TrainConfig", "TransformerConfig", "check_paths", "from_config_dict",
+    "from_plain", "to_config_dict", "to_plain",
+]  # fmt: skip

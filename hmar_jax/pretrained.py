@@ -24,11 +24,12 @@ import numpy as np
 
 from hmar_jax import hub, json_files, model_card, tensors
 from hmar_jax import params as trees
-from hmar_jax.config import Checked, Kind, ModelConfig, from_plain, to_plain
+from hmar_jax.config import Kind, ModelConfig
 from hmar_jax.errors import InputError, check_choice, printable, saying, shown
 from hmar_jax.files import is_there, local_path, open_regular, put_back, reading, refused_by_disk, swap_in, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
+from hmar_jax.plain import Checked, from_plain, to_plain
 from hmar_jax.platform import use_compilation_cache
 from hmar_jax.tensors import Tensor
 from hmar_jax.tokenizer.quantizer import phi_of_scale, recorded_phis, unrecorded_phi_of_scale

@@ -15,8 +15,9 @@ import numpy as np
 from hmar_jax import json_files
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.config import TrainConfig, from_config_dict
+from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError
+from hmar_jax.plain import from_config_dict
 
 STAGES = ("tokenizer", "next_scale", "masked")
 PICTURES = 12_000  # in the token cache

@@ -17,9 +17,10 @@ from ml_collections import config_flags
 from hmar_jax.commands import processes
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.config import TrainConfig, check_paths, from_config_dict
+from hmar_jax.config import TrainConfig, check_paths
 from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import check_outputs, check_readable, check_refusal, is_there, local_path
+from hmar_jax.plain import from_config_dict
 
 
 def run(argv: Sequence[str]) -> None:
@@ -95,7 +96,7 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InputError(
             f"Config file {file}, or a value given for it, is nested too deeply; take levels out of it."
         ) from None
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, LookupError) as error:
         if "get_config" in str(error):
             raise InputError(f"Config file {file} has no get_config(); see those in configs/.") from None
         reason = _sentence(error).rstrip(".")

@@ -42,7 +42,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from hmar_jax import json_files, lock, pictures
-from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, to_plain
+from hmar_jax.config import DataConfig, MeshConfig, ModelConfig
 from hmar_jax.data import pipeline
 from hmar_jax.data.broken import Broken, WholePictures
 from hmar_jax.data.held_out import NamedSource, Part
@@ -60,6 +60,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.files import local_path, put_in_place, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, networks
+from hmar_jax.plain import to_plain
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.pretrained import Opened, open_model, read_params
 from hmar_jax.progress_bar import progress

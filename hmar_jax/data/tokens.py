@@ -29,10 +29,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax import json_files
-from hmar_jax.config import check_names, from_plain, to_plain
 from hmar_jax.errors import InputError, reason, saying, shown
 from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, write_whole, writing
 from hmar_jax.lock import is_running
+from hmar_jax.plain import check_names, from_plain, to_plain
 from hmar_jax.scales import ScaleLadder
 
 FORMAT = 1

@@ -38,10 +38,11 @@ from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
 from hmar_jax import json_files
-from hmar_jax.config import ModelConfig, to_plain
+from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import is_there, local_path, put_in_place, read_bytes, write_whole, writing
 from hmar_jax.model import Model
+from hmar_jax.plain import to_plain
 from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.progress_bar import progress
 from hmar_jax.sampling import bulk_parts, program

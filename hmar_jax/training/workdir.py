@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hmar_jax.config import TrainConfig, to_plain
+from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError, shown
 from hmar_jax.files import write_whole, writing
 from hmar_jax.lock import Lock
 from hmar_jax.params import flatten
+from hmar_jax.plain import to_plain
 from hmar_jax.training import distributed
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.classes import check_same_classes

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mutations import ODD_TEXTS, ODD_VALUES, odd_json
 
 from hmar_jax.commands.train import read_config
-from hmar_jax.config import TrainConfig, from_config_dict, from_plain, to_plain
+from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError
 from hmar_jax.params import flatten
+from hmar_jax.plain import from_config_dict, from_plain, to_plain
 
 CONFIGS = {
     name: from_config_dict(TrainConfig, importlib.import_module(f"configs.{name}").get_config())

@@ -13,8 +13,8 @@ from tiny_models import TINY
 
 from hmar_jax import networks, pretrained
 from hmar_jax import params as trees
-from hmar_jax.config import from_plain, to_plain
 from hmar_jax.errors import HmarError
+from hmar_jax.plain import from_plain, to_plain
 from hmar_jax.pretrained import open_model, read_params, save_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
