@@ -50,7 +50,7 @@ def check(content):
     assert [list(steps) for steps in made.counts] == counts
     assert all(math.isqrt(sum(steps)) ** 2 == sum(steps) > 0 for steps in counts)
     for name, value in scalars.items():
-        assert [list(steps) for steps in getattr(made, name)] == value
+        assert [list(steps) for steps in getattr(made, name)] == [list(map(float, steps)) for steps in value]
         assert not any(isinstance(number, bool) for steps in value for number in steps)
     assert made.order == order
     assert Schedule.from_json(made.to_json()) == made
