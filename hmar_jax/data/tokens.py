@@ -17,6 +17,7 @@ import glob
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -29,11 +30,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax import json_files
-from hmar_jax.errors import InputError, reason, saying, shown
+from hmar_jax.errors import InputError, printable, reason, saying, shown
 from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, write_whole, writing
 from hmar_jax.lock import is_running
 from hmar_jax.plain import check_names, from_plain, to_plain
 from hmar_jax.scales import ScaleLadder
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 HEADER = "cache.json"
@@ -350,9 +353,15 @@ def _read_header(path: Path) -> Header:
     digest = values.pop("digest", None)  # None in caches from before it was recorded
     with saying(f"Token cache header {file}"):
         header = from_plain(Header, values)
-    if digest is not None and digest != _digest(values):
-        raise InputError(
-            f"Token cache header {file} is not as it was written, since its digest is of other fields; {again} or, if "
-            "you have changed it on purpose, delete the line with its digest."
-        )
+    if digest is not None and digest != (actual := _digest(values)):
+        _tell_of_change(file, actual)
     return header
+
+
+@functools.cache  # once for each file and content: a training opens its cache several times
+def _tell_of_change(file: Path, actual: str) -> None:
+    logger.warning(
+        "Token cache header %s is not as it was written, since its digest is of other fields. If you have changed it, "
+        "delete the line with its digest; if not, write the token cache again.",
+        printable(str(file), 400),
+    )
