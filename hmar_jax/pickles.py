@@ -125,14 +125,18 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "core.multiarray.scalar": _named_only,
     "core.numeric._frombuffer": Array,
 }
+_TYPES = ("bool", "int", "long", "float", "complex", "str", "list", "dict", "tuple")  # e.g. `defaultdict(int)` has one
+_BUILTINS = dict.fromkeys(_TYPES, _named_only) | dict.fromkeys(("set", "frozenset", "bytearray"), _first)
 # Of what Python and NumPy themselves write into pickles: sets become lists, byte strings may stay text in Latin-1.
 PLAIN: Mapping[str, Callable[..., Any]] = {
     **{f"numpy.{name}": stand_in for name, stand_in in _NUMPY.items()},
     **{f"numpy._{name}": stand_in for name, stand_in in _NUMPY.items() if name.startswith("core.")},
-    **{f"{builtins}.{name}": _first for builtins in ("builtins", "__builtin__") for name in ("set", "bytearray")},
+    **{f"{module}.{name}": x for module in ("builtins", "__builtin__") for name, x in _BUILTINS.items()},
     "_codecs.encode": _first,
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
+    "collections.Counter": lambda *_: {},
+    "collections.deque": lambda *_: [],
 }
 
 

@@ -1,6 +1,8 @@
 """PyTorch's files, read without PyTorch: what PyTorch wrote, what damage and malice make of it, and what is written."""
 
+import collections
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -74,6 +76,16 @@ def test_every_tensor_that_pytorch_wrote_is_read(made):
     assert file.dtypes == {name: array.dtype.name for name, array in READABLE.items()} | unreadable
     assert {name: file.shapes[name] for name in READABLE} == {name: array.shape for name, array in READABLE.items()}
     assert_bit_equal({name: file.read(name) for name in READABLE}, READABLE)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_data_beside_tensors_do_not_matter(tmp_path, protocol):
+    """Such as the settings, counts and losses of a training."""
+    counts = collections.Counter("abc"), collections.defaultdict(int, a=1), collections.OrderedDict(b=2)
+    lists = collections.deque([1], 5), frozenset({1}), {2}, bytearray(b"x"), 1 + 2j, float("inf"), [None, (True,)]
+    with zipfile.ZipFile(tmp_path / "f.pth", "w") as archive:
+        archive.writestr("any/data.pkl", pickle.dumps({"model": {}, "beside": [*counts, *lists]}, protocol))
+    assert File(tmp_path / "f.pth").shapes == {}
 
 
 def test_no_pytorch_is_loaded(made):

@@ -167,11 +167,17 @@ def number(value):
 
 
 CRC = zlib.crc32(A)
-OTHER = {
-    "bytes in front": b"junk" + STORED,
+# What PyTorch reads too, or what only repeats what the directory says: the records and their checksums are the same.
+HARMLESS = {
     "a whole header in front": STORED[:64] + STORED,
     "bytes behind": STORED + b"junk",
     "a comment": STORED[:-2] + struct.pack("<H", 4) + b"junk",
+    "another checksum in a header": overwritten(HEADER - 16, number(CRC ^ 1)),
+    "another size in a header": overwritten(HEADER - 8, number(len(A) - 4)),
+    "fewer entries": STORED[:-12] + struct.pack("<H", 1) + STORED[-10:],
+}  # fmt: skip
+OTHER = {
+    "bytes in front": b"junk" + STORED,
     "bytes before the directory": STORED.replace(b"PK\1\2", b"junkPK\1\2", 1),
     "data.pkl twice": archive_of([*PARTS, PARTS[0]]),
     "data.pkl in two folders": archive_of([*PARTS, ("other/data.pkl", PARTS[0][1])]),
@@ -188,19 +194,16 @@ OTHER = {
     "another name in the directory": overwritten(ENTRY, b"any/data/9"),
     "names that changed places": STORED.replace(b"any/data/0", b"any/data/?").replace(b"any/data/1", b"any/data/0")
     .replace(b"any/data/?", b"any/data/1"),
-    "another checksum in a header": overwritten(HEADER - 16, number(CRC ^ 1)),
     "another checksum in the directory": overwritten(ENTRY - 30, number(CRC ^ 1)),
     "a checksum of 0": overwritten(HEADER - 16, number(0), overwritten(ENTRY - 30, number(0))),
     "encrypted": overwritten(HEADER - 24, b"\1", overwritten(ENTRY - 38, b"\1")),
     "deflated, it says": overwritten(HEADER - 22, b"\x08", overwritten(ENTRY - 36, b"\x08")),
-    "another size in a header": overwritten(HEADER - 8, number(len(A) - 4)),
     "another size in the directory": overwritten(ENTRY - 22, number(len(A) - 4)),
     "sizes beyond the next record": overwritten(ENTRY - 26, number(len(A) + 64) * 2),
     "sizes of gigabytes": overwritten(ENTRY - 26, number(2**31) * 2),
     "the place of another record": overwritten(ENTRY - 4, number(STORED.index(b"any/data/1") - 30)),
     "a place beyond the file": overwritten(ENTRY - 4, number(2**31)),
     "a longer extra field": overwritten(HEADER - 2, struct.pack("<H", 40)),
-    "fewer entries": STORED[:-12] + struct.pack("<H", 1) + STORED[-10:],
     "a directory elsewhere": STORED[:-6] + number(0) + STORED[-2:],
     "a directory of gigabytes": STORED[:-10] + number(2**31) + STORED[-6:],
 }  # fmt: skip
@@ -210,6 +213,24 @@ OTHER = {
 def test_an_archive_that_contradicts_itself_is_refused(path, case):
     assert OTHER[case] != STORED
     assert read(path, OTHER[case]) is None
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_bytes_around_an_archive_and_wrong_repetitions_change_nothing(path, whole, case):
+    assert HARMLESS[case] != STORED
+    assert read(path, HARMLESS[case]) == whole["stored"]
+
+
+def directory_of(count):
+    """An archive of so many empty records."""
+    entry = b"PK\1\2" + bytes(42)
+    return b"PK\3\4" + entry * count + b"PK\5\6" + struct.pack("<4x2H2L2x", 0, 0, len(entry) * count, 4)
+
+
+def test_a_directory_that_would_fill_the_memory_is_not_read(path):
+    content = directory_of(10**6)
+    assert peak_memory(lambda: read(path, content)) < 2**24
+    assert read(path, content) is None
 
 
 def test_other_flags_and_records_change_nothing(path, whole):
