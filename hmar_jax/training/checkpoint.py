@@ -100,7 +100,7 @@ class Checkpoints:
         Raises:
           InputError: it is of another config, is damaged, or gives back other values than were saved.
         """
-        with self._naming(self.latest()) as step:
+        with self._reading() as step:
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
             digest = self._digest("state")
             if digest is not None and digest != digests.of_arrays(state):
@@ -111,7 +111,7 @@ class Checkpoints:
 
     def config(self) -> TrainConfig:
         """The train config of the newest checkpoint."""
-        with self._naming(self.latest()):
+        with self._reading():
             values = self._json("config")
             config = from_plain(TrainConfig, values)
             if config.stage != "tokenizer":
@@ -122,7 +122,7 @@ class Checkpoints:
 
     def position(self) -> dict[str, Any]:
         """What `data` was at the newest checkpoint."""
-        with self._naming(self.latest()):
+        with self._reading():
             data = self._json("data")
             for name, kind in _POSITION.items():
                 if type(data.get(name)) is not kind or (kind is int and data[name] < 0):
@@ -164,18 +164,27 @@ class Checkpoints:
 
     def _check_files(self, step: int | None) -> None:
         """Raises where a checkpoint has something else than files, which might be waited for, or far too large ones."""
-        for folder, _, names in os.walk(self.folder / str(step)):
+        seen = set()  # links may go in circles
+        for folder, inner, names in os.walk(self.folder / str(step), followlinks=True):
+            seen.add(os.path.realpath(folder))
+            inner[:] = [name for name in inner if os.path.realpath(Path(folder, name)) not in seen]
             for file in (Path(folder, name) for name in names):
                 check_regular(file, f"Checkpoint {self.folder / str(step)} could not be read: file")
                 if not folder.endswith("/d") and file.stat().st_size > _MOST_METADATA:
                     raise ValueError(f"{file.name} is larger than {_MOST_METADATA // 2**20} MiB")
 
     @contextlib.contextmanager
+    def _reading(self) -> Iterator[int | None]:
+        """Checks the files of the newest checkpoint; turns what goes wrong in the block into a sentence."""
+        with self._naming(self.latest()) as step:
+            self._check_files(step)
+            yield step
+
+    @contextlib.contextmanager
     def _naming(self, step: int | None) -> Iterator[int | None]:
         """Turns what goes wrong in the block with a checkpoint into a sentence that names it, and what to do."""
         what = f"Checkpoint {self.folder / str(step)}"
         try:
-            self._check_files(step)
             yield step
         except Exception as error:  # Orbax and TensorStore raise whatever the damage brings about
             if "structures do not match" in str(error) or "stored shape" in str(error):
@@ -190,7 +199,8 @@ class Checkpoints:
                 raise known from error
             others = [s for s in self._folders() if s != step]
             after = f"resume from step {max(others)}" if others else "start anew"
-            raise InputError(f"{what} cannot be read ({reason(error)}); remove that folder to {after}.") from error
+            why = reason(error).partition(". See full TensorStore")[0]  # Orbax adds a method's repr
+            raise InputError(f"{what} cannot be read ({why}); remove that folder to {after}.") from error
 
     def _guard(self, write: Callable[[], Any]) -> None:
         """Calls `write`; what the disk, the memory or another process does to it becomes a sentence."""

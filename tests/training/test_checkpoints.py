@@ -263,6 +263,18 @@ def test_what_is_no_file_in_a_checkpoint_is_refused(two_saved, tmp_path, name, k
         read_all(tmp_path)
 
 
+def test_folders_that_are_links_are_read_and_what_is_no_file_in_them_is_refused(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "4" / "state"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path)
+    assert_bit_equal(read_all(tmp_path)[2], state(4))
+    os.mkfifo(tmp_path / "elsewhere" / "pipe")
+    with pytest.raises(InputError, match=r"checkpoints/4.*is a named pipe"):
+        read_all(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["-1", "007", "1e9", "０", "²", "x"])
 def test_a_folder_among_the_checkpoints_that_is_none_is_passed_over(two_saved, tmp_path, name):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
