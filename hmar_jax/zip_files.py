@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from hmar_jax.errors import shown
 from hmar_jax.files import open_regular
 
 SIGNATURE = b"PK\x03\x04"  # of the header before a record, with which an archive begins
@@ -59,7 +60,7 @@ class Archive:
         size = record.file_size
         stop = size if count is None else start + count
         if not 0 <= start <= stop <= size:
-            raise ValueError(f"record {name} ends before byte {stop}")
+            raise ValueError(f"record {shown(name)} ends before byte {stop}")
         if name in self._unpacked:
             return self._unpacked[name][start:stop]
         with open_regular(self._path, "File") as file:
@@ -83,7 +84,7 @@ class Archive:
         for part in parts if self._has_checksums else ():
             crc = zlib.crc32(part, crc)
         if crc != record.CRC:
-            raise ValueError(f"the checksum of record {record.orig_filename} is wrong")
+            raise ValueError(f"the checksum of record {shown(record.orig_filename)} is wrong")
 
 
 class _Bounded(io.BufferedReader):
@@ -107,11 +108,11 @@ def _records(path: Path) -> dict[str, zipfile.ZipInfo]:
     for record in sorted(found, key=lambda record: record.header_offset, reverse=True):
         name, size = record.orig_filename, record.compress_size
         if record.flag_bits & _ENCRYPTED or record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"record {name} is encrypted, or packed as PyTorch packs none")
+            raise ValueError(f"record {shown(name)} is encrypted, or packed as PyTorch packs none")
         if record.header_offset < 0 or record.header_offset + _HEADER.size + len(name) + size > limit:
-            raise ValueError(f"record {name} overlaps what is behind it")
+            raise ValueError(f"record {shown(name)} overlaps what is behind it")
         if record.compress_type == zipfile.ZIP_STORED and size != record.file_size:
-            raise ValueError(f"record {name} is not as long as it says")
+            raise ValueError(f"record {shown(name)} is not as long as it says")
         limit = record.header_offset
     if sum(record.file_size for record in found) > _MOST_UNPACKED * length + _ALWAYS_UNPACKED:
         raise ValueError(f"unpacked, it has more than {_MOST_UNPACKED} times its size")
@@ -127,7 +128,7 @@ def _content_at(file: BinaryIO, record: zipfile.ZipInfo) -> int:
     signature, *lengths = _HEADER.unpack(file.read(_HEADER.size))
     name = file.read(lengths[0]).decode("utf-8" if record.flag_bits & 0x800 else "cp437")  # as `zipfile` has it
     if signature != SIGNATURE or name != record.orig_filename:
-        raise ValueError(f"the header of record {record.orig_filename} disagrees with the directory")
+        raise ValueError(f"the header of record {shown(record.orig_filename)} disagrees with the directory")
     return file.seek(lengths[1], io.SEEK_CUR)
 
 

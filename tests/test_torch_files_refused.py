@@ -63,7 +63,7 @@ def test_a_flipped_byte_of_a_zip_is_found(tmp_path, arrays):
     path = flipped(torch_file_of(tmp_path / "f.pth", arrays), COUNT.tobytes())
     assert (
         refused(path)
-        == "f.pth is no whole PyTorch file (a: the checksum of record any/data/0 is wrong); copy or save it again."
+        == "f.pth is no whole PyTorch file (a: the checksum of record 'any/data/0' is wrong); copy or save it again."
     )
     assert File(path).read("b").shape == (2, 300)
 
@@ -72,7 +72,7 @@ def test_a_flipped_byte_of_a_storage_that_tensors_share_is_found(tmp_path):
     path = tmp_path / "f.pth"
     shutil.copy(MADE / "zip.pth", path)
     flipped(path, COUNT.tobytes())
-    assert "(strided: the checksum of record zip/data/9 is wrong)" in refused(path, "strided")
+    assert "(strided: the checksum of record 'zip/data/9' is wrong)" in refused(path, "strided")
 
 
 def test_files_that_pytorch_wrote_without_checksums_are_read(tmp_path, arrays, monkeypatch):

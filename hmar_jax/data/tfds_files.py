@@ -37,7 +37,7 @@ _FEATURES = {"tensorflow_datasets.core.features.feature.Tensor"} | {  # an old n
 }
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _JSON_KEYS = ("json", "content")  # whose text TFDS reads as JSON
-_PLAIN_KEY = re.compile(r"[\w .:+-]*")
+_PLAIN_KEY = re.compile(r"[\w .:+/-]*")  # such as image/filename, for which TFDS looks in a file image.filename.…
 
 
 def dataset_folder(name: str, path: str) -> Path:

@@ -309,6 +309,14 @@ def test_a_picture_beside_the_image_is_not_opened(tmp_path):
     assert TfdsSource("two", str(tmp_path))[0]["image"].shape == (8, 8, 3)
 
 
+def test_features_beside_image_and_label_may_have_any_name_that_tfds_gives(tmp_path):
+    boxes = tfds.features.Sequence({"box": tfds.features.BBoxFeature()})
+    more = {"image/filename": tfds.features.Text(), "objects": boxes}
+    example = {"image": encoded(Image.new("RGB", (8, 8))), "label": 1, "image/filename": "a/b.png", "objects": []}
+    prepare(tmp_path, "named", LABEL | more, [example])
+    assert TfdsSource("named", str(tmp_path))[0]["label"] == 1
+
+
 def test_several_configs_are_named(small, tmp_path):
     for config in ("a", "b"):
         shutil.copytree(small / "small/1.0.0", tmp_path / "small" / config / "1.0.0")
