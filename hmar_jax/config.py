@@ -402,9 +402,8 @@ class MeshConfig(Checked, group="mesh."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "fsdp", "tensor"):
-            if getattr(self, name) != -1:
-                self._check_whole(1, **{name: _MOST_EXAMPLES})
+        sizes = dict.fromkeys(("data", "fsdp", "tensor"), _MOST_EXAMPLES)
+        self._check_whole(-_MOST_EXAMPLES, **sizes)  # `sharding.make_mesh` says which of them fit the devices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -274,6 +274,7 @@ def write_whole(path: Path, content: bytes) -> Path:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            remove(partial)  # a link, which would be written through, or a named pipe, which would be waited for
             partial.write_bytes(content)
             put_in_place(partial, path)
         finally:
@@ -302,7 +303,7 @@ def swap_in(new: Path, path: Path) -> None:
     path = path.absolute()
     aside = _aside(path)
     put_back(path)
-    _remove(aside)  # what a killed run left
+    remove(aside)  # what a killed run left
     if not os.path.lexists(path):
         os.rename(new, path)
         return
@@ -315,16 +316,18 @@ def swap_in(new: Path, path: Path) -> None:
             os.rename(new, path)
         except BaseException:
             put_back(path)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             raise
-    _remove(aside)
+    remove(aside)
 
 
-def _remove(path: Path) -> None:
-    """Removes a folder, as far as that may be, or whatever is there: `rmtree` would wait for a named pipe."""
+def remove(path: Path) -> None:
+    """Removes a folder or whatever is there, as far as that may be: `rmtree` alone would wait for a named pipe."""
     if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def put_back(path: Path) -> None:
@@ -335,7 +338,7 @@ def put_back(path: Path) -> None:
     old = _aside(path) / path.name
     if not os.path.lexists(path) and os.path.lexists(old):
         os.rename(old, path)
-        shutil.rmtree(old.parent, ignore_errors=True)
+        remove(old.parent)
 
 
 def _aside(path: Path) -> Path:

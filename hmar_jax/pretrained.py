@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +25,17 @@ from hmar_jax import hub, json_files, model_card, tensors
 from hmar_jax import params as trees
 from hmar_jax.config import Kind, ModelConfig
 from hmar_jax.errors import InputError, check_choice, printable, saying, shown
-from hmar_jax.files import is_there, local_path, open_regular, put_back, reading, refused_by_disk, swap_in, writing
+from hmar_jax.files import (
+    is_there,
+    local_path,
+    open_regular,
+    put_back,
+    reading,
+    refused_by_disk,
+    remove,
+    swap_in,
+    writing,
+)
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, shapes_of, undo_layout
 from hmar_jax.plain import Checked, from_plain, to_plain
@@ -299,7 +308,7 @@ def write_model(
     check_entries(config, {name: tensor.shape for name, tensor in parameters.items()}, "The model")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+        remove(partial)  # what a killed run left
         partial.mkdir(parents=True)
         name = printable(path.name)  # names of folders and files may hold line ends, or be no UTF-8
         digests = tensors.write(partial / WEIGHTS, parameters, label=name)
@@ -322,7 +331,7 @@ def write_model(
     except OSError as error:
         raise refused_by_disk(f"Could not write the model to {path}", error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     return path
 
 

@@ -59,6 +59,20 @@ def test_a_file_is_written_in_a_folder_made_for_it(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("other")], ids=["pipe", "folder", "link"]
+)
+def test_what_stands_where_a_file_is_written_first_is_replaced(tmp_path, make):
+    """A link would have what it leads to overwritten, a pipe would be waited for."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    other.write_bytes(b"kept")
+    make(tmp_path / ".file.partial")
+    write_whole(file, b"new")
+    assert (file.read_bytes(), other.read_bytes()) == (b"new", b"kept")
+    assert not file.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
+
+
 def test_the_old_file_stands_until_the_new_one_is_whole_and_on_the_disk(tmp_path, monkeypatch):
     file, replace, sync, seen = tmp_path / "file", os.replace, os.fsync, []
     file.write_bytes(b"old")

@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +56,7 @@ from hmar_jax.data.tokens import (
     write_shard,
 )
 from hmar_jax.errors import InputError
-from hmar_jax.files import local_path, put_in_place, write_whole, writing
+from hmar_jax.files import local_path, put_in_place, remove, write_whole, writing
 from hmar_jax.model import Model
 from hmar_jax.networks import held_dtypes, networks
 from hmar_jax.plain import to_plain
@@ -327,7 +326,7 @@ class _Job:
     def leave(self) -> None:
         """Removes the folder where no shard is in it yet, so that an export that could not begin leaves nothing."""
         if self._begun and jax.process_count() == 1 and not any((self.folder / name).exists() for name in self._names):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
 
     def _prepare(self) -> list[bool]:
         """Which shards are missing, once the folder is in order."""

@@ -19,7 +19,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from hmar_jax import json_files
 from hmar_jax.errors import InputError, printable, reason, saying, shown
-from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, write_whole, writing
+from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, remove, write_whole, writing
 from hmar_jax.lock import is_running
 from hmar_jax.plain import check_names, from_plain, to_plain
 from hmar_jax.scales import ScaleLadder
@@ -140,7 +139,7 @@ def write_token_cache(
         with writing(path):
             partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     return count
 
@@ -266,7 +265,7 @@ def _new_partial(path: Path) -> Path:
     for left in path.parent.glob(f"{glob.escape(start)}*"):
         process = left.name.removeprefix(start)
         if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
     return path.with_name(f"{start}{os.getpid()}")
 
 
