@@ -55,7 +55,8 @@ class Lock:
     def __init__(self, folder: Path, doing: str = "writes"):
         self._folder, self._doing, self._file = folder, doing, folder / NAME
         self._me = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "token": uuid.uuid4().hex}
-        self._seen: tuple[str, float] | None = None  # token and time of a lock of another machine, as first seen
+        # Token and time of a lock of another machine as first seen, and when that was by our own clock.
+        self._seen: tuple[str, float, float] | None = None
         self._done = threading.Event()
         self._held = False
 
@@ -120,6 +121,8 @@ class Lock:
             modified = self._file.stat().st_mtime
             content = read_bytes(self._file, "Lock", _LARGEST)
         except FileNotFoundError:
+            if self._file.is_symlink():
+                raise InputError(f"Lock {self._file} is a link that leads nowhere; remove it.") from None
             return {}, None
         try:
             holder = json_files.parse(content, "Lock", "remove it")
@@ -137,13 +140,14 @@ class Lock:
         token = holder.get("token", "")
         if self._seen is not None and self._seen[0] == token and modified > self._seen[1]:
             return True
-        if self._now() - modified > STALE:
+        waited = time.monotonic() - self._seen[2] if self._seen is not None and self._seen[0] == token else 0.0
+        if self._now() - modified > STALE or waited > STALE:  # its time may lie in the future
             return False
         if self._seen is None:
             wait = f"waiting up to {STALE:.0f} s to see whether that process still lives"
             logger.info("%s is held by %s; %s.", self._folder, _named(holder), wait)
         if self._seen is None or self._seen[0] != token:
-            self._seen = token, modified
+            self._seen = token, modified, time.monotonic()
         return None
 
     def _now(self) -> float:
@@ -161,8 +165,9 @@ class Lock:
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            if self._now() - guard.stat().st_mtime > STALE:  # whoever made it was killed
-                guard.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if abs(self._now() - guard.lstat().st_mtime) > STALE:  # whoever made it was killed
+                    guard.unlink()
             return False
         try:
             if self._read()[0].get("token") == holder.get("token"):

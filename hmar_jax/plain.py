@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import types
 import typing
 import unicodedata
@@ -55,7 +56,7 @@ class Checked:
         for name in names:
             value = getattr(self, name)
             if not 0 <= value <= _GREATEST:
-                expected = f"{_GREATEST:g} at most" if value > _GREATEST else "0 or more"
+                expected = f"{_GREATEST:g} at most" if _GREATEST < value < math.inf else "0 or more"
                 raise InputError(f"{self._group}{name} is {value}; expected {expected}.")
 
 

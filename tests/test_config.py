@@ -308,11 +308,11 @@ STAGE = {"stage": "tokenizer"}
             (lambda n=name, v=value: OptimizerConfig(**{n: v}), rf"optimizer\.{name} is {value}; expected 0 or more\.")
             for name, value in [
                 ("base_lr", -1e-4), ("warmup", -0.5), ("warmup_from", -0.5), ("flat", -0.5), ("final_lr", -0.5),
-                ("weight_decay", -0.5), ("final_weight_decay", -0.5), ("clip", -2.0),
+                ("weight_decay", -0.5), ("final_weight_decay", -0.5), ("clip", -2.0), ("base_lr", math.inf),
                 ("clip", math.nan),
             ]
         ],
-        (lambda: OptimizerConfig(base_lr=math.inf), r"optimizer\.base_lr is inf; expected 1e\+09 at most\."),
+        (lambda: OptimizerConfig(base_lr=1e10), r"optimizer\.base_lr is 10000000000.0; expected 1e\+09 at most\."),
         *[
             (lambda n=name, v=value: OptimizerConfig(**{n: v}), rf"optimizer\.{name} is {value}; expected a share .*\.")
             for name, value in [("b1", 1.0), ("b2", -0.5), ("b2", math.nan), ("ema", 1.0), ("ema", -0.5)]

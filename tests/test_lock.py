@@ -111,6 +111,23 @@ def test_elsewhere_it_lives_when_it_is_renewed(tmp_path):
         second.take()
 
 
+def test_elsewhere_it_is_gone_after_five_minutes_whatever_its_time_is(tmp_path, monkeypatch):
+    held_by(tmp_path, boot="another")
+    aged(tmp_path, -10 * STALE)
+    (tmp_path / ".lock-taken-over").touch()
+    os.utime(tmp_path / ".lock-taken-over", (2**32, 2**32))
+    second = Lock(tmp_path)
+    assert not second.take()
+    start = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: start + STALE - 20)
+    assert not second.take()
+    monkeypatch.setattr(time, "monotonic", lambda: start + STALE + 20)
+    assert not second.take()  # but removes what another one that took over left
+    assert second.take()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b'{"pid": null}', b"[" * 9999])
 def test_a_file_that_is_not_whole_is_taken_over_when_it_is_old(tmp_path, content):
     (tmp_path / ".lock").write_bytes(content)
@@ -122,7 +139,12 @@ def test_a_file_that_is_not_whole_is_taken_over_when_it_is_old(tmp_path, content
 
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(os.mkfifo, "is a named pipe"), (os.mkdir, "is a folder"), (lambda p: p.symlink_to(p), "link leads to itself")],
+    [
+        (os.mkfifo, "is a named pipe"),
+        (os.mkdir, "is a folder"),
+        (lambda p: p.symlink_to(p), "link leads to itself"),
+        (lambda p: p.symlink_to("no"), "link that leads nowhere"),
+    ],
 )
 def test_a_lock_that_is_no_file_is_refused_and_stays(tmp_path, make, kind):
     make(tmp_path / ".lock")
