@@ -44,7 +44,7 @@ class ScaleLadder:
 
     def __post_init__(self) -> None:
         try:
-            if any(isinstance(side, bool | np.bool_) for side in self.sides):
+            if isinstance(self.sides, bytes | bytearray) or any(isinstance(s, bool | np.bool_) for s in self.sides):
                 raise TypeError
             sides = tuple(operator.index(side) for side in self.sides)
         except TypeError:

@@ -74,7 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], label: str) -> Digests:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     whole, each = hashlib.sha256(), {}
-    progress = tqdm.tqdm(total=end, desc=label, unit="B", unit_scale=True, disable=None)
+    progress = tqdm.tqdm(total=end, desc=printable(label, 80), unit="B", unit_scale=True, disable=None)
     with path.open("wb") as file, progress as bar:
 
         def put(data: bytes | memoryview) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from hmar_jax import pickles, torch_pickles, zip_files
-from hmar_jax.errors import HmarError, InputError, reason
+from hmar_jax.errors import HmarError, InputError, printable, reason
 from hmar_jax.files import open_regular, refused_by_disk
 from hmar_jax.tensors import Tensor, cast
 from hmar_jax.torch_pickles import DTYPES, View
@@ -220,7 +220,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], label: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(_record("data.pkl"), _state_dict({name: tensor.shape for name, tensor in tensors.items()}))
         archive.writestr(_record("byteorder"), b"little")
-        for number, (name, tensor) in enumerate(tqdm.tqdm(tensors.items(), desc=label, disable=None)):
+        for number, (name, tensor) in enumerate(tqdm.tqdm(tensors.items(), desc=printable(label, 80), disable=None)):
             (part,) = tensor.parts()
             record = _record(f"data/{number}")
             record.file_size = tensor.nbytes

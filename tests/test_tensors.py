@@ -12,13 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tqdm
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hmar_jax import InputError, tensors
+from hmar_jax import InputError, tensors, torch_files
 from hmar_jax.tensors import File, Tensor
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+TQDM = tqdm.tqdm
 MB = 2**20
 MAPS = Path("/proc/self/maps")
 
@@ -136,6 +138,16 @@ def test_parts_of_a_wrong_total_are_caught(parts, tmp_path):
 def test_writing_is_quiet_where_there_is_no_terminal(mixed, tmp_path, capsys):
     write(tmp_path / "file", mixed)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", [tensors, torch_files])
+def test_what_a_terminal_is_shown_as_it_is_written_has_no_control_characters(module, monkeypatch, tmp_path):
+    described = []
+    shown = lambda *args, desc, **options: described.append(desc) or TQDM(*args, **options)  # noqa: E731
+    monkeypatch.setattr(module.tqdm, "tqdm", shown)
+    module.write(tmp_path / "file", {"x": Tensor((1,), FLOAT32, lambda: [np.ones(1, np.float32)])}, "\x1b[2J\n" * 500)
+    assert all(map(str.isprintable, described))
+    assert 0 < len(described[0]) < 200
 
 
 def traced_peak(work):

@@ -19,7 +19,7 @@ from typing import Any
 
 from hmar_jax import __version__
 from hmar_jax.commands import terminal
-from hmar_jax.errors import BUG, HmarError
+from hmar_jax.errors import BUG, HmarError, InputError
 from hmar_jax.platform import naming_absent_platforms, set_flags, use_compilation_cache
 
 COMMANDS = {
@@ -106,6 +106,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(command: str) -> None:
     """Sets what JAX reads when it is imported, and who may log what."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libtpu would abort the process
+        raise InputError("The current folder has been deleted; change to one that exists.") from None
     # JAX's C++ layers log to standard error what means nothing to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_flags()

@@ -133,6 +133,8 @@ class _Look:
 
 
 def _log(what: str, found: Sequence[Broken], total: int) -> None:
-    listed = "\n".join(f"  {printable(str(one), 400)}" for one in found[:_LISTED])
-    more = f"\n  … and {len(found) - _LISTED} more" * (len(found) > _LISTED)
-    logger.warning("%d of %d pictures %s:\n%s%s", len(found), total, what, listed, more)
+    logger.warning("%d of %d pictures %s:", len(found), total, what)
+    for one in found[:_LISTED]:
+        logger.warning("  %s", printable(str(one), 400))
+    if len(found) > _LISTED:
+        logger.warning("  … and %d more", len(found) - _LISTED)

@@ -167,7 +167,7 @@ def _jobs(
     dtype: str,
 ) -> dict[_Job, grain.MapDataset[dict[str, Any]]]:
     """The cache's folder and, where pictures are held out, that of theirs, each with its pictures."""
-    partial = path.absolute().with_name(f".{path.absolute().name}.partial")
+    partial = path.absolute().parent / f".{path.absolute().name}.partial"  # `/` has no name
     folders: dict[Part, Path] = {"train": partial}
     if data.held_out:
         folders["validation"] = validation_of(partial)

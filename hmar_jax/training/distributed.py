@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,12 +20,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hmar_jax import errors, lock
-from hmar_jax.errors import HmarError, InputError, TransientError, reason
+from hmar_jax.errors import HmarError, InputError, TransientError, reason, shown
 from hmar_jax.failures import explained
 from hmar_jax.platform import leave_compilation_cache
 from hmar_jax.training import cluster
 
 logger = logging.getLogger(__name__)
+
+MOST_PROCESSES = 2**16  # more than any job has, and fewer than JAX's integers can count
+# A name or an IP address, whose labels have 63 letters at most, as resolvers raise errors of their own for longer ones.
+_ADDRESS = re.compile(r"(?P<host>(?!.*[\w-]{64})[A-Za-z0-9._:\[\]%-]{1,253}):(?P<port>[0-9]{1,5})")
 
 
 def join(
@@ -52,18 +57,18 @@ def join(
     """
     options: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
     who = "This process"
+    if processes is not None and not 1 <= processes <= MOST_PROCESSES:
+        raise InputError(f"--processes is {shown(processes)}; expected 1 to {MOST_PROCESSES}.")
     if coordinator is not None or process is not None:
         if coordinator is None or processes is None or process is None or not 0 <= process < processes:
             raise InputError(
-                f"--coordinator={coordinator}, --processes={processes}, --process={process}: give all three, processes "
-                "being counted from 0."
+                f"--coordinator={shown(coordinator)}, --processes={shown(processes)}, --process={shown(process)}: give "
+                "all three, processes being counted from 0."
             )
         who = f"Process {process} of {processes}"
         _check_address(coordinator, patience, own=process == 0)
         options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         options["cluster_detection_method"] = "deactivate"
-    elif processes is not None and processes < 1:
-        raise InputError(f"--processes is {processes}; expected 1 or more.")
     else:
         options |= cluster.local_devices()
     failure = _initialize(options, patience, who, coordinator)
@@ -121,16 +126,17 @@ def _check_alone(processes: int | None) -> None:
 
 def _check_address(coordinator: str, patience: float, *, own: bool) -> None:
     """Raises InputError where process 0 cannot listen there, TransientError where another does not reach it in time."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise InputError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as 10.0.0.2:8476.")
+    address = _ADDRESS.fullmatch(coordinator)
+    if address is None or not 0 < int(address["port"]) < 2**16:
+        raise InputError(f"--coordinator is {shown(coordinator)}; expected HOST:PORT, such as 10.0.0.2:8476.")
+    host, port = address["host"].strip("[]"), int(address["port"])
     deadline = time.monotonic() + patience
     while True:
         try:
             if own:
-                socket.create_server(("", int(port))).close()
+                socket.create_server(("", port)).close()
             else:
-                socket.create_connection((host, int(port)), timeout=max(deadline - time.monotonic(), 0.1)).close()
+                socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
             return
         except OSError as error:
             if own:

@@ -94,7 +94,8 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack
         logger.info("Resuming from step %d in %s.", int(state.step), workdir)
     else:  # statistics of parameters would need all processes
         overview = clu.parameter_overview.get_parameter_overview(state.params, include_stats=jax.process_count() == 1)
-        logger.info("Parameters:\n%s", overview)
+        for line in ("Parameters:", *overview.splitlines()):
+            logger.info("%s", line)
 
     step_fn = jit_train_step(make_train_step(config, objective, optimizer), state, mesh)
     evals = Evals(config, objective, mesh)

@@ -123,6 +123,20 @@ def test_a_reader_that_has_gone_is_no_fault(command):
     assert done.stderr == "141\n"
 
 
+@pytest.mark.parametrize(("command", "code"), [("schedule list", 2), ("--help", 0)])
+def test_a_current_folder_that_is_deleted_is_a_sentence(tmp_path, command, code):
+    """Where libtpu is installed it would abort the process."""
+    gone = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m hmar_jax {command}"
+    path = os.pathsep.join(map(os.path.abspath, [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    done = subprocess.run(
+        gone, shell=True, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert ("hmar-jax schedule: The current folder has been deleted; change to one" in done.stderr) == bool(code)
+    assert "Traceback" not in done.stderr
+
+
 def test_arguments_are_shown_cut_and_escaped(capsys):
     for argv in (["\x1b[2J\n" * 500], ["schedule", "\x1b[2J\n" * 500], ["sample", "--seed=" + "\n9" * 3000]):
         with pytest.raises(SystemExit) as stopped:

@@ -78,9 +78,10 @@ def test_broken_pictures_are_left_out_listed_and_counted_once(config, caplog):
     assert (images[0, :, 0, 0, 0] // 20).tolist() == kept
     assert labels.tolist() == [i % 2 for i in kept]
     assert open_source(skipping, S).class_names == ("class 0", "class 1")
-    (message,) = caplog.messages
-    assert message.startswith("3 of 12 pictures are left out")
-    assert all_named(message)
+    assert caplog.messages[0].startswith("3 of 12 pictures are left out")
+    assert len(caplog.messages) == 1 + len(BROKEN)
+    assert all_named(" ".join(caplog.messages))
+    assert all(map(str.isprintable, caplog.messages))
 
 
 def test_training_without_broken_pictures_is_that_on_a_folder_without_them(config, tmp_path):

@@ -244,6 +244,7 @@ def command_lines(draw):
 @example(argv=["train", "--config=config.py", "--workdir=run", "--config.sides=(1,3000)"])
 @example(argv=["train", "--config=config.py", "--workdir=run", "--config.sides=" + "(" * 3000])
 @example(argv=["sample", "--output=--"])
+@example(argv=["export", "tokens", "--model=model", "--config=pictures.py", "--output=/", "--no-distributed"])
 @example(argv=["A" * 5000])
 @example(argv=["\x1b[2J\n"])
 @example(argv=["sample", "\x1b[2J\n" * 500])

@@ -581,6 +581,7 @@ def test_the_parameters_are_listed_at_the_start_and_a_resumed_run_says_so(starts
     caplog.set_level(logging.INFO, "hmar_jax")
     loop.train(next_scale_config(starts, steps=2), tmp_path)
     assert "transformer/next_scale/head/linear/kernel" in caplog.text
+    assert all(map(str.isprintable, caplog.messages))
     assert "Resuming" not in caplog.text
     caplog.clear()
     loop.train(next_scale_config(starts, steps=3), tmp_path)
