@@ -107,7 +107,7 @@ class Checkpoints:
                 raise ValueError("an array is not what was saved")
             if int(state.step) != step:
                 raise ValueError(f"it is the checkpoint of step {int(state.step)}")
-        return state, self.position()
+            return state, self._json("data")
 
     def config(self) -> TrainConfig:
         """The train config of the newest checkpoint."""
