@@ -28,7 +28,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
-from hmar_jax.data import metadata, pixels
+from hmar_jax.data import jpeg_streams, metadata, pixels
 from hmar_jax.errors import InputError, printable, reason
 from hmar_jax.files import check_refusal, refusal
 
@@ -188,6 +188,11 @@ def _open(file: BinaryIO) -> Image.Image:
     _check_size(*picture.size, file)
     if picture.tile and picture.tile[0][0] in Image.DECODERS and picture.width * picture.height > _MOST_IN_PYTHON:
         raise _TooLargeError(f"has {picture.width}x{picture.height}, for this kind more than {_MOST_IN_PYTHON} pixels")
+    if picture.format in jpeg_streams.FORMATS:
+        file.seek(0)
+        if fault := jpeg_streams.fault(file.read(), picture.format):
+            raise _TooLargeError(fault)
+        file.seek(0)
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         _check_tiles(picture)
         pixels.state_planes(picture)

@@ -3,6 +3,7 @@ no pixels that a checksum speaks against."""
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -246,3 +247,57 @@ def test_a_png_cut_short_is_refused_even_if_its_metadata_are_broken():
     data = png(np.asarray(NOISE), before=[chunk(b"iCCP", b"profile\0\0" + zlib.compress(LARGE))])
     with pytest.raises(BrokenPictureError, match="cannot be read"):
         read(data[:-2000])
+
+
+# --- few bytes that take long
+
+
+def with_scans(count):
+    """A progressive JPEG whose shortest scan is there `count` times more."""
+    data = saved(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    starts = [match.start() for match in re.finditer(b"\xff\xda", data)]
+    ends = [re.compile(b"\xff[^\0]").search(data, start + 2).start() for start in starts]
+    start, end = min(zip(starts, ends, strict=True), key=lambda scan: scan[1] - scan[0])
+    return data[:end] + data[start:end] * count + data[end:]
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded():
+    assert decode(io.BytesIO(with_scans(20)), "x").shape == (64, 64, 3)
+    with pytest.raises(BrokenPictureError, match=r"x has more than 100 scans; make it smaller\."):
+        decode(io.BytesIO(with_scans(100)), "x")
+
+
+def jpeg2000(side, blocks=b"\4\4", precincts=b""):
+    """JPEG 2000 of one resolution that says to have `side` pixels a side, with other code-blocks and precincts."""
+    options = {"no_jp2": True, "num_resolutions": 1}
+    data = bytearray(saved(Image.new("L", (64, 64)), "JPEG2000", **options | {"precinct_size": (64, 64)}))
+    size, division = data.index(b"\xff\x51"), data.index(b"\xff\x52")
+    data[size + 6 : size + 14] = data[size + 22 : size + 30] = struct.pack(">II", side, side)
+    data[division + 10 : division + 12] = blocks
+    data[division + 14 : division + 15] = precincts or data[division + 14 : division + 15]
+    return bytes(data)
+
+
+CELLS = {
+    "small code-blocks": jpeg2000(8000, b"\0\0"),
+    "small precincts": jpeg2000(8000, precincts=b"\x11"),
+    "behind usual ones": jpeg2000(8000).replace(b"\xff\x5c", b"\xff\x53\0\x0a\0\1\0\4\4\0\1\x11\xff\x5c", 1),
+    "within a comment": jpeg2000(8000).replace(
+        b"\xff\x52", b"\xff\x64\0\x0b\0\1\xff\x52\0\x0d\1\xff\x53" + b"\0\x0a\0\1\0\4\4\0\1\x11\xff\x52", 1
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_jpeg_2000_of_many_parts_is_not_decoded(case):
+    with pytest.raises(BrokenPictureError, match=r"x has \d+ precincts or code-blocks, more than 262144; make it small"):
+        decode(io.BytesIO(CELLS[case]), "x")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"codeblock_size": (4, 4)}, {"precinct_size": (64, 64)}, {"tile_size": (32, 32)}, {"num_resolutions": 1}],
+    ids=str,
+)
+def test_usual_jpeg_2000_is_read(options):
+    assert (decode(io.BytesIO(saved(NOISE, "JPEG2000", **options)), "x") == np.asarray(NOISE)).all()
