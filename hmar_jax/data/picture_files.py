@@ -35,7 +35,7 @@ from hmar_jax.files import check_refusal, refusal
 MOST_PIXELS = 2**30 // 6  # ½ GiB of RGB; Pillow itself refuses more
 _MOST_SIDE = 2**16  # a JPEG has fewer; for 4 bytes of a BMP or a tile of a TIFF, decoders take memory for many rows
 _LARGE, _SPARSE = 2**26, 2**12  # pixels from which a file needs a byte for so many; plain white takes PNG and GIF more
-_MOST_IN_PYTHON = 2**25  # pixels of a kind that Pillow decodes in Python, in up to 10 s
+_MOST_IN_PYTHON = 2**24  # pixels of a kind that Pillow decodes in Python, in up to half a minute
 _MOST_BYTES = 2**31  # the largest picture with four channels of 16 bits takes 1.4 GB
 _MOST_TILE = 2**26  # pixels of a tile of a TIFF, which is decoded whole even if the picture is smaller
 _FORMATS = (

@@ -145,7 +145,7 @@ BOMBS = {
     "icon": (in_icon(png_header(60_000, 60_000)), "3600000000 pixels, more than"),
     "icns": (in_icns(png_header(60_000, 60_000)), "3600000000 pixels, more than"),
     "bmp": (bmp_header(170_000_000, 1, b"\0\2\0\xff" * 100), "a side of more than"),
-    "bmp decoded slowly": (bmp_header(8000, 8000, b"\1\1\0\0" * 8000), "8000x8000, for this kind more than 33554432"),
+    "bmp decoded slowly": (bmp_header(8000, 8000, b"\1\1\0\0" * 8000), "8000x8000, for this kind more than 16777216"),
     "tiff tiles": (tiff(np.zeros((16, 16, 1)), tags=TILES), "tiles of 32768x32768, more than"),
     "pixels of a small png": (png_header(4, 4, bytes(2**20)), "1048576 bytes of compressed pixels, more than they"),
 }
@@ -290,7 +290,7 @@ CELLS = {
 
 @pytest.mark.parametrize("case", CELLS)
 def test_jpeg_2000_of_many_parts_is_not_decoded(case):
-    with pytest.raises(BrokenPictureError, match=r"x has \d+ precincts or code-blocks, more than 262144; make it small"):
+    with pytest.raises(BrokenPictureError, match=r"x has \d+ precincts or code-blocks, more than 262144; make it "):
         decode(io.BytesIO(CELLS[case]), "x")
 
 
