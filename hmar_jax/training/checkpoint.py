@@ -65,7 +65,8 @@ class Checkpoints:
             if known := explain(error, f"{self.folder} could not be opened"):
                 raise known from error
             raise InputError(
-                f"The checkpoints in {self.folder} cannot be read ({reason(error)}); remove it."
+                f"The checkpoints in {self.folder} cannot be read, as {_METADATA} of one of them is damaged "
+                f"({reason(error)}); remove that checkpoint."
             ) from error
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
