@@ -35,7 +35,9 @@ def host_array(name: str, value: Any, expected: str) -> np.ndarray:
         array = np.asarray(None)
     if not (jax.dtypes.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise InputError(f"{name} {shown(value)}; expected {expected}.")
-    return array.astype(np.float64) if array.dtype == np.longdouble else array  # which JAX does not have
+    if array.dtype == np.longdouble:  # which JAX does not have, like the byte order of other machines
+        array = array.astype(np.float64)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:

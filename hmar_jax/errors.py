@@ -46,11 +46,13 @@ def shown(value: Any, most: int = 80) -> str:
     """A value as a sentence shows it: its repr in one line, cut where it has more than `most` characters."""
     try:
         text = printable(" ".join(repr(value).split()))
-    except (ValueError, RecursionError):  # an int of thousands of digits, a deep list
+    except Exception:  # an int of thousands of digits, a deep list, an object whose repr fails
         text = f"({type(value).__name__})"
     return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
+# They can be iterated over, but are no lists of numbers: the items of bytes are integers, those of a set have no order.
+NO_LISTS = (str, bytes, bytearray, dict, set, frozenset)
 _LONGEST_WORD = 200  # a path may well have a hundred and fifty letters
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hmar_jax.arrays import on_host
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, shown
 from hmar_jax.files import local_path, write_whole
 
 if TYPE_CHECKING:
@@ -192,6 +192,10 @@ _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (25
 
 def _side(frames: Sequence[Frame], least: int) -> int:
     """Pixels a side to show pictures at: small ones enlarged by a whole factor to `least` or a little more."""
+    from hmar_jax.sampling.trace import Frame  # JAX imports for seconds
+
+    if not isinstance(frames, list | tuple) or not frames or not all(isinstance(frame, Frame) for frame in frames):
+        raise InputError(f"Frames are {shown(frames)}; expected a list of those that sampling.trace.frames returns.")
     size = frames[0].image.shape[0]
     return -(-least // size) * size if size < least else least
 

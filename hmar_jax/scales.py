@@ -9,11 +9,12 @@ import dataclasses
 import functools
 import itertools
 import operator
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
 
-from hmar_jax.errors import InputError, check_choice, shown
+from hmar_jax.errors import NO_LISTS, InputError, check_choice, shown
 
 Pattern = Literal["block_diagonal", "block_causal"]
 
@@ -44,7 +45,7 @@ class ScaleLadder:
 
     def __post_init__(self) -> None:
         try:
-            if isinstance(self.sides, bytes | bytearray) or any(isinstance(s, bool | np.bool_) for s in self.sides):
+            if isinstance(self.sides, NO_LISTS) or any(isinstance(side, bool | np.bool_) for side in self.sides):
                 raise TypeError
             sides = tuple(operator.index(side) for side in self.sides)
         except TypeError:
@@ -61,7 +62,7 @@ class ScaleLadder:
     def preset(cls, resolution: str | int) -> ScaleLadder:
         """The published ladder for pictures of `resolution` pixels at 16 pixels a token (64 and 128 are ours)."""
         try:
-            return cls(_PRESETS[str(resolution)])
+            return cls(_PRESETS[str(resolution) if isinstance(resolution, str | Integral) else ""])
         except (KeyError, ValueError):  # the latter of an int of thousands of digits
             raise InputError(f"No ladder is named {shown(resolution)}; choose one of {', '.join(_PRESETS)}.") from None
 

@@ -98,7 +98,21 @@ def test_only_is_the_ladder_of_one_scale(ladder):
 
 @pytest.mark.parametrize(
     "sides",
-    [7, None, (1, 2.9), (1, 2.0), "12", b"\1\2", bytearray(b"\1\2"), ("1", "2"), [[1], [2]], (1, None), (True, 2)],
+    [
+        7,
+        None,
+        (1, 2.9),
+        (1, 2.0),
+        "12",
+        b"\1\2",
+        bytearray(b"\1\2"),
+        {1, 2},
+        {1: 2},
+        ("1", "2"),
+        [[1], [2]],
+        (1, None),
+        (True, 2),
+    ],
     ids=repr,
 )
 def test_sides_that_are_no_list_of_whole_numbers_are_refused(sides):

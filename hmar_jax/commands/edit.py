@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output is {args.output}; pictures are written as PNG, so let its name end in .png.")
     *results, grid = files = outputs(args.output, args.variants)
-    check_outputs("--output", files, {"--image": args.image, "--mask": args.mask, "--schedule": args.schedule})
+    check_outputs("--output", files, {"--image": args.image, "--mask": args.mask})
     check_files("--output", files)
     check_pngs("--output", files)
     image, mask = picture_and_mask(args)

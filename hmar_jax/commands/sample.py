@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     many.add_argument("--format", choices=["png", "array_record"], help="of the pictures' files (default: png)")
     processes.add_options(parser)
     args = parser.parse_args(argv)
-    check_outputs("--output", [args.output], {"--model": args.model, "--schedule": args.schedule})
+    check_outputs("--output", [args.output], {"--model": args.model})
     check_folder("--output", args.output)
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {shown(args.seed)}; expected 0 to {2**32 - 1}.")

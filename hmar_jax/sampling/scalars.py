@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import NO_LISTS, InputError, shown
 from hmar_jax.sampling.generators import MOST_PASSES
 
 type Counts = tuple[tuple[int, ...], ...]
@@ -29,7 +29,7 @@ SCALARS = tuple(_RULES)
 def checked_counts(counts: Any) -> Counts:
     """Counts as tuples; InputError where they are those of no schedule."""
     try:
-        nested = tuple(tuple(map(_index, steps)) for steps in counts)
+        nested = tuple(tuple(map(_index, _list(steps))) for steps in _list(counts))
     except TypeError:
         nested = ()
     if not nested:
@@ -47,6 +47,13 @@ def checked_counts(counts: Any) -> Counts:
     return nested
 
 
+def _list(value: Any) -> Any:
+    """A list or whatever else has items in an order. Raises TypeError for texts, bytes, sets and dicts."""
+    if isinstance(value, NO_LISTS):
+        raise TypeError
+    return value
+
+
 def _index(value: Any) -> int:
     """A whole number as an int. Raises TypeError for others, truth values included."""
     if isinstance(value, bool | np.bool_):
@@ -59,7 +66,7 @@ def nested_like(name: str, value: Any, counts: Counts) -> Nested:
     if isinstance(value, Real) and not isinstance(value, bool):
         return tuple((_float(value),) * len(steps) for steps in counts)
     try:
-        nested = tuple(tuple(map(_float, steps)) for steps in value)
+        nested = tuple(tuple(map(_float, _list(steps))) for steps in _list(value))
     except (TypeError, ValueError):
         nested = ()
     if [len(steps) for steps in nested] != [len(steps) for steps in counts]:
@@ -100,4 +107,5 @@ def check_range(name: str, values: Nested) -> None:
     for value in (value for steps in values for value in steps):
         whole = name != "top_k" or float(value).is_integer()
         if not abs(value) < _LARGEST or not low <= value <= high or not whole:
-            raise InputError(f"{name} is {value}; expected {rule}.")
+            given = int(value) if name == "top_k" and whole else value
+            raise InputError(f"{name} is {shown(given)}; expected {rule}.")

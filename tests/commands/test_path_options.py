@@ -238,6 +238,13 @@ CLASHES = {
 }  # fmt: skip
 
 
+def test_a_folder_may_have_the_name_of_a_schedule(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert main(["sample", "--model=./none", "--labels=0", "--schedule=small", "--output=small"]) == 2
+    assert "none is not a model directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize("case", CLASHES)
 def test_an_output_that_is_an_input_is_refused(case, kind, tmp_path, monkeypatch, capsys):

@@ -125,6 +125,15 @@ def test_a_wrong_argument_gets_one_sentence(model, sample, call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("draw", [pictures.trace, pictures.animation])
+@pytest.mark.parametrize("frames", [[], None, "x", [None], np.zeros((0, 3))], ids=repr)
+def test_pictures_of_no_frames_are_a_sentence(draw, frames):
+    with pytest.raises(
+        InputError, match=r"^Frames are .*; expected a list of those that sampling.trace.frames returns"
+    ):
+        draw(frames)
+
+
 # --- pictures
 
 
