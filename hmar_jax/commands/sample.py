@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hmar_jax.commands import options, processes
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.errors import InputError, device_memory, shown
-from hmar_jax.files import check_folder, check_outputs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_folder, check_outputs, check_pngs, note_replaced, write_whole
 from hmar_jax.labels import HELP, every_class, parse_labels
 
 
@@ -55,13 +55,15 @@ def _sample_labels(args: argparse.Namespace) -> None:
 
     model = from_pretrained(args.model, args.dtype, args.revision)
     labels = parse_labels(args.labels, model.config.class_names, model.config.num_classes)
+    names = [f"{i:05d}-class{_in_file_names(label.name)}-seed{args.seed}" for i, label in enumerate(labels)]
+    endings = (".png", "-trace.png", "-trace.gif") if args.trace else (".png",)
+    files = [args.output / f"{name}{ending}" for name in names for ending in endings] + [args.output / "grid.png"]
+    check_files("--output", files)
+    check_pngs("--output", (file for file in files if file.suffix == ".png"))
     settings = {"seed": args.seed, "greedy": args.greedy, "record": args.trace}
     with device_memory("choose fewer labels"):
         out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))
-    names = [f"{i:05d}-class{_in_file_names(label.name)}-seed{args.seed}" for i, label in enumerate(labels)]
-    endings = (".png", "-trace.png", "-trace.gif") if args.trace else (".png",)
-    files = [args.output / f"{name}{ending}" for name in names for ending in endings]
-    note_replaced([*files, args.output / "grid.png"])
+    note_replaced(files)
     for i, (name, image) in enumerate(zip(names, pictures.to_uint8(out.images), strict=True)):
         pictures.save_png(pictures.Image.fromarray(image), args.output / f"{name}.png")
         if args.trace:

@@ -81,7 +81,7 @@ REFUSED = {
     "no pictures": (["--classes=all", "--per-class=0"], "0 per class were asked for"),
     "no batch": (["--classes=all", "--batch=0"], "batch is 0; expected 1 to"),
     "a seed below 0": (["--classes=all", "--seed=-1"], "seed is -1; expected 0 to 4294967295"),
-    "half a job": (["--classes=all", "--coordinator=x"], "--coordinator=x, --processes=None, --process=None: give all"),
+    "half a job": (["--classes=all", "--coordinator=x"], "--coordinator='x', --processes=None, --process=None: give"),
 }
 
 
@@ -184,6 +184,14 @@ def test_pictures_have_the_names_that_were_asked_for(named, tmp_path, caplog):
         assert main(options) == 0
     first, second, third = (f"{tmp_path}/{name}-seed0.png" for name in names[:3])
     assert f"Replacing {first}, {second}, {third} and 3 more." in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["grid.png", "00000-class9-seed0.png"])
+def test_what_is_no_picture_is_not_replaced_by_one(named, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["sample", f"--model={named}", "--labels=9", f"--output={tmp_path}"]) == 2
+    assert f"{name}, which is there already and is not a PNG file; choose another file." in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
 
 
 def test_folders_of_many_pictures_are_told_by_name(named, tmp_path, capsys):
