@@ -124,6 +124,8 @@ def open_model(path: str | Path, revision: str | None = None) -> Opened:
             f"{local} has no {WEIGHTS}; it is not a whole model directory, so export the model again."
         ) from None
     if digest != meta["sha256"]:
+        with open_regular(weights, "File") as stream:
+            tensors.check_downloaded(weights, stream.read(64))
         raise InputError(f"{weights} is damaged: its checksum is not the one in {CONFIG}; {again}.")
     file = tensors.File(weights)
     check_entries(config, file.shapes, str(weights))

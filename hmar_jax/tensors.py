@@ -28,6 +28,12 @@ _DTYPES = {"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16",
 }
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # what weights may be stored as
 MOST_HEADER = 8 + json_files.MOST_BYTES  # which the library would let have 100 MB, whatever the file's arrays
+_INSTEAD = {  # the first bytes, in lower case → what a file is, and what to do
+    b"version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there, or download the file itself",
+    b"<!doctype": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+    b"\x1f\x8b": "packed by gzip; unpack it with gunzip",
+}
 _CHUNK = 2**18  # numbers looked at together, so that a check takes no memory
 
 
@@ -140,6 +146,13 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def check_downloaded(path: Path, begins: bytes) -> None:
+    """Raises InputError where a file of weights, from what it begins with, is what a download often gives instead."""
+    for start, what in _INSTEAD.items():
+        if begins.lower().startswith(start):
+            raise InputError(f"{path} is {what}.")
+
+
 class File:
     """The arrays of a .safetensors file, read one by one.
 
@@ -188,6 +201,8 @@ def _header(path: Path) -> bytes:
     with open_regular(path, "File") as file, reading(path):
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER - 8:
+            file.seek(0)
+            check_downloaded(path, file.read(64))
             raise InputError(
                 f"{path} is not a whole .safetensors file (its header would have {length} bytes, and {MOST_HEADER - 8} "
                 "is the most); copy or write it again."

@@ -26,7 +26,7 @@ import tqdm
 from hmar_jax import pickles, torch_pickles, zip_files
 from hmar_jax.errors import HmarError, InputError, printable, reason
 from hmar_jax.files import open_regular, refused_by_disk
-from hmar_jax.tensors import Tensor, cast
+from hmar_jax.tensors import Tensor, cast, check_downloaded
 from hmar_jax.torch_pickles import DTYPES, View
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -139,11 +139,12 @@ class File:
         self._where = str(source)
         try:
             with open_regular(source, "File") as file:
-                begins = file.read(len(zip_files.SIGNATURE))
+                begins = file.read(64)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{source} does not exist; give a .safetensors or .pth file.") from None
+        check_downloaded(source, begins)
         with self._damage():
-            make = _Zip if begins == zip_files.SIGNATURE else _Old
+            make = _Zip if begins.startswith(zip_files.SIGNATURE) else _Old
             self._archive: _Archive = make(source, self._where)
             self._tensors = torch_pickles.collect(self._archive.content, self._where)
             self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}

@@ -228,7 +228,7 @@ DAMAGE = {
     "no header": lambda data: data[:8] + b"?" * (len(data) - 8),
     "a length beyond the file": lambda data: (2**40).to_bytes(8, "little") + data[8:],
     "another kind of file": lambda data: b"PK\x03\x04" + data,
-    "text": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "text": lambda data: b"a text of some words, and not of weights\n",
 }
 
 

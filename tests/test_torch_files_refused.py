@@ -1,5 +1,6 @@
 """PyTorch's files that are damaged, hostile or something else: one sentence each, and no code of theirs runs."""
 
+import gzip
 import os
 import pickle
 import re
@@ -19,7 +20,7 @@ from official_files import (
     torch_pickle,
 )
 
-from hmar_jax import InputError
+from hmar_jax import InputError, tensors
 from hmar_jax.torch_files import File
 
 MADE = Path(__file__).with_name("torch_files")  # by PyTorch: see make.py there
@@ -116,6 +117,23 @@ def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "g.pth")
     assert refused(tmp_path / "f.pth") == "File f.pth is a folder; give a file."
     assert refused(tmp_path / "g.pth") == "File g.pth is a named pipe; give a file."
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"version https://git-lfs\noid sha256:12\nsize 9\n", "is a pointer of Git LFS; run `git lfs pull` there, or "),
+        (b"<!DOCTYPE html><html></html>", "is a web page; download the file itself."),
+        (b"<HTML>\n", "is a web page; download the file itself."),
+        (gzip.compress(b"weights"), "is packed by gzip; unpack it with gunzip."),
+    ],
+)
+def test_what_a_download_gives_instead_of_weights_is_named(tmp_path, content, expected):
+    (tmp_path / "f.pth").write_bytes(content)
+    assert refused(tmp_path / "f.pth").startswith(f"f.pth {expected}")
+    (tmp_path / "f.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"f.safetensors {expected}")):
+        tensors.File(tmp_path / "f.safetensors")
 
 
 def test_a_zip_of_something_else_is_refused(tmp_path):
