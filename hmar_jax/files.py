@@ -194,10 +194,13 @@ def check_kind(name: str, path: Path, is_kind: Callable[[bytes], bool], kind: st
         raise InputError(f"{name} is {path}, which is there already and is not {kind}; choose another file.")
 
 
-def check_pngs(name: str, outputs: Iterable[Path]) -> None:
-    """Raises InputError where a PNG file to be written is there already and is something else, as `check_kind` does."""
+def check_pictures(name: str, outputs: Iterable[Path]) -> None:
+    """Raises InputError where a PNG or GIF file to be written is there and is another file, as `check_kind` does."""
     for output in outputs:
-        check_kind(name, output, lambda content: content.startswith(b"\x89PNG\r\n\x1a\n"), "a PNG file")
+        if output.suffix.lower() == ".gif":
+            check_kind(name, output, lambda content: content.startswith(b"GIF8"), "a GIF file")
+        else:
+            check_kind(name, output, lambda content: content.startswith(b"\x89PNG\r\n\x1a\n"), "a PNG file")
 
 
 def check_folder(name: str, folder: Path) -> None:

@@ -410,9 +410,9 @@ def test_what_is_of_another_kind_is_not_replaced_nor_waited_for(tmp_path, kind):
             file = tmp_path / ("A" * 249 + ".png")  # with the name that it is written by
     with pytest.raises(InputError):
         files.check_files("--output", [file])
-        files.check_pngs("--output", [file])
+        files.check_pictures("--output", [file])
 
 
 def test_a_picture_is_replaced_by_a_picture(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
-    files.check_pngs("--output", [tmp_path / "x.png", tmp_path / "new.png"])
+    files.check_pictures("--output", [tmp_path / "x.png", tmp_path / "new.png"])

@@ -19,7 +19,7 @@ import tqdm
 from hmar_jax import json_files
 from hmar_jax.commands.terminal import say
 from hmar_jax.errors import InputError, printable, shown
-from hmar_jax.files import check_files, check_kind, check_pngs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, check_pictures, note_replaced, write_whole
 
 GIB = 2.0**30
 MOST = 2**16  # of a batch, of heads, of repeats: beyond any device, and within XLA's sizes
@@ -51,7 +51,7 @@ def check_reports(folder: Path, what: str, head: str, endings: Sequence[str] = (
     check_files("--output", files.values())
     check_kind("--output", files[".json"], _is_report, "a report of a benchmark")
     check_kind("--output", files[".md"], lambda page: page.startswith(head.encode()), "a report of this benchmark")
-    check_pngs("--output", [file for ending, file in files.items() if ending == ".png"])
+    check_pictures("--output", [file for ending, file in files.items() if ending == ".png"])
 
 
 def _is_report(content: bytes) -> bool:

@@ -16,7 +16,7 @@ from hmar_jax.commands import options
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.data.picture_files import decode
 from hmar_jax.errors import InputError, device_memory, shown
-from hmar_jax.files import check_files, check_outputs, check_pngs, note_replaced
+from hmar_jax.files import check_files, check_outputs, check_pictures, note_replaced
 from hmar_jax.labels import parse_label
 
 _WHITE = 128  # of 255: from here on a pixel of a mask is to be drawn anew
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
     *results, grid = files = outputs(args.output, args.variants)
     check_outputs("--output", files, {"--image": args.image, "--mask": args.mask})
     check_files("--output", files)
-    check_pngs("--output", files)
+    check_pictures("--output", files)
     image, mask = picture_and_mask(args)
 
     from hmar_jax import pictures

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hmar_jax.commands import options, processes
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.errors import InputError, device_memory, shown
-from hmar_jax.files import check_files, check_folder, check_outputs, check_pngs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_folder, check_outputs, check_pictures, note_replaced, write_whole
 from hmar_jax.labels import HELP, every_class, parse_labels
 
 
@@ -59,7 +59,7 @@ def _sample_labels(args: argparse.Namespace) -> None:
     endings = (".png", "-trace.png", "-trace.gif") if args.trace else (".png",)
     files = [args.output / f"{name}{ending}" for name in names for ending in endings] + [args.output / "grid.png"]
     check_files("--output", files)
-    check_pngs("--output", (file for file in files if file.suffix == ".png"))
+    check_pictures("--output", files)
     settings = {"seed": args.seed, "greedy": args.greedy, "record": args.trace}
     with device_memory("choose fewer labels"):
         out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))

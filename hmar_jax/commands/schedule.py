@@ -17,7 +17,7 @@ from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import check_files, check_kind, check_outputs, check_pngs, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, check_outputs, check_pictures, note_replaced, write_whole
 from hmar_jax.scales import ScaleLadder
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _show(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_kind("--json", args.json, _is_schedule, "a schedule")
     if args.output is not None:
-        check_pngs("--output", [args.output])
+        check_pictures("--output", [args.output])
     model = _model(args)
     assert model.transformer is not None
     schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **options.changes(args))

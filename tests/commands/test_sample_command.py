@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -186,11 +187,12 @@ def test_pictures_have_the_names_that_were_asked_for(named, tmp_path, caplog):
     assert f"Replacing {first}, {second}, {third} and 3 more." in caplog.messages
 
 
-@pytest.mark.parametrize("name", ["grid.png", "00000-class9-seed0.png"])
+@pytest.mark.parametrize("name", ["grid.png", "00000-class9-seed0.png", "00000-class9-seed0-trace.gif"])
 def test_what_is_no_picture_is_not_replaced_by_one(named, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
-    assert main(["sample", f"--model={named}", "--labels=9", f"--output={tmp_path}"]) == 2
-    assert f"{name}, which is there already and is not a PNG file; choose another file." in capsys.readouterr().err
+    assert main(["sample", f"--model={named}", "--labels=9", f"--output={tmp_path}", "--trace"]) == 2
+    kind = Path(name).suffix[1:].upper()
+    assert f"{name}, which is there already and is not a {kind} file; choose another file." in capsys.readouterr().err
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
 
 
