@@ -34,7 +34,7 @@ _MOST_BLOCKS = 128  # residual blocks of a tokenizer, of which each takes some 2
 _MOST_PHIS = 128  # a ladder has fewer scales than that
 _MOST_PIXELS = 2**14  # a side: a picture then takes 3 GiB
 _MOST_STEPS = 2**31 - 1  # counted in int32
-_MOST_EXAMPLES = 2**20  # of a batch, or drawn for a grid
+_MOST_EXAMPLES = 2**24  # of a batch, or drawn for a grid: more than a pod holds
 _MOST_BATCH_PIXELS = 2**34  # of all pictures of a batch, which take 48 GiB of the hosts
 
 

@@ -111,7 +111,7 @@ def tokenizer_config(tmp_path, write_config):
 
 def test_a_tokenizer_is_timed_on_random_pictures_and_what_it_replaces_is_named(tokenizer_config, tmp_path, caplog):
     (before := tmp_path / "out" / "train.json").parent.mkdir()
-    before.write_text("{}")
+    before.write_text('{"device": "", "versions": {}}')
     with caplog.at_level(logging.INFO, "hmar_jax"):
         assert (
             main(["bench", "train", f"--config={tokenizer_config}", "--repeats=1", f"--output={tmp_path / 'out'}"]) == 0

@@ -311,7 +311,7 @@ def test_an_unknown_implementation_raises():
 
 def test_an_unknown_pattern_raises():
     qkv = make_qkv(ScaleLadder((1, 2)))
-    with pytest.raises(ValueError, match="pattern 'dense' is unknown"):
+    with pytest.raises(ValueError, match="pattern is 'dense'; expected 'block_diagonal' or"):
         scale_attention(*qkv, ScaleLadder((1, 2)), pattern="dense")
 
 

@@ -380,7 +380,7 @@ HALF = ValueError("Number of processes must be defined.")
         (None, NO_CLUSTER, {}, 1, None),
         (1, NO_CLUSTER, {}, 1, None),
         (4, NO_CLUSTER, {}, 1, (InputError, "--processes=4, and JAX recognises no cluster here")),
-        (0, None, {}, 1, (InputError, "--processes is 0; expected 1 or more")),
+        (0, None, {}, 1, (InputError, "--processes is 0; expected 1 to 65536")),
         (None, HALF, {}, 1, (TransientError, "This process could not join its job .Number of processes must be")),
         (None, ValueError("invalid literal for int"), {}, 1, (TransientError, "could not join its job")),
         (None, ConnectionError("metadata.google"), {}, 1, (TransientError, "could not join its job")),
@@ -475,7 +475,7 @@ def command(tmp_path):
 
 def test_the_command_joins_the_job_unless_told_not_to(command, capsys, monkeypatch):
     assert main([*command, "--coordinator=x", "--processes=2"]) == 2
-    assert "--coordinator=x, --processes=2, --process=None: give all three" in capsys.readouterr().err
+    assert "--coordinator='x', --processes=2, --process=None: give all three" in capsys.readouterr().err
     joined = []
     monkeypatch.setattr(distributed, "join", lambda *arguments: joined.append(arguments))
     for arguments in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
