@@ -1,8 +1,8 @@
 """a zip archive's records → bytes, whose checksums are compared.
 
-The standard library's `zipfile` finds the records. It takes some that overlap or have one name, and unpacks them to any
-size; here these are refused. Records are stored or deflated: PyTorch reads nothing else. They are read here, since a
-tensor may be a small part of a large record.
+The standard library's `zipfile` finds the records, but it accepts archives whose records overlap or share a name, and
+unpacks a record to any size; this module refuses such archives. A record is stored or deflated, since PyTorch reads
+nothing else. This module also reads the records itself, because a tensor may be a small part of a large one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # A fresh clone → an environment → lint, types, tests. Arguments go to pytest: `bash launch/test.sh -k glyphs`.
 #
+# `bash launch/test.sh --full` tries many more examples of damaged and hostile input, which takes hours.
+#
 # `bash launch/test.sh --newest[=PYTHON] …` runs the tests alone, with the newest versions that setup.py allows, of the newest
 # Python here or of PYTHON.
 set -euo pipefail

@@ -7,6 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from hmar_jax.data.picture_files import decode
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 RED = (200, 40, 30)
 
@@ -56,3 +58,14 @@ def tiff(samples, bits=16, photometric=1, tags=(), strips=1):
             content, beyond = struct.pack("<I", end + len(beyond)), beyond + content
         fields += struct.pack("<HHI", tag, 3, len(values)) + content.ljust(4, b"\0")
     return b"II*\0" + struct.pack("<I", start) + data + struct.pack("<H", len(entries)) + fields + bytes(4) + beyond
+
+
+def read(data, **options):
+    return decode(io.BytesIO(data), "Picture 'a'", **options)
+
+
+def colour(data):
+    """The one colour of a picture."""
+    pixels = read(data)
+    assert (pixels == pixels[0, 0]).all()
+    return tuple(int(value) for value in pixels[0, 0])

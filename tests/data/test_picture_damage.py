@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_bytes import NOISE, RED, chunk, png, saved, tiff
+from picture_bytes import NOISE, RED, chunk, colour, png, read, saved, tiff
 from PIL import Image, ImageFile
 
 from hmar_jax.data import picture_files
@@ -20,17 +20,6 @@ from hmar_jax.data.picture_files import BrokenPictureError, decode, formats
 
 LARGE = b"a" * (2**21)
 PIXELS = np.full((4, 4, 3), RED, np.uint8)
-
-
-def read(data, **options):
-    return decode(io.BytesIO(data), "Picture 'a'", **options)
-
-
-def colour(data):
-    """The one colour of a picture."""
-    pixels = read(data)
-    assert (pixels == pixels[0, 0]).all()
-    return tuple(int(value) for value in pixels[0, 0])
 
 
 def test_no_format_that_is_read_starts_a_program_or_leaves_decoding_to_a_plugin():

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_bytes import RED, chunk, png, saved, tiff
+from picture_bytes import RED, chunk, colour, png, read, saved, tiff
 from PIL import Image
 
 from hmar_jax.data.picture_files import BrokenPictureError, decode, endings, formats
@@ -19,17 +19,6 @@ ORIENTATION = 0x0112
 
 HALVES = Image.new("RGB", (32, 16), "black")  # white on the left
 HALVES.paste("white", (0, 0, 16, 16))
-
-
-def read(data, **options):
-    return decode(io.BytesIO(data), "Picture 'a'", **options)
-
-
-def colour(data):
-    """The one colour of a picture."""
-    pixels = read(data)
-    assert (pixels == pixels[0, 0]).all()
-    return tuple(int(value) for value in pixels[0, 0])
 
 
 @pytest.mark.parametrize("ending", [".jfif", ".jpe", ".avif", ".jp2", ".tga", ".ppm", ".ico", ".apng", ".qoi", ".mpo"])
