@@ -12,7 +12,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*", "configs*"]),
+    packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*"]),
     package_data={"hmar_jax": ["data/imagenet_classes.txt"]},  # WordNet's first lemmas, in the order of ILSVRC's labels
     install_requires=[
         "absl-py>=2.1",

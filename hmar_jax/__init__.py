@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hmar_jax.config import ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
     from hmar_jax.errors import InputError
-    from hmar_jax.model import Model, Sample
-    from hmar_jax.pretrained import from_pretrained
+    from hmar_jax.model import Model, Sample, from_pretrained
     from hmar_jax.sampling.schedule import Schedule
     from hmar_jax.scales import ScaleLadder
 
@@ -32,8 +31,7 @@ __all__ = [
 _HOMES = {
     "config": ("ModelConfig", "TokenizerConfig", "TrainConfig", "TransformerConfig"),
     "errors": ("InputError",),
-    "model": ("Model", "Sample"),
-    "pretrained": ("from_pretrained",),
+    "model": ("Model", "Sample", "from_pretrained"),
     "sampling.schedule": ("Schedule",),
     "scales": ("ScaleLadder",),
 }

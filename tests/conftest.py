@@ -24,7 +24,7 @@ from official_files import LADDER, file_of, random_state
 from tiny_models import TINY, lively_model, tiny
 
 from hmar_jax import from_pretrained
-from hmar_jax.convert import convert
+from hmar_jax.formats.convert import convert
 from hmar_jax.model import Model
 from hmar_jax.networks import networks
 from hmar_jax.scales import ScaleLadder
@@ -55,8 +55,8 @@ LONG = (
     "training/test_tokenizer_objective.py",
     "commands/test_bench_train.py",
     "sampling/test_soak.py",
-    "sampling/test_trace.py",
-    "sampling/test_bulk.py",
+    "bulk/test_traces.py",
+    "bulk/test_samples.py",
 )
 
 

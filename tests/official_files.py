@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hmar_jax import official, torch_files
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import HmarError
+from hmar_jax.formats import official_layouts, pytorch_files
 from hmar_jax.model import Model
 from hmar_jax.networks import shapes_of
 from hmar_jax.scales import ScaleLadder
@@ -47,7 +47,7 @@ def small(kind, ladder=LADDER, tokenizer=TOKENIZER, **changes):
 
 
 def official_shapes(kind, **changes):
-    return {place.name: place.shape for place in official.places(small(kind, **changes), kind)}
+    return {place.name: place.shape for place in official_layouts.places(small(kind, **changes), kind)}
 
 
 def any_bits(rng, shape):
@@ -100,7 +100,7 @@ _STORAGES = {
 
 def torch_pickle(state):
     """The pickle of a state dict as PyTorch writes it: storage N holds the N-th array, contiguous."""
-    parts = torch_files._state_dict({name: array.shape for name, array in state.items()}).split(b"FloatStorage")
+    parts = pytorch_files._state_dict({name: array.shape for name, array in state.items()}).split(b"FloatStorage")
     storages = [_STORAGES[array.dtype.name].encode() + b"Storage" for array in state.values()]
     return b"".join(part + storage for part, storage in zip(parts, [*storages, b""], strict=True))
 

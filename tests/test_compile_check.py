@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hmar_jax.compile_check import costs, programs, report, topology, work
+from hmar_jax.compile_check import costs, programs, report, topology
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
+from hmar_jax.flops import model_flops
 from hmar_jax.scales import ScaleLadder
 from pallas_kernels import devices
 
@@ -378,7 +379,7 @@ def test_a_start_that_is_here_but_is_no_model_is_refused(tmp_path, kind):
 class TestModelFlops:
     def test_blocks_of_d16_count_as_published_formulas_do(self):
         model = ModelConfig(ScaleLadder.preset(256), TokenizerConfig(), TransformerConfig.preset("d16", masked=False))
-        flops = work.model_flops(config(batch_size=64), model)
+        flops = model_flops(config(batch_size=64), model)
         tokens = 64 * 680
         assert flops["blocks"] == 6 * 12 * 1024**2 * 16 * tokens
         assert flops["head"] == 6 * 1024 * 4096 * tokens
@@ -386,7 +387,7 @@ class TestModelFlops:
 
     def test_a_frozen_trunk_has_no_backward_pass(self):
         model = ModelConfig(ScaleLadder((1, 2)), TokenizerConfig(), TransformerConfig(12, 64, 4, branch_depth=4))
-        whole, masked = (work.model_flops(config(stage=stage), model) for stage in ("next_scale", "masked"))
+        whole, masked = (model_flops(config(stage=stage), model) for stage in ("next_scale", "masked"))
         assert masked["blocks"] / whole["blocks"] == masked["attention"] / whole["attention"] == (12 + 2 * 4) / 36
         assert masked["head"] == whole["head"]
 

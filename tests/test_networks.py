@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import TINY, tiny
+from tiny_models import TINY, fingerprint, tiny
 
 from hmar_jax import Model, networks
 from hmar_jax import params as trees
+from hmar_jax.model import from_pretrained, save_model
 from hmar_jax.networks import hold, lay_out_for_gpu, undo_layout
-from hmar_jax.pretrained import from_pretrained, save_model, tokenizer_fingerprint
 from hmar_jax.sampling import program
 
 READ_BY_PRODUCT = {
@@ -83,7 +83,7 @@ def test_on_gpus_a_model_holds_it_and_is_the_same(model, unrolled, tmp_path):
     found, expected = (m.next_scale_logits(labels, tokens) for m in (apart, model))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert apart.sample([1], greedy=True).tokens.tolist() == model.sample([1], greedy=True).tokens.tolist()
-    assert tokenizer_fingerprint(apart) == tokenizer_fingerprint(model)
+    assert fingerprint(apart) == fingerprint(model)
     saved = from_pretrained(save_model(tmp_path / "model", apart, "made for a test"))
     jax.tree.map(np.testing.assert_array_equal, undo_layout(saved.params), model.params)
 

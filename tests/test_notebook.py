@@ -21,7 +21,7 @@ from PIL import Image
 from tiny_models import lively_model, tiny
 
 from hmar_jax.commands import demo
-from hmar_jax.pretrained import save_model
+from hmar_jax.model import save_model
 from hmar_jax.scales import ScaleLadder
 
 ROOT = Path(__file__).resolve().parents[1]

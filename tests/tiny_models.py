@@ -8,6 +8,7 @@ from flax import nnx
 
 from hmar_jax import params as trees
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
+from hmar_jax.formats.model_directory import tokenizer_fingerprint
 from hmar_jax.model import Model
 from hmar_jax.networks import structure
 from hmar_jax.scales import ScaleLadder
@@ -65,3 +66,8 @@ def lively_model(config, seed=0, dtype="float32"):
 def random_tokens(config, batch, seed=0):
     size = (batch, config.ladder.length)
     return np.random.default_rng(seed).integers(0, config.tokenizer.codebook_size, size, dtype=np.int32)
+
+
+def fingerprint(model):
+    """SHA-256 of a model's tokenizer, as token caches record it."""
+    return tokenizer_fingerprint(model.config, model.params)

@@ -15,9 +15,9 @@ from typing import Any
 
 import tqdm
 
-from hmar_jax.commands.bench_rows import check_counts, check_memory, check_reports, versions
-from hmar_jax.commands.bench_sample import add_sample
-from hmar_jax.commands.bench_train import add_train
+from hmar_jax.bench.measurements import check_counts, check_memory, check_reports, versions
+from hmar_jax.bench.sample import add_sample
+from hmar_jax.bench.train import add_train
 from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
@@ -227,7 +227,7 @@ def _unprepared(setting: Any, error: Exception) -> InputError:
 
 
 def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]:
-    """Panels of `pictures.bars`, forward and backward, of what is right; none where nothing is."""
+    """Panels of `plots.bars`, forward and backward, of what is right; none where nothing is."""
     panels = []
     for name in ("forward", "backward"):
         bars = sorted((1e3 * row.times[name].median, row.name, row.ours) for row in rows if row.right)
@@ -241,13 +241,13 @@ def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]
 
 def draw(panels: Sequence[Any], path: Path) -> list[Path]:
     """Writes the plot, or says why there is none: a row a setting, forward beside backward."""
-    from hmar_jax import pictures
+    from hmar_jax import plots
 
     if not panels:
         say("Nothing right was measured, so there is no plot.")
         return []
     try:
-        return [pictures.save_png(pictures.bars(panels, 2, "ms"), path)]
+        return [plots.save_png(plots.bars(panels, 2, "ms"), path)]
     except InputError as problem:  # matplotlib is optional
         print(f"There is no plot: {problem}", file=sys.stderr)
         return []

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import tqdm
 
-from hmar_jax import json_files
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.commands.train import read_config
 from hmar_jax.compile_check import ENVIRONMENT
 from hmar_jax.config import TrainConfig
 from hmar_jax.errors import InputError, shown
-from hmar_jax.files import check_files, check_kind, note_replaced, write_whole
+from hmar_jax.files import check_files, check_kind, json_files, note_replaced, write_whole
 
 MOST_PICTURES = 2**16  # of one sampler; more than any memory holds, and few enough for XLA's sizes
 

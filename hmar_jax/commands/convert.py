@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     if args.kind == "lpips":
         if args.sides or args.tokenizer or args.next_scale or args.key:
             raise InputError("Kind lpips goes without --sides, --tokenizer, --next-scale and --key; leave them out.")
-        from hmar_jax.tokenizer.lpips_file import convert_lpips
+        from hmar_jax.formats.lpips_files import convert_lpips
 
         written = convert_lpips(args.input, args.output)
         say(f"The perceptual weights are in {written}; tokenizer_loss.perceptual_weights is to name that file")
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     if args.sides is None:
         parser.error("the following arguments are required: --sides")
 
-    from hmar_jax.convert import convert  # after the arguments are known to be good: JAX imports for seconds
+    from hmar_jax.formats.convert import convert  # after the arguments are known to be good: JAX imports for seconds
 
     written = convert(
         args.kind,

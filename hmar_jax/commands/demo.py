@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hmar_jax import json_files
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig
+from hmar_jax.config.plain import from_config_dict
 from hmar_jax.errors import InputError
-from hmar_jax.plain import from_config_dict
+from hmar_jax.files import json_files
 
 STAGES = ("tokenizer", "next_scale", "masked")
 PICTURES = 12_000  # in the token cache
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     folder = args.output or Path("runs/demo-quick" if args.quick else "runs/demo")
     start = time.perf_counter()
 
-    from hmar_jax.data.token_export import export_tokens
+    from hmar_jax.bulk.token_caches import export_tokens
     from hmar_jax.training.loop import train
 
     configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}
@@ -93,9 +93,9 @@ def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:
 
 def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dict[Path, str]:
     """Writes the demo's four pictures; returns each with a caption."""
-    from hmar_jax import pictures
+    from hmar_jax import plots
     from hmar_jax.data import pipeline
-    from hmar_jax.pretrained import from_pretrained
+    from hmar_jax.model import from_pretrained
     from hmar_jax.training.metrics import read_metrics
 
     model = from_pretrained(model_path)
@@ -110,17 +110,17 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
     curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]
     made = {
         "reconstructions.png": (
-            pictures.reconstructions(model.tokenizer, originals, 12, 3),
+            plots.reconstructions(model.tokenizer, originals, 12, 3),
             "unseen glyphs above their reconstructions",
         ),
-        "losses.png": (pictures.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
+        "losses.png": (plots.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
         "samples.png": (
-            pictures.grid(out.images, 17, 3),
+            plots.grid(out.images, 17, 3),
             f"two samples of each class: {''.join(model.config.class_names)}",
         ),
         "growth.png": (
-            pictures.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
+            plots.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
             f"samples growing scale by scale, {' → '.join(map(str, model.config.ladder.sides))}",
         ),
     }
-    return {pictures.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}
+    return {plots.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}

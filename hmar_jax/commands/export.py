@@ -9,7 +9,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from hmar_jax.commands import processes
+from hmar_jax.commands import options
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.commands.train import read_config
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
         help="leave out pictures that cannot be read; the cache's broken.txt has them",
     )
     tokens.add_argument("--output", required=True, action=LocalPath, help="cache to write; running again goes on")
-    processes.add_options(tokens)
+    options.add_processes(tokens)
     torch = kinds.add_parser("torch", help="a model directory in the layout of the official PyTorch code")
     torch.add_argument("--model", required=True, action=PathOrName, help="model directory or hub id")
     torch.add_argument(
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _export_model(workdir: Path, output: Path, init_from: str) -> None:
-    from hmar_jax.pretrained import save_model
+    from hmar_jax.model import save_model
     from hmar_jax.training.loop import load_trained
 
     check_outputs("--output", [output], {"--workdir": workdir, "--init-from": init_from})
@@ -86,7 +86,7 @@ def _export_model(workdir: Path, output: Path, init_from: str) -> None:
 
 
 def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
-    from hmar_jax.convert import export_torch
+    from hmar_jax.formats.convert import export_torch
 
     written = export_torch(model, output, layout)
     rest = "" if written == "vae" else "; --kind=vae writes its tokenizer"
@@ -97,10 +97,10 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
     inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
     check_outputs("--output", [args.output], inputs)
     data = dataclasses.replace(data, skip_broken=args.skip_broken or data.skip_broken)
-    processes.join(args)
+    options.join_processes(args)
 
-    from hmar_jax.data.token_export import BROKEN, export_tokens
-    from hmar_jax.training import distributed
+    from hmar_jax.bulk.token_caches import BROKEN, export_tokens
+    from hmar_jax.parallel import processes
 
     # A run that is killed goes on; in a job JAX would note the signal, and wait to be asked for it. After the imports,
     # since array_record prints a stack trace at the signal.
@@ -109,7 +109,7 @@ def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
     names = ("crops", "count", "batch_size", "seed", "dtype")
     with device_memory("choose a smaller --batch-size"):
         written = export_tokens(args.model, data, args.output, **{name: getattr(args, name) for name in names})
-    if distributed.is_first():
+    if processes.is_first():
         say(f"Tokens of {written} pictures in {args.crops} crops are in {args.output}")
         for file in (args.output / BROKEN, args.output / "validation" / BROKEN):
             if file.is_file():

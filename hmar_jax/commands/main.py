@@ -20,7 +20,7 @@ from typing import Any
 from hmar_jax import __version__
 from hmar_jax.commands import terminal
 from hmar_jax.errors import BUG, HmarError, InputError
-from hmar_jax.platform import naming_absent_platforms, set_flags, use_compilation_cache
+from hmar_jax.xla import naming_absent_platforms, set_flags, use_compilation_cache
 
 COMMANDS = {
     "train": "train one stage from a config",

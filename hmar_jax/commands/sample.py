@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from hmar_jax.commands import options, processes
+from hmar_jax.commands import options
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.errors import InputError, device_memory, shown
 from hmar_jax.files import check_files, check_folder, check_outputs, check_pictures, note_replaced, write_whole
@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> None:
     many.add_argument("--per-class", type=int, help="how many of each class (default: 50)")
     many.add_argument("--batch", type=int, help="pictures at a time on each device (default: 16)")
     many.add_argument("--format", choices=["png", "array_record"], help="of the pictures' files (default: png)")
-    processes.add_options(parser)
+    options.add_processes(parser)
     args = parser.parse_args(argv)
     check_outputs("--output", [args.output], {"--model": args.model})
     check_folder("--output", args.output)
@@ -49,9 +49,9 @@ def run(argv: Sequence[str]) -> None:
 
 def _sample_labels(args: argparse.Namespace) -> None:
     """One picture a label."""
-    from hmar_jax import pictures
-    from hmar_jax.pretrained import from_pretrained
-    from hmar_jax.sampling import trace
+    from hmar_jax import plots
+    from hmar_jax.bulk import traces
+    from hmar_jax.model import from_pretrained
 
     model = from_pretrained(args.model, args.dtype, args.revision)
     labels = parse_labels(args.labels, model.config.class_names, model.config.num_classes)
@@ -64,33 +64,33 @@ def _sample_labels(args: argparse.Namespace) -> None:
     with device_memory("choose fewer labels"):
         out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))
     note_replaced(files)
-    for i, (name, image) in enumerate(zip(names, pictures.to_uint8(out.images), strict=True)):
-        pictures.save_png(pictures.Image.fromarray(image), args.output / f"{name}.png")
+    for i, (name, image) in enumerate(zip(names, plots.to_uint8(out.images), strict=True)):
+        plots.save_png(plots.Image.fromarray(image), args.output / f"{name}.png")
         if args.trace:
-            frames = trace.frames(model, out, i)
-            pictures.save_png(pictures.trace(frames), args.output / f"{name}-trace.png")
-            write_whole(args.output / f"{name}-trace.gif", pictures.animation(frames))
-    pictures.save_png(pictures.grid(out.images, min(8, len(labels))), args.output / "grid.png")
+            frames = traces.frames(model, out, i)
+            plots.save_png(plots.trace(frames), args.output / f"{name}-trace.png")
+            write_whole(args.output / f"{name}-trace.gif", plots.animation(frames))
+    plots.save_png(plots.grid(out.images, min(8, len(labels))), args.output / "grid.png")
     number = f"{len(labels)} picture{'s' * (len(labels) > 1)}"
     say(f"{number} and grid.png are in {args.output}")
 
 
 def _sample_classes(args: argparse.Namespace) -> None:
     """Many pictures of each class, by all processes together."""
-    processes.join(args)
+    options.join_processes(args)
 
     import jax
 
+    from hmar_jax.bulk import samples
     from hmar_jax.config import MeshConfig
+    from hmar_jax.formats.model_directory import open_model, read_params
     from hmar_jax.model import Model
-    from hmar_jax.pretrained import open_model, read_params
-    from hmar_jax.sampling import bulk
-    from hmar_jax.training import distributed, sharding
+    from hmar_jax.parallel import processes, sharding
 
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
         opened = open_model(args.model, args.revision)
         model = Model(opened.config, read_params(opened, put=sharding.put), args.dtype)
-        settings = bulk.Settings(
+        settings = samples.Settings(
             weights=opened.meta["sha256"],
             model=opened.config,
             dtype=args.dtype,
@@ -107,19 +107,19 @@ def _sample_classes(args: argparse.Namespace) -> None:
         numbers = sorted({label.number for label in labels})
         per_class = 50 if args.per_class is None else args.per_class
         batch = 16 if args.batch is None else args.batch
-        with device_memory("choose a smaller --batch"), distributed.preemption() as asked:
-            drawn = bulk.sample_classes(model, settings, numbers, per_class, args.output, batch=batch, stop=asked)
-    if drawn is None and distributed.is_first():
+        with device_memory("choose a smaller --batch"), processes.preemption() as asked:
+            drawn = samples.sample_classes(model, settings, numbers, per_class, args.output, batch=batch, stop=asked)
+    if drawn is None and processes.is_first():
         say(f"Stopped; run the command again to go on with the pictures in {args.output}")
     if asked.interrupted:
         raise KeyboardInterrupt
     if drawn is None:
         return
-    if distributed.is_first():
+    if processes.is_first():
         before = f", {total - drawn} of them from before" if (total := per_class * len(numbers)) > drawn else ""
         say(f"{total} pictures, {per_class} of each of {len(numbers)} classes, are in {args.output}{before}")
         if names and settings.pictures == "png":
-            folders = {bulk.folder_of(label.number, classes): label.name for label in labels}
+            folders = {samples.folder_of(label.number, classes): label.name for label in labels}
             some = ", ".join(f"{folder} has {name}" for folder, name in list(folders.items())[:12])
             say(f"Folders have the numbers of classes: {some}{', …' if len(folders) > 12 else ''}")
 

@@ -88,9 +88,9 @@ def _show(args: argparse.Namespace) -> None:
     if args.json is not None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())
     if args.output is not None:
-        from hmar_jax import pictures
+        from hmar_jax import plots
 
-        pictures.save_png(pictures.commitment(*commitment(schedule)), args.output)
+        plots.save_png(plots.commitment(*commitment(schedule)), args.output)
 
 
 def _is_schedule(content: bytes) -> bool:
@@ -103,7 +103,7 @@ def _is_schedule(content: bytes) -> bool:
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The config of the model directory, or of a published transformer on the ladder asked for."""
     if args.model is not None:
-        from hmar_jax.pretrained import locate, read_config
+        from hmar_jax.formats.model_directory import locate, read_config
 
         config, _ = read_config(locate(args.model))
         if config.transformer is None:
@@ -116,7 +116,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
 
 def report(schedule: Schedule, model: ModelConfig) -> str:
     """A line for each scale, then passes, FLOPs, order and digest."""
-    from hmar_jax.compile_check.work import sample_flops
+    from hmar_jax.flops import sample_flops
     from hmar_jax.sampling.schedule import SCALARS
 
     assert model.transformer is not None

@@ -14,13 +14,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from hmar_jax.commands import processes
+from hmar_jax.commands import options
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import TrainConfig, check_paths
+from hmar_jax.config.plain import from_config_dict
 from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import check_outputs, check_readable, check_refusal, is_there, local_path
-from hmar_jax.plain import from_config_dict
 
 
 def run(argv: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--profile", type=_steps, default=range(0), metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile"
     )
-    processes.add_options(parser)
+    options.add_processes(parser)
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if not override.startswith("--config."):
@@ -49,12 +49,12 @@ def run(argv: Sequence[str]) -> None:
     config = read_config(args.config, overrides)
     check_outputs("--workdir", [args.workdir / "model"], {"init_from": config.init_from})
 
-    from hmar_jax.training import distributed  # after the arguments are known to be good: these import for seconds
+    from hmar_jax.parallel import processes
     from hmar_jax.training.loop import train
 
-    processes.join(args)
+    options.join_processes(args)
     model = train(config, args.workdir, args.profile)
-    if model is not None and distributed.is_first():
+    if model is not None and processes.is_first():
         say(f"Trained. The model is in {model}")
 
 

@@ -23,14 +23,14 @@ from hmar_jax import params as trees
 from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
 from hmar_jax.files import is_there, local_path
+from hmar_jax.formats.model_directory import read_config
 from hmar_jax.networks import held_dtypes, structure
+from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
-from hmar_jax.pretrained import read_config
 from hmar_jax.sampling.program import Options, sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
-from hmar_jax.training import sharding
 from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, Start, unjudged
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
 
 
 def _judge_shapes() -> Tree:
-    """LPIPS's parameters as shapes, laid out as `perceptual.load_perceptual` does."""
+    """LPIPS's parameters as shapes, laid out as `lpips_files.load_perceptual` does."""
 
     def turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[2:], shape[1], shape[0]) if name.startswith("features.") and len(shape) == 4 else shape

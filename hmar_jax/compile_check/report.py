@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hmar_jax.compile_check import costs, work
+from hmar_jax.compile_check import costs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.programs import Compiled, Setup, schedule_of
 from hmar_jax.compile_check.topology import Topology
+from hmar_jax.flops import model_flops, sample_kernel_flops, train_kernel_flops
 from pallas_kernels import devices
 
 GIB = 2.0**30
@@ -84,7 +85,7 @@ class ProgramReport:
       name: `train step` or `sampler`. images: that one run of it is about. seconds: that compiling took.
       attention: how it runs. triton: which Triton kernels are in it, or why there are none; empty for devices that
         Triton does not serve. flops: of products, Pallas kernels' too. traffic: bytes to and from memory.
-      model_flops: by part, see `work.model_flops`; empty where no formula is.
+      model_flops: by part, see `flops.model_flops`; empty where no formula is.
     """
 
     name: str
@@ -118,22 +119,22 @@ def report(setup: Setup, topology: Topology, compiled: Compiled, sampled: int = 
         triton = _triton(text)
         if sampled:
             plan, dtype = schedule_of(setup).plan, setup.config.dtype
-            attention, in_kernels = work.sample_kernel_flops(setup.model, plan, dtype, sampled)
+            attention, in_kernels = sample_kernel_flops(setup.model, plan, dtype, sampled)
         else:
-            attention, in_kernels = work.train_kernel_flops(setup.config, setup.model)
+            attention, in_kernels = train_kernel_flops(setup.config, setup.model)
     flops, traffic = costs.products(program) + in_kernels / setup.mesh.size, costs.traffic(program)
     collectives = costs.collectives(program)
     sent = sum(kind.sent for kind in collectives.values())
     bound = Bound(flops / chip.flops, traffic / chip.bandwidth, sent / chip.network)
-    model_flops = {} if sampled else work.model_flops(setup.config, setup.model)
-    useful = sum(model_flops.values()) or flops * setup.mesh.size
+    useful_flops = {} if sampled else model_flops(setup.config, setup.model)
+    useful = sum(useful_flops.values()) or flops * setup.mesh.size
     return dataclasses.replace(
         base,
         attention=attention,
         triton=triton,
         flops=flops,
         traffic=traffic,
-        model_flops=model_flops,
+        model_flops=useful_flops,
         mfu=None if sampled else useful / (setup.mesh.size * chip.flops * bound.seconds),
         bound=bound,
         collectives=collectives,

@@ -14,9 +14,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from hmar_jax import json_files
 from hmar_jax.errors import InputError, shown
-from hmar_jax.files import check_refusal, local_path, read_bytes
+from hmar_jax.files import check_refusal, json_files, local_path, read_bytes
 
 REMEDY = "prepare the dataset again"
 _MOST_CLASSES = 2**20  # each has a name, made up where the dataset has none

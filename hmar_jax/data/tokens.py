@@ -28,11 +28,19 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from hmar_jax import json_files
+from hmar_jax.config.plain import check_names, from_plain, to_plain
 from hmar_jax.errors import InputError, printable, reason, saying, shown
-from hmar_jax.files import check_refusal, check_regular, local_path, open_regular, remove, write_whole, writing
-from hmar_jax.lock import is_running
-from hmar_jax.plain import check_names, from_plain, to_plain
+from hmar_jax.files import (
+    check_refusal,
+    check_regular,
+    json_files,
+    local_path,
+    open_regular,
+    remove,
+    write_whole,
+    writing,
+)
+from hmar_jax.files.lock import is_running
 from hmar_jax.scales import ScaleLadder
 
 logger = logging.getLogger(__name__)

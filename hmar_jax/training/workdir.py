@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hmar_jax.config import TrainConfig
+from hmar_jax.config.plain import to_plain
 from hmar_jax.errors import InputError, shown
 from hmar_jax.files import write_whole, writing
-from hmar_jax.lock import Lock
+from hmar_jax.files.lock import Lock
+from hmar_jax.parallel import processes
 from hmar_jax.params import flatten
-from hmar_jax.plain import to_plain
-from hmar_jax.training import distributed
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.objectives import Objective
@@ -45,17 +45,17 @@ def open_workdir(workdir: Path, config: TrainConfig, origin: dict[str, Any]) -> 
     """
     new, unused = not workdir.exists(), not (workdir / "config.json").exists()
     try:
-        with distributed.locked(workdir, "trains") as lock:
+        with processes.locked(workdir, "trains") as lock:
             try:
                 yield _open(workdir, config, origin), lock
             except InputError:
-                if unused and distributed.is_first() and not (workdir / "metrics.jsonl").exists():
+                if unused and processes.is_first() and not (workdir / "metrics.jsonl").exists():
                     (workdir / "config.json").unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # something is in it
                         (workdir / "checkpoints").rmdir()
                 raise
     except InputError:
-        if new and distributed.is_first():
+        if new and processes.is_first():
             with contextlib.suppress(OSError):
                 workdir.rmdir()
         raise
@@ -80,8 +80,8 @@ def _open(workdir: Path, config: TrainConfig, origin: dict[str, Any]) -> Checkpo
                 "or choose another --workdir."
             )
         _log_changes(before, config)
-    distributed.barrier("work directory checked")
-    if distributed.is_first():
+    processes.barrier("work directory checked")
+    if processes.is_first():
         write_whole(workdir / "config.json", json.dumps(to_plain(config), indent=2).encode() + b"\n")
     return checkpoints
 

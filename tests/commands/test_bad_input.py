@@ -17,7 +17,7 @@ from PIL import Image
 from hmar_jax.commands import export
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig
-from hmar_jax.pretrained import from_pretrained, save_model
+from hmar_jax.model import from_pretrained, save_model
 
 
 @pytest.fixture(scope="session")

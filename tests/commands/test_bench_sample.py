@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hmar_jax import params
-from hmar_jax.commands import bench_sample
-from hmar_jax.commands.bench_rows import Kernel
-from hmar_jax.commands.bench_sample import by_part, part_of, settings
+from hmar_jax.bench import sample
+from hmar_jax.bench.measurements import Kernel
+from hmar_jax.bench.sample import by_part, part_of, settings
 from hmar_jax.commands.main import main
 from hmar_jax.networks import held_dtypes
 from hmar_jax.sampling import program
@@ -62,8 +62,8 @@ def test_the_page_has_a_line_a_setting(run):
 
 
 def picked(*options):
-    parser = bench_sample.argparse.ArgumentParser()
-    bench_sample.add_sample(parser.add_subparsers())
+    parser = sample.argparse.ArgumentParser()
+    sample.add_sample(parser.add_subparsers())
     return settings(parser.parse_args(["sample", *options]), on_cpu=False)
 
 
@@ -100,7 +100,7 @@ def test_one_setting_is_picked_by_image_and_model(options, name, official):
 
 @pytest.mark.parametrize("var", [False, True])
 def test_random_weights_are_held_as_a_models_are(var):
-    model = bench_sample._tiny(2, var).build()
+    model = sample._tiny(2, var).build()
     held = held_dtypes(model.config, model.dtype)
     leaves = params.flatten(model.params)
     assert all(np.isfinite(leaf).all() for leaf in leaves.values())
@@ -108,7 +108,7 @@ def test_random_weights_are_held_as_a_models_are(var):
 
 
 def test_every_product_of_a_sampler_is_of_a_part_and_so_are_its_filters():
-    model = bench_sample._tiny(2, False).build()
+    model = sample._tiny(2, False).build()
     schedule = model.schedule("small")
     options = program.Options(model.config, model.dtype, schedule.plan)
     ids = np.zeros(2, np.int32), np.zeros(2, np.uint32)
@@ -120,11 +120,11 @@ def test_every_product_of_a_sampler_is_of_a_part_and_so_are_its_filters():
 
 
 def test_the_bound_reads_weights_where_batches_are_small_and_multiplies_where_they_are_large():
-    model = bench_sample._tiny(2, False).build()
+    model = sample._tiny(2, False).build()
     plan = model.schedule("small").plan
 
     def bound(batch, **rates):
-        return bench_sample.least_seconds(model, plan, batch, Rates(**rates))
+        return sample.least_seconds(model, plan, batch, Rates(**rates))
 
     reading = bound(1, copy=1.0, matmul=1e30)
     assert bound(50, copy=1.0, matmul=1e30) == pytest.approx(reading, rel=1e-3)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hmar_jax.commands import bench_train
-from hmar_jax.commands.bench_rows import Kernel
-from hmar_jax.commands.bench_train import by_part, settings
+from hmar_jax.bench import train
+from hmar_jax.bench.measurements import Kernel
+from hmar_jax.bench.train import by_part, settings
 from hmar_jax.commands.main import main
 from hmar_jax.config import TokenizerConfig, TokenizerLossConfig, TrainConfig
 from hmar_jax.training.state import make_train_step
@@ -72,8 +72,8 @@ def test_kernels_are_told_apart_by_name_and_origin():
 
 
 def test_a_step_says_which_of_its_operations_are_the_heads_and_the_optimizers():
-    config = bench_train._tiny(2)
-    objective, state, frozen, optimizer = bench_train._fresh(config)
+    config = train._tiny(2)
+    objective, state, frozen, optimizer = train._fresh(config)
     batch = {
         "tokens": jnp.zeros((2, objective.model_config.ladder.length), jnp.int32),
         "label": jnp.zeros(2, jnp.int32),
@@ -86,8 +86,8 @@ def test_a_step_says_which_of_its_operations_are_the_heads_and_the_optimizers():
 
 def test_the_published_settings_are_named_or_picked_by_image_and_model():
     def picked(*options):
-        parser = bench_train.argparse.ArgumentParser()
-        bench_train.add_train(parser.add_subparsers())
+        parser = train.argparse.ArgumentParser()
+        train.add_train(parser.add_subparsers())
         return settings(parser.parse_args(["train", *options]), on_cpu=False)
 
     assert list(picked()) == ["256 d16 B=64", "256 d30 B=32", "512 d24 B=16", "1024 d24 B=2"]

@@ -20,14 +20,14 @@ import tiny_training as tiny
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hmar_jax.commands import bench_train
+from hmar_jax.bench import train
 from hmar_jax.commands.main import main
 from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology, open_topology
 from hmar_jax.config import MeshConfig
+from hmar_jax.formats.model_directory import read_config
 from hmar_jax.networks import init_params
-from hmar_jax.pretrained import read_config
 from hmar_jax.training import objectives
 from hmar_jax.training.objectives import OBJECTIVES
 from hmar_jax.training.optimizer import make_optimizer
@@ -206,9 +206,9 @@ def test_sizes_are_those_of_the_model_in_init_from_where_it_is_here(starts, tmp_
     def stop(model, place):
         raise InterruptedError(model)
 
-    monkeypatch.setattr(bench_train, "_made_up_params", stop)  # what `bench train` measures
+    monkeypatch.setattr(train, "_made_up_params", stop)  # what `bench train` measures
     with pytest.raises(InterruptedError) as stopped:
-        bench_train._fresh(config)
+        train._fresh(config)
     assert stopped.value.args == (real,)
 
 

@@ -27,9 +27,8 @@ from hmar_jax.commands import convert as convert_command
 from hmar_jax.commands import export as export_command
 from hmar_jax.commands.main import main
 from hmar_jax.config import ModelConfig
-from hmar_jax.convert import convert, export_torch
-from hmar_jax.model import Model
-from hmar_jax.pretrained import save_model
+from hmar_jax.formats.convert import convert, export_torch
+from hmar_jax.model import Model, save_model
 
 TRANSFORMERS = KINDS[1:]
 SIGNATURE = {"vae": "quantize.embedding.weight"} | dict.fromkeys(TRANSFORMERS, "pos_1LC")

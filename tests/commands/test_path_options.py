@@ -18,9 +18,10 @@ from hmar_jax.data.folder import FolderSource
 from hmar_jax.data.tfds import TfdsSource
 from hmar_jax.data.tokens import TokenSource, write_token_cache
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import from_pretrained, locate, save_model, write_model
+from hmar_jax.formats.lpips_files import load_perceptual
+from hmar_jax.formats.model_directory import locate, write_model
+from hmar_jax.model import from_pretrained, save_model
 from hmar_jax.sampling.schedule import Schedule
-from hmar_jax.tokenizer.perceptual import load_perceptual
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import MetricsWriter

@@ -14,12 +14,12 @@ from PIL import Image
 from tiny_models import TINY, lively_model, tiny
 
 from hmar_jax import from_pretrained
+from hmar_jax.bulk import samples
 from hmar_jax.commands.main import main
-from hmar_jax.pretrained import save_model
-from hmar_jax.sampling import bulk
+from hmar_jax.model import save_model
+from hmar_jax.parallel import processes
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training import distributed
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_var_is_drawn_by_its_own_schedule_unless_told_otherwise(tmp_path, monk
         asked.append(settings.schedule)
         return 0
 
-    monkeypatch.setattr(bulk, "sample_classes", sample_classes)
+    monkeypatch.setattr(samples, "sample_classes", sample_classes)
     var = tiny(masked=False, pattern="block_causal")
     save_model(tmp_path / "var", lively_model(var), "a test")
     options = ["sample", f"--model={tmp_path / 'var'}", "--classes=0", f"--output={tmp_path / 'out'}"]
@@ -123,7 +123,7 @@ def test_options_that_do_not_go_together_are_refused(command, tmp_path, capsys, 
 
 def test_the_command_joins_its_job_unless_told_not_to(command, tmp_path, monkeypatch):
     joined = []
-    monkeypatch.setattr(distributed, "join", lambda *arguments: joined.append(arguments))
+    monkeypatch.setattr(processes, "join", lambda *arguments: joined.append(arguments))
     for options in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
         assert command("--classes=9", *options, "--output", tmp_path) == 2
     assert joined == [(None, None, None), ("h:1", 3, 2)]
@@ -137,7 +137,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_batch_and_leaves(command, tmp_p
         return None if stop(2) else 5
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back
-    monkeypatch.setattr("hmar_jax.sampling.bulk.sample_classes", sample_classes)
+    monkeypatch.setattr("hmar_jax.bulk.samples.sample_classes", sample_classes)
     assert command("--classes=0", "--output", tmp_path) == code
     assert capsys.readouterr().out == f"Stopped; run the command again to go on with the pictures in {tmp_path}\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from mutations import ODD_JSON, damaged, odd_json
 from tiny_models import TINY
 
+from hmar_jax.bulk import samples
 from hmar_jax.errors import HmarError
-from hmar_jax.sampling import bulk
 from hmar_jax.sampling.schedule import Schedule
 
 KINDS = ("png", "array_record")
 SETTINGS = {
-    kind: bulk.Settings("a test's", TINY, "float32", Schedule.from_counts([[1], [4], [9]]), pictures=kind)
+    kind: samples.Settings("a test's", TINY, "float32", Schedule.from_counts([[1], [4], [9]]), pictures=kind)
     for kind in KINDS
 }
 SIDE, LENGTH = TINY.image_size, TINY.ladder.length
@@ -35,7 +35,7 @@ def part(first, seed):
     rng = np.random.default_rng(seed)
     labels, indices = np.arange(2, dtype=np.int32), np.full(2, first // 5, np.int32)
     tokens = rng.integers(0, TINY.tokenizer.codebook_size, (2, LENGTH), np.uint16)
-    return bulk.Part(labels, indices, tokens, rng.integers(0, 256, (2, SIDE, SIDE, 3), np.uint8))
+    return samples.Part(labels, indices, tokens, rng.integers(0, 256, (2, SIDE, SIDE, 3), np.uint8))
 
 
 def npz(**arrays):
@@ -101,9 +101,9 @@ def written(tmp_path_factory):
     """kind → a directory of four samples in two parts."""
     folders = {}
     for kind in KINDS:
-        folder = bulk._Folder(tmp_path_factory.mktemp("bulk") / kind, SETTINGS[kind])
+        folder = samples._Folder(tmp_path_factory.mktemp("bulk") / kind, SETTINGS[kind])
         folder.open()
-        with bulk.ThreadPoolExecutor(2) as pool:
+        with samples.ThreadPoolExecutor(2) as pool:
             for first, seed in ((0, 0), (5, 1)):
                 folder.write(part(first, seed), pool)
         folders[kind] = folder.path
@@ -116,7 +116,7 @@ def there(kind, whole, name, content):
         path = Path(shutil.copytree(whole, Path(parent) / "copy"))
         (path / name).unlink(missing_ok=True)
         (path / name).write_bytes(content)
-        folder = bulk._Folder(path, SETTINGS[kind])
+        folder = samples._Folder(path, SETTINGS[kind])
         folder.check()
         numbers = folder.open().tolist()
         # What was removed is drawn again; what is left is all of it.
@@ -180,7 +180,7 @@ def test_every_flipped_bit_is_found(written, kind):
             assert found == [0, 1] or same(name, bytes(content), whole), (name, at)
 
 
-MANIFEST = json.loads(json.dumps(bulk.to_plain(SETTINGS["png"])))
+MANIFEST = json.loads(json.dumps(samples.to_plain(SETTINGS["png"])))
 
 
 @settings(max_examples=settings().max_examples * 4)
@@ -190,7 +190,7 @@ MANIFEST = json.loads(json.dumps(bulk.to_plain(SETTINGS["png"])))
 @example(json.dumps(MANIFEST | {"\x1b[2J" * 100: 1}).encode())
 def test_settings_are_the_same_or_refused(written, content):
     try:
-        found = there("png", written["png"], bulk.MANIFEST, content)
+        found = there("png", written["png"], samples.MANIFEST, content)
     except HmarError as error:
         assert str(error).isprintable()
         assert len(str(error)) < 600

@@ -18,7 +18,7 @@ from tiny_models import TINY, lively_model
 
 from hmar_jax.commands.main import main
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import save_model
+from hmar_jax.model import save_model
 from hmar_jax.sampling.schedule import Schedule
 
 REACHED = "This is as far as the test goes."
@@ -167,13 +167,13 @@ def _nothing_takes_long(home):
     with pytest.MonkeyPatch.context() as patch:
         for long in (
             "hmar_jax.model.Model._sample",
-            "hmar_jax.sampling.bulk._write_missing",
+            "hmar_jax.bulk.samples._write_missing",
             "hmar_jax.training.loop.train",
-            "hmar_jax.data.token_export._write_missing",
+            "hmar_jax.bulk.token_caches._write_missing",
             "hmar_jax.compile_check.programs.prepare",
             "pallas_kernels.scale_attention.bench.measure_rates",
             "hmar_jax.commands.schedule.commitment",
-            "hmar_jax.hub.download",
+            "hmar_jax.formats.hub.download",
         ):
             patch.setattr(long, reached)
         patch.chdir(home)

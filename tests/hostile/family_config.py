@@ -12,14 +12,14 @@ from mutations import ODD_TEXTS, ODD_VALUES, odd_json
 
 from hmar_jax.commands.train import read_config
 from hmar_jax.config import TrainConfig
+from hmar_jax.config.plain import from_config_dict, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.params import flatten
-from hmar_jax.plain import from_config_dict, from_plain, to_plain
 
 CONFIGS = {
-    name: from_config_dict(TrainConfig, importlib.import_module(f"configs.{name}").get_config())
+    name: from_config_dict(TrainConfig, importlib.import_module(f"hmar_jax.configs.{name}").get_config())
     for name in ("glyphs_tokenizer", "glyphs_next_scale", "imagenet_tokenizer", "imagenet")
-    if importlib.util.find_spec(f"configs.{name}")
+    if importlib.util.find_spec(f"hmar_jax.configs.{name}")
 }
 PLAIN = {name: json.loads(json.dumps(to_plain(config))) for name, config in CONFIGS.items()}
 FIELDS = sorted(flatten(to_plain(TrainConfig(stage="tokenizer"))))
@@ -108,7 +108,7 @@ VALUES = [*ODD_TEXTS, "9" * 30, "9" * 5000, "1e400", "nan", "inf", "(1,3000)", "
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "config.py"
-    file.write_text("from configs.glyphs_tokenizer import get_config\n")
+    file.write_text("from hmar_jax.configs.glyphs_tokenizer import get_config\n")
     return file
 
 

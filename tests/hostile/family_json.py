@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import ODD_JSON, damaged, odd_json
 
-from hmar_jax import json_files
 from hmar_jax.errors import InputError
+from hmar_jax.files import json_files
 
 CONTENT = {"format": 1, "names": ["a", "é", ""], "size": 1.5, "nested": {"empty": {}, "none": None, "yes": [True, -3]}}
 

@@ -15,8 +15,8 @@ from mutations import damaged
 from official_files import peak_memory
 
 from hmar_jax.errors import InputError
+from hmar_jax.formats.lpips_files import convert_lpips
 from hmar_jax.tokenizer import perceptual
-from hmar_jax.tokenizer.lpips_file import convert_lpips
 
 MORE = settings(max_examples=settings().max_examples * 3)  # of some milliseconds each
 CHANNELS = (1, 2, 2, 3, 3)

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from mutations import damaged, odd_json
 from tiny_models import TINY
 
-from hmar_jax import networks, pretrained
+from hmar_jax import networks
 from hmar_jax import params as trees
+from hmar_jax.config.plain import from_plain, to_plain
 from hmar_jax.errors import HmarError
-from hmar_jax.plain import from_plain, to_plain
-from hmar_jax.pretrained import open_model, read_params, save_model
+from hmar_jax.formats import model_directory
+from hmar_jax.formats.model_directory import open_model, read_params
+from hmar_jax.model import save_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -61,7 +63,7 @@ def test_a_config_file_that_is_damaged_is_refused_or_told(written, data):
     _, config, weights, params = written
     meta = json.loads(config)
     content = data.draw(damaged(config) | odd_json(meta))
-    with mock.patch.object(pretrained.logger, "warning") as warned:
+    with mock.patch.object(model_directory.logger, "warning") as warned:
         got = read(written, content, weights)
     if got is not None:
         opened, found = got

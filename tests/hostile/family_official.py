@@ -21,9 +21,9 @@ from official_files import (
     torch_pickle,
 )
 
-from hmar_jax import official
-from hmar_jax.convert import convert, export_torch, open_state_dict
 from hmar_jax.errors import InputError
+from hmar_jax.formats import official_layouts
+from hmar_jax.formats.convert import convert, export_torch, open_state_dict
 
 MORE = settings(max_examples=settings().max_examples * 2)  # of some ten milliseconds each
 SOME = settings(max_examples=max(settings().max_examples // 5, 5))  # of a second each
@@ -80,10 +80,10 @@ def refusing():
 def inferred(kind, source):
     """Looks at a file as `convert` does before it builds anything."""
     state = open_state_dict(source, kind)
-    official.check_kind(kind, state.shapes.keys(), state.where)
+    official_layouts.check_kind(kind, state.shapes.keys(), state.where)
     if kind == "vae":
-        return official.infer_tokenizer(state.shapes, state.where)
-    return official.infer_transformer(state.shapes, kind, LADDER, state.where)
+        return official_layouts.infer_tokenizer(state.shapes, state.where)
+    return official_layouts.infer_transformer(state.shapes, kind, LADDER, state.where)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE)
 def test_sizes_in_a_file_are_not_believed(folder, case, monkeypatch):
     kind, change = LARGE[case]
-    monkeypatch.setattr(official, "places", lambda *_: pytest.fail("it is built"))
+    monkeypatch.setattr(official_layouts, "places", lambda *_: pytest.fail("it is built"))
     source = file_of_zeros(folder / "h.safetensors", change if "state dicts" in case else SHAPES[kind] | change)
     with pytest.raises(InputError) as error:
         inferred(kind, source)

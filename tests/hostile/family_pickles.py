@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mutations import ODD_NUMBERS, damaged
 
-from hmar_jax import pickles, torch_pickles
 from hmar_jax.errors import InputError
+from hmar_jax.formats import pickles, pytorch_pickles
 
 MORE = settings(max_examples=settings().max_examples * 4)  # of a millisecond each
 WATCHED = ("import", "exec", "compile", "open", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "code.")
@@ -39,7 +39,9 @@ def interpreted(content):
     made = []
     modules = set(sys.modules)
     for read in (
-        lambda: torch_pickles.collect(torch_pickles.load(io.BytesIO(content), "F", torch_pickles.Storages()), "F"),
+        lambda: pytorch_pickles.collect(
+            pytorch_pickles.load(io.BytesIO(content), "F", pytorch_pickles.Storages()), "F"
+        ),
         lambda: pickles.load(io.BytesIO(content), pickles.PLAIN.get, "F"),
     ):
         watching = True

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import TINY, random_tokens
 
 from hmar_jax import from_pretrained
+from hmar_jax.bulk import traces
 from hmar_jax.config import (
     DataConfig,
     EvalConfig,
@@ -27,12 +28,10 @@ from hmar_jax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from hmar_jax.convert import convert
 from hmar_jax.errors import HmarError, InputError
+from hmar_jax.formats.convert import convert
 from hmar_jax.labels import parse_label, parse_labels
-from hmar_jax.model import Model, Sample
-from hmar_jax.pretrained import save_model
-from hmar_jax.sampling import trace
+from hmar_jax.model import Model, Sample, save_model
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 
@@ -157,10 +156,10 @@ MODELS = {
     "next_scale_logits of labels": lambda model, value: model.next_scale_logits(value, TOKENS),
     "next_scale_logits of tokens": lambda model, value: model.next_scale_logits([0], value),
     "masked_logits": lambda model, value: model.masked_logits([0], TOKENS, value),
-    "frames of a model": lambda model, value: trace.frames(value, Sample(IMAGE, TOKENS, [])),
-    "frames": lambda model, value: trace.frames(model, value),
-    "frames without draws": lambda model, value: trace.frames(model, Sample(IMAGE, TOKENS), value),
-    "frames of a picture": lambda model, value: trace.frames(model, Sample(IMAGE, TOKENS, []), value),
+    "frames of a model": lambda model, value: traces.frames(value, Sample(IMAGE, TOKENS, [])),
+    "frames": lambda model, value: traces.frames(model, value),
+    "frames without draws": lambda model, value: traces.frames(model, Sample(IMAGE, TOKENS), value),
+    "frames of a picture": lambda model, value: traces.frames(model, Sample(IMAGE, TOKENS, []), value),
 }
 # The arguments before the odd one are right, and another one is wrong, so that nothing is drawn whatever it is.
 DRAWN = {

@@ -16,8 +16,8 @@ from mutations import damaged
 from official_files import old_torch_file_of, peak_memory, torch_file_of
 
 from hmar_jax.errors import InputError
-from hmar_jax.torch_files import File
-from hmar_jax.torch_pickles import DTYPES
+from hmar_jax.formats.pytorch_files import File
+from hmar_jax.formats.pytorch_pickles import DTYPES
 
 MORE = settings(max_examples=settings().max_examples * 3)  # of some milliseconds each
 MADE = Path(__file__).parent.parent / "torch_files"  # by PyTorch

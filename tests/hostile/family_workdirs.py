@@ -17,7 +17,7 @@ from mutations import ODD_JSON, ODD_VALUES, damaged, odd_json
 
 from hmar_jax.config import DataConfig, TokenizerConfig, TrainConfig
 from hmar_jax.errors import HmarError, InputError
-from hmar_jax.lock import NAME, Lock
+from hmar_jax.files.lock import NAME, Lock
 from hmar_jax.training.checkpoint import Checkpoints, describe
 from hmar_jax.training.metrics import read_metrics
 from hmar_jax.training.state import TrainState

@@ -16,7 +16,7 @@ import pytest
 from tiny_models import TINY
 
 import hmar_jax
-from hmar_jax.pretrained import save_model
+from hmar_jax.model import save_model
 from hmar_jax.sampling import program
 from hmar_jax.sampling.sampler import sample_tokens
 from hmar_jax.sampling.schedule import Schedule

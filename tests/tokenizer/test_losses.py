@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from hmar_jax.config import TokenizerLossConfig
 from hmar_jax.errors import InputError
+from hmar_jax.formats import lpips_files
 from hmar_jax.tokenizer import losses, perceptual
 
 
@@ -255,7 +256,7 @@ def entries():
 def params(entries, tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
     save_file(entries | {"classifier.0.weight": np.zeros((2, 2), np.float32)}, path)
-    return perceptual.load_perceptual(path)
+    return lpips_files.load_perceptual(path)
 
 
 def numpy_lpips(entries, a, b):
@@ -335,7 +336,7 @@ def test_a_weights_file_is_refused_by_the_names_at_fault(entries, tmp_path, chan
     path = tmp_path / "vgg.safetensors"
     save_file({name: value for name, value in (entries | change).items() if value is not None}, path)
     with pytest.raises(InputError, match=message):
-        perceptual.load_perceptual(path)
+        lpips_files.load_perceptual(path)
 
 
 def test_a_missing_or_foreign_weights_file_is_refused_with_its_name(tmp_path):
@@ -343,4 +344,4 @@ def test_a_missing_or_foreign_weights_file_is_refused_with_its_name(tmp_path):
     foreign.write_bytes(b"a pickle, perhaps; no safetensors header")
     for path in (tmp_path / "missing.safetensors", foreign):
         with pytest.raises(InputError, match=rf"{path.name}.*says how to make one"):
-            perceptual.load_perceptual(path)
+            lpips_files.load_perceptual(path)

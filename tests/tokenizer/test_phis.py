@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from official_files import LADDER, TOKENIZER, assert_bit_equal, file_of, random_model, random_state, rewrite, stored
-from tiny_models import TINY, lively_params, random_tokens
+from tiny_models import TINY, fingerprint, lively_params, random_tokens
 
 from hmar_jax import InputError, from_pretrained
 from hmar_jax.config import DataConfig, ModelConfig, TrainConfig
-from hmar_jax.convert import convert, export_torch
-from hmar_jax.model import Model
+from hmar_jax.formats.convert import convert, export_torch
+from hmar_jax.formats.model_directory import read_config
+from hmar_jax.model import Model, save_model
 from hmar_jax.networks import networks
-from hmar_jax.pretrained import read_config, save_model, tokenizer_fingerprint
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import checkpoint
 from hmar_jax.training.objectives import OBJECTIVES
@@ -37,7 +37,7 @@ def phis_of(model):
     return networks(model.config, model.params).tokenizer.quantizer.phi_of_scale
 
 
-def fingerprint_of_values(directory):
+def fingerprint_values(directory):
     """The `tokenizer_sha256` of a directory from before."""
     digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in stored(directory).items()}
     of_tokenizer = sorted(item for item in digests.items() if item[0].startswith("tokenizer."))
@@ -54,7 +54,7 @@ def three_phis(tmp_path_factory):
 
     def forget(meta):
         del meta["model"]["tokenizer"]["phi_of_scale"], meta["model"]["phi_layout"]
-        meta["tokenizer_sha256"] = fingerprint_of_values(old)
+        meta["tokenizer_sha256"] = fingerprint_values(old)
 
     rewrite(old, change_config=forget)
     return model, new, old
@@ -86,7 +86,7 @@ def test_an_older_directory_whose_rule_was_right_is_as_any_other(tmp_path, phis)
     config = with_phis(ModelConfig(LADDER, TOKENIZER), phis=phis)
     path = save_model(tmp_path / "model", random_model(config), "a test")
     meta = read_config(path)[1]
-    assert meta["tokenizer_sha256"] == fingerprint_of_values(path)
+    assert meta["tokenizer_sha256"] == fingerprint_values(path)
     rewrite(path, change_config=lambda meta: meta["model"]["tokenizer"].pop("phi_of_scale"))
     assert read_config(path)[0] == config
 
@@ -95,7 +95,7 @@ def test_token_caches_of_another_phi_of_a_scale_are_told_apart(three_phis, tmp_p
     _, new, old = three_phis
     fingerprints = [read_config(path)[1]["tokenizer_sha256"] for path in (new, old)]
     assert fingerprints[0] != fingerprints[1]
-    assert [tokenizer_fingerprint(from_pretrained(path)) for path in (new, old)] == fingerprints
+    assert [fingerprint(from_pretrained(path)) for path in (new, old)] == fingerprints
     again = save_model(tmp_path / "again", from_pretrained(old), "a test")
     assert read_config(again)[1]["tokenizer_sha256"] == fingerprints[1]
 

@@ -27,18 +27,19 @@ from tiny_training import (
 )
 
 from hmar_jax import params as trees
+from hmar_jax.bulk.token_caches import export_tokens
 from hmar_jax.compile_check import costs, programs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
-from hmar_jax.data.token_export import export_tokens
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import InputError
+from hmar_jax.model import from_pretrained
 from hmar_jax.networks import structure
-from hmar_jax.pretrained import from_pretrained
+from hmar_jax.parallel import sharding
 from hmar_jax.sampling import program
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training import loop, sharding
+from hmar_jax.training import loop
 from hmar_jax.training.metrics import read_metrics
 from hmar_jax.training.objectives import OBJECTIVES
 from hmar_jax.training.optimizer import make_optimizer
@@ -102,11 +103,11 @@ from tiny_training import next_scale_config, quick_compilation, sound_argmax, st
 from test_devices import EXPORT, GLYPHS, LABELS, RUNS, SHORT, sent_by, sent_by_sampling
 from test_train_step import done_in_parts
 from hmar_jax.config import MeshConfig
-from hmar_jax.data import token_export
+from hmar_jax.bulk import token_caches
 from hmar_jax.errors import InputError
 from hmar_jax.training import loop
 from hmar_jax.model import Model
-from hmar_jax.pretrained import from_pretrained
+from hmar_jax.model import from_pretrained
 from hmar_jax.sampling import program
 from hmar_jax.training.checkpoint import Checkpoints
 
@@ -174,13 +175,13 @@ with jax.set_mesh(mesh):
     with sound_argmax():
         tokens = Model(model.config, params).sample(LABELS, seed=3).tokens.tolist()
 sent["sampling"] = sent_by_sampling(model)
-shares, encode = [], token_export._encode
+shares, encode = [], token_caches._encode
 def encoded(*arguments):
     images = arguments[-1]
     shares.append([images.shape[0], *(part.data.shape[0] for part in images.addressable_shards)])
     return encode(*arguments)
-token_export._encode = encoded
-token_export.export_tokens(starts / "tokenizer", GLYPHS, out / "tokens", **EXPORT)
+token_caches._encode = encoded
+token_caches.export_tokens(starts / "tokenizer", GLYPHS, out / "tokens", **EXPORT)
 sentences = []
 for changes in ({"batch_size": 12}, {"batch_size": 24, "accumulate": 2}, {"mesh": MeshConfig(data=3, fsdp=2)}):
     try:

@@ -13,8 +13,9 @@ from hmar_jax.config import DataConfig, EvalConfig
 from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource, validation_of, write_token_cache
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import from_pretrained
-from hmar_jax.training import loop, sharding
+from hmar_jax.model import from_pretrained
+from hmar_jax.parallel import sharding
+from hmar_jax.training import loop
 from hmar_jax.training.evals import Evals
 from hmar_jax.training.metrics import read_metrics
 

@@ -20,15 +20,17 @@ import safetensors.numpy
 from jax.sharding import Mesh
 from tiny_training import CLASSES, LOSS, next_scale_config, once, shared_folder, tokenizer_config
 
-from hmar_jax import lock, pictures
+from hmar_jax import plots
 from hmar_jax.arrays import on_host
+from hmar_jax.bulk import token_caches
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig
-from hmar_jax.data import token_export
 from hmar_jax.errors import BUG, InputError, TransientError
+from hmar_jax.files import lock
+from hmar_jax.model import tokenizer
+from hmar_jax.parallel import cluster, processes, sharding
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.tokenizer import door
-from hmar_jax.training import cluster, distributed, loop, sharding
+from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
 
@@ -41,13 +43,14 @@ import json, os, signal, sys, time
 sys.path.insert(0, {here!r})
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
-from hmar_jax.training import distributed
+from hmar_jax.parallel import processes
 process, port, starts, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-distributed.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
+processes.join("127.0.0.1:" + port, 2, process, patience=120, heartbeat=4)
 import jax
 from test_hosts import ACROSS, MESH, STEPS, export, moved_config, one_step, take_arrays_in_parts
 from tiny_training import quick_compilation
-from hmar_jax.data import pipeline, token_export
+from hmar_jax.bulk import token_caches
+from hmar_jax.data import pipeline
 from hmar_jax.training import loop
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 quick_compilation(starts.parent / "compiled").__enter__()
@@ -86,8 +89,8 @@ def recorded(*args, **kwargs):
 pipeline.batches = recorded
 loop.train(one_step(mesh=ACROSS), out / "tokenizer")
 (out / f"rows{process}.json").write_text(json.dumps(rows))
-coded, encoded = [], token_export._encoded
-token_export._encoded = lambda *arguments: coded.extend(arguments[-1]) or encoded(*arguments)
+coded, encoded = [], token_caches._encoded
+token_caches._encoded = lambda *arguments: coded.extend(arguments[-1]) or encoded(*arguments)
 export(starts, out / "tokens")
 (out / f"coded{process}.json").write_text(json.dumps(coded))
 
@@ -153,11 +156,11 @@ def take_arrays_in_parts(devices):
 
     config = ModelConfig(ScaleLadder((1, 2)), TokenizerConfig())
     tokens, images = rng.integers(0, 4096, (16, 5)), rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(door.check_tokens(config, in_parts(tokens)), tokens)
-    ends = on_host(door._range(in_parts(pictures.to_unit(images))))
-    np.testing.assert_array_equal(ends, door._range(pictures.to_unit(images)))
+    np.testing.assert_array_equal(tokenizer.check_tokens(config, in_parts(tokens)), tokens)
+    ends = on_host(tokenizer._range(in_parts(plots.to_unit(images))))
+    np.testing.assert_array_equal(ends, tokenizer._range(plots.to_unit(images)))
     drawn = [
-        pictures.reconstructions(types.SimpleNamespace(encode=jnp.asarray, decode=decode), images)
+        plots.reconstructions(types.SimpleNamespace(encode=jnp.asarray, decode=decode), images)
         for decode in (in_parts, jnp.asarray)
     ]
     assert drawn[0].tobytes() == drawn[1].tobytes()
@@ -170,7 +173,7 @@ def one_step(**changes):
 
 def export(starts, path):
     glyphs = DataConfig("glyphs", classes="".join(CLASSES))
-    token_export.export_tokens(starts / "tokenizer", glyphs, path, crops=2, count=40, batch_size=1)
+    token_caches.export_tokens(starts / "tokenizer", glyphs, path, crops=2, count=40, batch_size=1)
 
 
 def pair(script, *arguments):
@@ -323,7 +326,7 @@ NO_ADDRESSES = [
 )
 def test_a_coordinator_that_is_none_is_a_sentence(arguments, expected):
     with pytest.raises(TransientError if "reachable" in expected else InputError, match=expected) as caught:
-        distributed.join(**arguments, patience=0.2)
+        processes.join(**arguments, patience=0.2)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300
 
@@ -332,13 +335,13 @@ def test_a_port_in_use_is_a_sentence():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen on port {port} .*choose another"):
-            distributed.join(f"127.0.0.1:{port}", 2, 0, patience=0.2)
+            processes.join(f"127.0.0.1:{port}", 2, 0, patience=0.2)
 
 
 def test_a_process_whose_peers_do_not_come_says_so_and_ends():
     code = f"""
-    from hmar_jax.training import distributed
-    distributed.join("127.0.0.1:{free_port()}", 2, 0, patience=1)
+    from hmar_jax.parallel import processes
+    processes.join("127.0.0.1:{free_port()}", 2, 0, patience=1)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
@@ -346,9 +349,9 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends():
 
 
 def test_without_a_cluster_a_process_is_alone_and_told_by_a_signal():
-    distributed.join()
-    assert distributed.is_first()
-    with distributed.preemption() as asked:
+    processes.join()
+    assert processes.is_first()
+    with processes.preemption() as asked:
         assert not asked(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked(2)
@@ -357,10 +360,10 @@ def test_without_a_cluster_a_process_is_alone_and_told_by_a_signal():
 
 def test_a_slurm_step_is_recognised():
     code = """
-    from hmar_jax.training import distributed
-    distributed.join(patience=60)
+    from hmar_jax.parallel import processes
+    processes.join(patience=60)
     import jax
-    print(jax.distributed.is_initialized(), jax.process_index(), jax.process_count(), distributed.is_first())
+    print(jax.distributed.is_initialized(), jax.process_index(), jax.process_count(), processes.is_first())
     """
     names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
     values = (str(os.getpid()), "localhost", "1", "0", "0")  # JAX makes the port of the job's number
@@ -405,14 +408,14 @@ def test_a_cluster_that_is_half_there_is_told_from_none(monkeypatch, processes, 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: count)
-    monkeypatch.setattr(distributed, "leave_compilation_cache", lambda: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: count)
+    monkeypatch.setattr(processes, "leave_compilation_cache", lambda: None)
     if expected is None:
-        distributed.join(processes=processes)
+        processes.join(processes=processes)
         return
     with pytest.raises(expected[0], match=expected[1]) as caught:
-        distributed.join(processes=processes)
+        processes.join(processes=processes)
     assert type(caught.value) is expected[0]
     assert "\n" not in str(caught.value)
 
@@ -455,8 +458,8 @@ def test_a_process_alone_on_its_machine_takes_all_gpus_it_sees(
     files = [f"/dev/nvidia{i}" for i in range(gpus)]
     monkeypatch.setattr(cluster.glob, "glob", lambda pattern: files if "nvidia" in pattern else [])
     given = {}
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: given.update(options))
-    distributed.join()
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **options: given.update(options))
+    processes.join()
     assert given.get("local_device_ids") == ids
     expected = "processes on this machine uses 1 of 4 GPUs here; start one process a GPU."
     assert (expected in caplog.text) == warned
@@ -477,7 +480,7 @@ def test_the_command_joins_the_job_unless_told_not_to(command, capsys, monkeypat
     assert main([*command, "--coordinator=x", "--processes=2"]) == 2
     assert "--coordinator='x', --processes=2, --process=None: give all three" in capsys.readouterr().err
     joined = []
-    monkeypatch.setattr(distributed, "join", lambda *arguments: joined.append(arguments))
+    monkeypatch.setattr(processes, "join", lambda *arguments: joined.append(arguments))
     for arguments in ([], ["--coordinator=h:1", "--processes=3", "--process=2"], ["--no-distributed"]):
         assert main([*command, *arguments]) == 2
         assert "Could not write" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny_training import LADDER, SIZE, idle_steps, next_scale_config
 
-from hmar_jax import pictures
+from hmar_jax import plots
 from hmar_jax.errors import DivergedError, InputError, MachineError
 from hmar_jax.training import loop, metrics
 from hmar_jax.training.metrics import Goodput, MetricsWriter, Profiler, read_metrics
@@ -272,7 +272,7 @@ class Inverter:
 def test_every_original_stands_right_above_its_own_reconstruction(number, rows):
     columns, side, enlarge = 4, 5, 2
     images = np.random.default_rng(number).integers(0, 256, (number, side, side, 3), np.uint8)
-    shown = np.asarray(pictures.reconstructions(Inverter(), images, columns, enlarge))[::enlarge, ::enlarge]
+    shown = np.asarray(plots.reconstructions(Inverter(), images, columns, enlarge))[::enlarge, ::enlarge]
     pitch = side + 2
     assert shown.shape == (2 * rows * pitch + 2, columns * pitch + 2, 3)
 
@@ -305,7 +305,7 @@ def test_metrics_that_are_no_file_are_refused(tmp_path):
 def test_curves_are_drawn_of_lines_that_lack_what_the_first_has():
     lines = [{"step": 1, "scale_loss": [1.0, 2.0]}, {"step": 2}, {"step": 3, "scale_loss": 7.0}, {"step": 4, "vq": 1.0}]
     terms = [{"step": 1, "vq": 1.0}, {"step": 2}]
-    assert pictures.loss_curves([("a", lines), ("b", terms)], (1, 2)).size[0] > 0
+    assert plots.loss_curves([("a", lines), ("b", terms)], (1, 2)).size[0] > 0
 
 
 def test_what_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 from tiny_training import LOSS, SIZE, assert_bit_equal, idle_steps, stage_config
 
-from hmar_jax import hub
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import from_pretrained, save_model
-from hmar_jax.tokenizer import codebook, perceptual
+from hmar_jax.formats import hub, lpips_files
+from hmar_jax.model import from_pretrained, save_model
+from hmar_jax.tokenizer import codebook
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import MetricsWriter, read_metrics
@@ -270,7 +270,7 @@ def test_a_model_is_exported_when_the_data_and_perceptual_weights_are_gone(start
     data = tmp_path / "data"
     changes = {}
     if stage == "tokenizer":
-        monkeypatch.setattr(perceptual, "load_perceptual", lambda file: {"scale": np.ones(3, np.float32)})
+        monkeypatch.setattr(lpips_files, "load_perceptual", lambda file: {"scale": np.ones(3, np.float32)})
         changes["tokenizer_loss"] = dataclasses.replace(LOSS, perceptual_weights="vgg.safetensors")
         data.mkdir()
         rng = np.random.default_rng(0)
@@ -283,7 +283,7 @@ def test_a_model_is_exported_when_the_data_and_perceptual_weights_are_gone(start
     monkeypatch.setattr(loop, "make_train_step", idle_steps())
     loop.train(stage_config(stage, starts, steps=1, data=source, **changes), tmp_path / "run")
     shutil.rmtree(data)
-    monkeypatch.setattr(perceptual, "load_perceptual", lambda file: pytest.fail(f"{file} was read"))
+    monkeypatch.setattr(lpips_files, "load_perceptual", lambda file: pytest.fail(f"{file} was read"))
     monkeypatch.setattr(codebook, "kmeans", lambda *_: pytest.fail("k-means was run"))
     assert main(["export", "model", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]) == 0
     exported, trained = (from_pretrained(folder) for folder in (tmp_path / "out", tmp_path / "run" / "model"))

@@ -16,7 +16,7 @@ from hmar_jax import params as trees
 from hmar_jax.config import OptimizerConfig
 from hmar_jax.data import pipeline
 from hmar_jax.errors import InputError
-from hmar_jax.pretrained import from_pretrained
+from hmar_jax.model import from_pretrained
 from hmar_jax.tokenizer.perceptual import file_shapes
 from hmar_jax.training import loop
 from hmar_jax.training.loop import make_objective

@@ -17,9 +17,9 @@ from hmar_jax.compile_check import costs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import Model
-from hmar_jax.pretrained import from_pretrained, save_model
-from hmar_jax.training import objectives, sharding
+from hmar_jax.model import Model, from_pretrained, save_model
+from hmar_jax.parallel import sharding
+from hmar_jax.training import objectives
 from hmar_jax.training.loop import make_objective
 from hmar_jax.training.objectives import OBJECTIVES, Parts
 from hmar_jax.training.optimizer import make_optimizer

@@ -61,7 +61,7 @@ def test_a_second_training_in_a_work_directory_is_refused_and_the_first_is_not_d
     import sys, time
     sys.path.insert(0, {str(HERE)!r})
     from pathlib import Path
-    from hmar_jax.training.distributed import locked
+    from hmar_jax.parallel.processes import locked
     with locked(Path({str(tmp_path)!r}), "trains"):
         print("held", flush=True)
         time.sleep(600)

@@ -9,6 +9,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from tiny_models import fingerprint
 
 from hmar_jax import params as trees
 from hmar_jax.config import (
@@ -21,11 +22,11 @@ from hmar_jax.config import (
     TransformerConfig,
 )
 from hmar_jax.data.tokens import write_token_cache
-from hmar_jax.model import Model
+from hmar_jax.model import Model, save_model
 from hmar_jax.networks import init_params
-from hmar_jax.pretrained import save_model, tokenizer_fingerprint
+from hmar_jax.parallel import sharding
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training import objectives, sharding
+from hmar_jax.training import objectives
 
 LADDER = ScaleLadder((1, 2, 8))
 SIZE = 16
@@ -88,7 +89,7 @@ def write_starts(folder):
         codebook_size=TOKENIZER.codebook_size,
         crops=2,
         class_names=CLASSES,
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        tokenizer=fingerprint(tokenizer),
         source="random",
     )
 
