@@ -43,7 +43,6 @@ def sample_flops(model: ModelConfig, plan: Plan) -> list[dict[str, float]]:
     """
     transformer = model.transformer
     assert transformer is not None
-    causal = transformer.pattern == "block_causal"
     passes = []
     for scale, length in enumerate(model.ladder.lengths):
         half = {
@@ -53,7 +52,7 @@ def sample_flops(model: ModelConfig, plan: Plan) -> list[dict[str, float]]:
             "head": _head(model, transformer) * length,
         }
         for step in plan.passes(scale):
-            guided = any(map(any, plan.guided)) if causal else step.guided
+            guided = any(map(any, plan.guided)) if transformer.is_var else step.guided
             passes.append(half | {"null": sum(half.values()) if guided else 0.0})
     return passes
 
@@ -101,7 +100,7 @@ def _head(model: ModelConfig, transformer: TransformerConfig) -> float:
 def _seen(model: ModelConfig, scale: int) -> int:
     """Keys that a query of one scale attends to."""
     assert model.transformer is not None
-    return (model.ladder.until if model.transformer.pattern == "block_causal" else model.ladder.only)(scale).length
+    return (model.ladder.until if model.transformer.is_var else model.ladder.only)(scale).length
 
 
 def _attention(model: ModelConfig, batch: int) -> float:

@@ -152,10 +152,17 @@ class TransformerConfig(Checked, group="transformer."):
                 f"transformer.branch_depth is {shown(self.branch_depth)}; it is a part of transformer.depth="
                 f"{self.depth}, so choose one from 0 to that."
             )
-        if self.masked and self.pattern == "block_causal":
+        if self.masked and self.is_var:
             raise InputError("A block_causal transformer has no mask branch; set transformer.masked=False.")
         if self.pattern not in typing.get_args(Pattern):
             raise InputError(f"transformer.pattern is {self.pattern!r}; use one of {typing.get_args(Pattern)}.")
+
+    @property
+    def is_var(self) -> bool:
+        """Whether it is VAR: a token sees all coarser scales, no branch predicts masked tokens, and sampling keeps keys
+        and values. Else it is HMAR, of stage 1 where it has no mask branch.
+        """
+        return self.pattern == "block_causal"
 
     @property
     def trunk_depth(self) -> int:

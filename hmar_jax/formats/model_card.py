@@ -54,7 +54,7 @@ def write(
 
 
 def _family(transformer: TransformerConfig) -> str:
-    if transformer.pattern == "block_causal":
+    if transformer.is_var:
         return "VAR: next-scale transformer with tokenizer,"
     return ("HMAR" if transformer.masked else "HMAR of stage 1, without masked steps,") + " with tokenizer,"
 

@@ -336,6 +336,6 @@ def kind_of(config: ModelConfig) -> Kind:
     """The kind of official file that holds the transformer of a model, or its tokenizer where it has no transformer."""
     if config.transformer is None:
         return "vae"
-    if config.transformer.pattern == "block_causal":
+    if config.transformer.is_var:
         return "var"
     return "hmar" if config.transformer.masked else "hmar-stage1"

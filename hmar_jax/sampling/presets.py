@@ -89,7 +89,7 @@ def _published(depth: int) -> int:
 
 def preset_for(ladder: ScaleLadder, transformer: TransformerConfig) -> str:
     """The preset that suits a model: the published one where there is one for its ladder, else the one like it."""
-    if transformer.pattern == "block_causal":
+    if transformer.is_var:
         return "var"
     if not transformer.masked:
         return "next-scale"

@@ -55,8 +55,7 @@ def sample(
     nets = networks(config, params, options.dtype, scan=not unrolls())
     key = jax.random.key(seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-    causal = config.transformer.pattern == "block_causal"
-    make = predictors.cached_predictor if causal else predictors.predictor
+    make = predictors.cached_predictor if config.transformer.is_var else predictors.predictor
     predict = make(nets.transformer, labels, config.transformer.num_classes, options.plan)
     tokens, latents, draws = sampler.sample_tokens(
         predict,

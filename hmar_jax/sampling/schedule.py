@@ -237,7 +237,7 @@ class Schedule:
         if not isinstance(model, TransformerConfig):
             raise InputError(f"The model is {shown(model)}; expected a TransformerConfig.")
         if schedule is None:
-            schedule = "var" if model.pattern == "block_causal" else "next-scale"
+            schedule = "var" if model.is_var else "next-scale"
         if not isinstance(schedule, Schedule):
             if isinstance(schedule, str) and schedule != "var" and not schedule.lower().endswith(".json"):
                 presets.note_unpublished(model.depth, changes)

@@ -381,7 +381,7 @@ class MaskedObjective(_TransformerObjective):
     """Stage 2: mean cross-entropy over masked positions; trains the mask branch and mask_embed, all else is frozen."""
 
     def _model_config(self, start: ModelConfig, class_names: tuple[str, ...]) -> ModelConfig:
-        if start.transformer is None or start.transformer.pattern != "block_diagonal":
+        if start.transformer is None or start.transformer.is_var:
             raise InputError(
                 f"init_from={self.config.init_from} has no next-scale transformer with block-diagonal attention, which "
                 "stage 'masked' starts from; give the model directory of a finished next_scale stage."

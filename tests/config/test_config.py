@@ -429,6 +429,7 @@ def test_presets_follow_the_published_rules(name, depth, branch, gate, var, shar
     assert (preset.depth, preset.width, preset.heads) == (depth, 64 * depth, depth)
     assert (preset.branch_depth, preset.trunk_depth) == (branch, depth - branch)
     assert (preset.masked, preset.pattern) == (not var, "block_causal" if var else "block_diagonal")
+    assert preset.is_var == var
     assert (preset.gate_init, preset.shared_adaln, preset.num_classes) == (gate, shared, 1000)
     assert preset.drop_path == pytest.approx(0.1 * depth / 24)
 
