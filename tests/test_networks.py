@@ -8,7 +8,7 @@ from tiny_models import TINY, fingerprint, tiny
 
 from hmar_jax import Model, networks
 from hmar_jax import params as trees
-from hmar_jax.model import from_pretrained, save_model
+from hmar_jax.model import from_pretrained
 from hmar_jax.networks import hold, lay_out_for_gpu, undo_layout
 from hmar_jax.sampling import program
 
@@ -84,7 +84,7 @@ def test_on_gpus_a_model_holds_it_and_is_the_same(model, unrolled, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert apart.sample([1], greedy=True).tokens.tolist() == model.sample([1], greedy=True).tokens.tolist()
     assert fingerprint(apart) == fingerprint(model)
-    saved = from_pretrained(save_model(tmp_path / "model", apart, "made for a test"))
+    saved = from_pretrained(apart.save(tmp_path / "model", source="made for a test"))
     jax.tree.map(np.testing.assert_array_equal, undo_layout(saved.params), model.params)
 
 

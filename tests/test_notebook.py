@@ -21,7 +21,6 @@ from PIL import Image
 from tiny_models import lively_model, tiny
 
 from hmar_jax.commands import demo
-from hmar_jax.model import save_model
 from hmar_jax.scales import ScaleLadder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +63,7 @@ def executed(tmp_path_factory):
     """The notebook after a run in a folder that is not a checkout, on a tiny model; its kernel is this Python."""
     folder = tmp_path_factory.mktemp("notebook")
     smaller = dataclasses.replace(tiny(depth=2), ladder=ScaleLadder((1, 3)))  # which compiles sooner
-    save_model(folder / "model", lively_model(smaller), "a test")
+    lively_model(smaller).save(folder / "model", source="a test")
     (folder / "elsewhere").mkdir()
     notebook = nbformat.read(NOTEBOOK, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECK, id="check"))
@@ -199,7 +198,7 @@ def test_setup_wants_what_the_package_wants():
 
 @pytest.mark.parametrize(("quick", "arguments", "folder"), [(True, ["--quick"], "demo-quick"), (False, [], "demo")])
 def test_without_a_model_it_trains_the_demo(model, monkeypatch, tmp_path, quick, arguments, folder):
-    save_model(tmp_path / "trained", model, "a test")
+    model.save(tmp_path / "trained", source="a test")
     asked = []
 
     def train(argv):

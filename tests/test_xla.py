@@ -13,7 +13,6 @@ from tiny_models import TINY, lively_model
 
 from hmar_jax.commands.main import main
 from hmar_jax.errors import TransientError
-from hmar_jax.model import save_model
 from hmar_jax.xla import (
     FLAGS,
     leave_compilation_cache,
@@ -137,7 +136,7 @@ def no_home():
 
 
 def test_a_command_finds_its_programs_again_and_they_give_the_same_pictures(tmp_path):
-    save_model(tmp_path / "model", lively_model(TINY), "a test")
+    lively_model(TINY).save(tmp_path / "model", source="a test")
     command = [sys.executable, "-W", "error", "-m", "hmar_jax", "sample", "--model", tmp_path / "model", "--labels=0,3"]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -160,7 +159,7 @@ def test_a_command_finds_its_programs_again_and_they_give_the_same_pictures(tmp_
 def commands(tmp_path_factory):
     """Command lines, one a subcommand that computes, whose arguments are right."""
     folder = tmp_path_factory.mktemp("platforms")
-    model = save_model(folder / "model", lively_model(TINY), "a test")
+    model = lively_model(TINY).save(folder / "model", source="a test")
     picture = folder / "pictures/class/a.png"
     picture.parent.mkdir(parents=True)
     Image.new("RGB", (6, 6)).save(picture)

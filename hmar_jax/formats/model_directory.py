@@ -78,12 +78,27 @@ def _digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class About(Checked):
+    """What a `config.json` says of a model beside its config, as in `_Description`: all that `write_model` is to repeat
+    when a loaded model is saved.
+    """  # fmt: skip
+
+    source: str = "not stated"
+    licences: tuple[str, ...] = ()
+    layout: Literal[Kind, ""] = ""
+
+
 class Opened(NamedTuple):
     """A model directory, checked: its config, all of its `config.json`, and the weights to be read one by one."""
 
     config: ModelConfig
     meta: dict[str, Any]
     file: safetensors_files.File
+
+    @property
+    def about(self) -> About:
+        return About(self.meta["source"], tuple(self.meta["licences"]), self.meta["layout"])
 
 
 def open_model(path: str | Path, revision: str | None = None) -> Opened:

@@ -1,5 +1,5 @@
 """config + parameters → Model, which draws and edits pictures: what users hold."""
 
-from hmar_jax.model.model import DrawRecord, Model, Sample, from_pretrained, save_model
+from hmar_jax.model.model import DrawRecord, Model, Sample, from_pretrained
 
-__all__ = ["DrawRecord", "Model", "Sample", "from_pretrained", "save_model"]
+__all__ = ["DrawRecord", "Model", "Sample", "from_pretrained"]

@@ -22,7 +22,7 @@ from hmar_jax import params as trees
 from hmar_jax.arrays import flag, host_array, mesh_in_use, on_host, over_devices, whole
 from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError, check_choice, shown
-from hmar_jax.formats.model_directory import open_model, read_params, write_model
+from hmar_jax.formats.model_directory import About, open_model, read_params, write_model
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.model.tokenizer import TokenizerDoor, check_tokens
 from hmar_jax.networks import held_dtypes, hold, networks, undo_layout, unrolls
@@ -66,6 +66,7 @@ class Model:
       params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
         products in bfloat16 read them; on GPUs laid out for them (`networks.undo_layout` undoes that).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
+      about: what its model directory says beside the config, for `save`.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
@@ -78,13 +79,16 @@ class Model:
         self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
         self._placed: tuple[Mesh, list[Any], Any] | None = None
+        self.about = About()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy holds: config, dtype, and the parameters in host memory."""
-        return {"config": self.config, "params": jax.tree.map(on_host, undo_layout(self.params)), "dtype": self.dtype}
+        """What a pickle or a copy holds: config, dtype, `about`, and the parameters in host memory."""
+        params = jax.tree.map(on_host, undo_layout(self.params))
+        return {"config": self.config, "params": params, "dtype": self.dtype, "about": self.about}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"], jax.tree.map(jnp.asarray, state["params"]), state["dtype"])  # type: ignore[misc]
+        self.about = state["about"]
 
     @property
     def transformer(self) -> HMAR | None:
@@ -198,6 +202,39 @@ class Model:
     def schedule(self, schedule: ScheduleLike | None = None, **changes: Unpack[Changes]) -> Schedule:
         """The schedule that `sample` follows, given this one and these changes (`Schedule.replace`), checked."""
         return Schedule.resolve(schedule, self.config.ladder, self._check_transformer(), **changes)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        source: str | None = None,
+        licences: Sequence[str] | None = None,
+        replace: bool = False,
+    ) -> Path:
+        """Writes a model directory, whole or not at all, with the weights in the dtypes that they are held in.
+
+        Args:
+          path: to write to; must not exist, unless `replace`.
+          source: one line on where the weights come from. licences: sentences on those they are bound to. None of
+            either keeps what the directory said that the model was loaded from.
+
+        Returns:
+          The path.
+
+        Raises:
+          InputError: the path exists, weights that are not finite, or the disk refused. MachineError: it is full.
+        """
+        given: dict[str, Any] = {"source": source, "licences": licences}
+        about = dataclasses.replace(self.about, **{name: value for name, value in given.items() if value is not None})
+
+        def parts(leaf: Any) -> list[np.ndarray]:
+            return [np.asarray(leaf)]
+
+        flat = {
+            name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
+            for name, leaf in trees.flatten(undo_layout(self.params)).items()
+        }
+        return write_model(path, self.config, flat, **vars(about), replace=replace)
 
     def placed(self, mesh: Mesh) -> Any:
         """The parameters, whole on each device of a mesh, if nobody has said where they are to be.
@@ -351,21 +388,6 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     opened = open_model(path, revision)
     use_compilation_cache()
     held = held_dtypes(opened.config, dtype)
-    return Model(opened.config, read_params(opened, put=lambda name, x: jnp.asarray(x, held.get(name))), dtype)
-
-
-def save_model(
-    path: str | Path, model: Model, source: str, *, licences: Sequence[str] = (), replace: bool = False
-) -> Path:
-    """Writes a model directory, whole or not at all; see `write_model`."""
-    if not isinstance(model, Model):
-        raise InputError(f"The model is {shown(model)}; expected a Model, such as from_pretrained gives.")
-
-    def parts(leaf: Any) -> list[np.ndarray]:
-        return [np.asarray(leaf)]
-
-    flat = {
-        name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
-        for name, leaf in trees.flatten(undo_layout(model.params)).items()
-    }
-    return write_model(path, model.config, flat, source=source, licences=licences, replace=replace)
+    model = Model(opened.config, read_params(opened, put=lambda name, x: jnp.asarray(x, held.get(name))), dtype)
+    model.about = opened.about
+    return model

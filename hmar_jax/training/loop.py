@@ -28,7 +28,7 @@ from hmar_jax.errors import DivergedError, InputError, device_memory, shown
 from hmar_jax.failures import explained
 from hmar_jax.files import is_there, local_path
 from hmar_jax.formats.model_directory import locate, read_config
-from hmar_jax.model import Model, save_model
+from hmar_jax.model import Model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.params import Tree
 from hmar_jax.sampling.schedule import Schedule
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, workdir: Path, mesh: Mesh, profile: range, stack
     else:
         model, source, licences = _trained(config, objective, state, frozen)
         if processes.is_first():
-            save_model(workdir / "model", model, source, licences=licences, replace=True)
+            model.save(workdir / "model", source=source, licences=licences, replace=True)
         processes.barrier("model saved")
     if asked.interrupted:
         raise KeyboardInterrupt
@@ -193,7 +193,7 @@ def _check_coded_by(cache: TokenSource, start: Start, config: TrainConfig) -> No
 
 def load_trained(workdir: Path, init_from: str = "") -> tuple[Model, str, list[str]]:
     """The model at the newest checkpoint of a work directory, averaged where it has averages; its source and licences,
-    as `save_model` takes them.
+    as `Model.save` takes them.
 
     Args:
       init_from: where the model that the run started from is now; by default where the run found it.

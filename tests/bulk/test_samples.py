@@ -29,7 +29,6 @@ from hmar_jax.bulk import samples
 from hmar_jax.config import MeshConfig
 from hmar_jax.errors import InputError, MachineError
 from hmar_jax.files import lock
-from hmar_jax.model import save_model
 from hmar_jax.parallel import sharding
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
@@ -215,7 +214,7 @@ def test_two_processes_of_four_devices_write_what_one_of_one_device_does(model, 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     (tmp_path / "schedule.json").write_text(SCHEDULE.to_json())
-    command = ["-m", "hmar_jax", "sample", "--model", save_model(tmp_path / "model", model, "a test"), "--classes=all"]
+    command = ["-m", "hmar_jax", "sample", "--model", model.save(tmp_path / "model", source="a test"), "--classes=all"]
     command += ["--schedule", tmp_path / "schedule.json", "--seed=7", f"--per-class={EACH}", "--batch=1"]
     command += ["--output", tmp_path / "out", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     both = [child(*command, f"--process={i}", devices=4) for i in range(2)]

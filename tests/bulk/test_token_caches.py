@@ -20,14 +20,13 @@ from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource, write_shard
 from hmar_jax.errors import InputError
 from hmar_jax.files import lock
-from hmar_jax.model import save_model
 
 COUNT, CROPS, SHARDS = 40, 2, 3  # of 16, 16 and 8 pictures
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "model", lively_model(TINY), "made for a test")
+    return lively_model(TINY).save(tmp_path_factory.mktemp("model") / "model", source="made for a test")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tiny_models import TINY, lively_model, random_tokens, tiny
 from hmar_jax import InputError, Sample, plots
 from hmar_jax.bulk import traces
 from hmar_jax.commands.main import main
-from hmar_jax.model import DrawRecord, Model, save_model
+from hmar_jax.model import DrawRecord, Model
 from hmar_jax.networks import networks
 from hmar_jax.sampling import program, progress
 from hmar_jax.sampling.schedule import Schedule
@@ -203,7 +203,7 @@ def test_the_animation_has_a_frame_a_pass_and_rests_on_the_last(side):
 
 
 def test_the_command_writes_a_figure_and_an_animation_beside_each_picture(model, tmp_path, capsys):
-    path = save_model(tmp_path / "model", model, "a test")
+    path = model.save(tmp_path / "model", source="a test")
     command = [
         "sample",
         f"--model={path}",
@@ -378,7 +378,7 @@ assert len(told) == 3
 
 
 def test_eight_devices_tell_as_one_does(small, tmp_path):
-    save_model(tmp_path / "model", small, "a test")
+    small.save(tmp_path / "model", source="a test")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-W", "error", "-c", _ON_EIGHT_DEVICES, tmp_path / "model"]
     finished = subprocess.run(

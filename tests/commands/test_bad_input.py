@@ -17,7 +17,7 @@ from PIL import Image
 from hmar_jax.commands import export
 from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig
-from hmar_jax.model import from_pretrained, save_model
+from hmar_jax.model import from_pretrained
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +273,7 @@ def test_a_cache_of_another_tokenizer_is_refused(files, starts, tmp_path, refuse
     model = from_pretrained(starts / "tokenizer")
     codebook = model.params["tokenizer"]["quantizer"]["codebook"]
     model.params["tokenizer"]["quantizer"]["codebook"] = codebook.at[0, 0].add(1)
-    save_model(tmp_path / "other", model, "a test")
+    model.save(tmp_path / "other", source="a test")
     start = f"--config.init_from={tmp_path / 'other'}"
     said = refused("train", f"--config={files['next_scale']}", "--workdir", tmp_path / "run", start)
     assert "was written by another tokenizer than that of" in said

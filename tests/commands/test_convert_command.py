@@ -28,7 +28,7 @@ from hmar_jax.commands import export as export_command
 from hmar_jax.commands.main import main
 from hmar_jax.config import ModelConfig
 from hmar_jax.formats.convert import convert, export_torch
-from hmar_jax.model import Model, save_model
+from hmar_jax.model import Model
 
 TRANSFORMERS = KINDS[1:]
 SIGNATURE = {"vae": "quantize.embedding.weight"} | dict.fromkeys(TRANSFORMERS, "pos_1LC")
@@ -325,7 +325,7 @@ OWN = {
 
 @pytest.mark.parametrize("kind", ["hmar", "hmar-stage1", "var", "vae"])
 def test_a_model_of_ones_own_is_exported_as_what_it_is(tmp_path, kind):
-    model = save_model(tmp_path / "own", OWN[kind](), "a test")
+    model = OWN[kind]().save(tmp_path / "own", source="a test")
     assert export_torch(model, tmp_path / "own.safetensors") == kind
     parts = {} if kind == "vae" else {"tokenizer": model}
     assert_bit_equal(
@@ -350,12 +350,12 @@ EXPORTS = {
 @pytest.mark.parametrize("case", EXPORTS)
 def test_what_the_official_code_cannot_run_is_not_exported(refused, tmp_path, case):
     own, options, expected = EXPORTS[case]
-    model = save_model(tmp_path / "own", OWN[own](), "a test")
+    model = OWN[own]().save(tmp_path / "own", source="a test")
     words = [f"--model={model}", f"--output={tmp_path / 'out.pth'}", *options]
     assert refused(export_command, "torch", *words).startswith(expected)
 
 
 @pytest.mark.parametrize("own", ["leak-free", "4 groups"])
 def test_the_other_part_of_such_a_model_is_exported(tmp_path, own):
-    model, kind = save_model(tmp_path / "own", OWN[own](), "a test"), {"leak-free": "vae", "4 groups": "hmar"}[own]
+    model, kind = OWN[own]().save(tmp_path / "own", source="a test"), {"leak-free": "vae", "4 groups": "hmar"}[own]
     assert export_torch(model, tmp_path / "out.safetensors", kind) == kind

@@ -20,7 +20,7 @@ from hmar_jax.data.tokens import TokenSource, write_token_cache
 from hmar_jax.errors import InputError
 from hmar_jax.formats.lpips_files import load_perceptual
 from hmar_jax.formats.model_directory import locate, write_model
-from hmar_jax.model import from_pretrained, save_model
+from hmar_jax.model import from_pretrained
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
@@ -150,7 +150,7 @@ def test_what_is_named_by_a_tilde_is_found(home, starts, capsys):
     assert len(TokenSource("~/tokens")) == 32
     Image.new("RGB", (4, 4)).save(home / "p.png")
     assert len(FolderSource("~")) == 1
-    save_model("~/again", from_pretrained("~/tokenizer"), "a test")
+    from_pretrained("~/tokenizer").save("~/again", source="a test")
     assert locate("~/again") == home / "again"
     config = tiny.next_scale_config(home, init_from="~/next_scale", data=DataConfig("tokens", path="~/tokens"))
     assert loop.make_objective(config).model_config.class_names == tiny.CLASSES

@@ -16,7 +16,6 @@ from tiny_models import TINY, lively_model, tiny
 from hmar_jax import from_pretrained
 from hmar_jax.bulk import samples
 from hmar_jax.commands.main import main
-from hmar_jax.model import save_model
 from hmar_jax.parallel import processes
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
@@ -26,7 +25,7 @@ from hmar_jax.scales import ScaleLadder
 def command(tmp_path_factory):
     """Runs `hmar-jax sample` on a tiny model; its exit code."""
     logging.getLogger("hmar_jax").setLevel(logging.WARNING)
-    model = save_model(tmp_path_factory.mktemp("sample") / "model", lively_model(TINY), "a test")
+    model = lively_model(TINY).save(tmp_path_factory.mktemp("sample") / "model", source="a test")
     return lambda *options: main(["sample", "--model", str(model), *map(str, options)])
 
 
@@ -67,7 +66,7 @@ def test_a_var_is_drawn_by_its_own_schedule_unless_told_otherwise(tmp_path, monk
 
     monkeypatch.setattr(samples, "sample_classes", sample_classes)
     var = tiny(masked=False, pattern="block_causal")
-    save_model(tmp_path / "var", lively_model(var), "a test")
+    lively_model(var).save(tmp_path / "var", source="a test")
     options = ["sample", f"--model={tmp_path / 'var'}", "--classes=0", f"--output={tmp_path / 'out'}"]
     assert main(options) == main([*options, "--schedule=next-scale"]) == 0
     assert asked == [Schedule.preset(name, var.ladder) for name in ("var", "next-scale")]
@@ -169,7 +168,7 @@ def named(tmp_path_factory):
     """A model directory whose classes have the names `NAMES`."""
     config = dataclasses.replace(TINY, class_names=NAMES, ladder=ScaleLadder((1,)))
     config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, depth=1))
-    return save_model(tmp_path_factory.mktemp("named") / "model", lively_model(config), "a test")
+    return lively_model(config).save(tmp_path_factory.mktemp("named") / "model", source="a test")
 
 
 def test_pictures_have_the_names_that_were_asked_for(named, tmp_path, caplog):

@@ -42,7 +42,6 @@ from hmar_jax.formats import official_layouts
 from hmar_jax.formats.convert import convert, export_torch
 from hmar_jax.formats.model_directory import read_config
 from hmar_jax.labels import parse_labels
-from hmar_jax.model import save_model
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training.objectives import OBJECTIVES
 from hmar_jax.training.optimizer import make_optimizer
@@ -151,10 +150,10 @@ def test_a_model_of_any_geometry_comes_back_bit_for_bit(kind, data):
     model = random_model(data.draw(geometries(kind)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ours = save_model(folder / "ours", model, "a test")
+        ours = model.save(folder / "ours", source="a test")
         parts = {"tokenizer": None if kind == "vae" else ours}
         if kind == "hmar-stage2":  # its file lacks the next-scale branch, which is stage 1's
-            stage1 = save_model(folder / "ours1", without_mask_branch(model), "a test")
+            stage1 = without_mask_branch(model).save(folder / "ours1", source="a test")
             parts["next_scale"] = through_official(folder, stage1, "hmar-stage1", **parts)
         back = through_official(folder, ours, kind, **parts)
         assert read_config(back)[0] == model.config

@@ -16,7 +16,6 @@ from tiny_models import TINY, lively_model, tiny
 from hmar_jax import InputError, from_pretrained
 from hmar_jax import params as trees
 from hmar_jax.commands.main import main
-from hmar_jax.model import save_model
 from hmar_jax.scales import ScaleLadder
 
 FILES = ["config.json", "model.safetensors"]
@@ -71,7 +70,7 @@ def hub(as_new_process, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def directory(model, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "hmar-tiny", model, "first")
+    return model.save(tmp_path_factory.mktemp("models") / "hmar-tiny", source="first")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def other_model():
 
 @pytest.fixture(scope="module")
 def other_directory(other_model, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "hmar-tiny", other_model, "second")
+    return other_model.save(tmp_path_factory.mktemp("models") / "hmar-tiny", source="second")
 
 
 def assert_same(loaded, expected):
@@ -291,7 +290,7 @@ def test_without_the_library_a_sentence_says_what_to_install(hub, monkeypatch):
 
 def test_a_directory_of_that_name_goes_first(hub, directory, other_model, tmp_path):
     hub.put(directory, "main")
-    save_model(tmp_path / "here" / ID, other_model, "mine")
+    other_model.save(tmp_path / "here" / ID, source="mine")
     assert_same(from_pretrained(ID), other_model)
     assert hub.requests == []
 
@@ -332,7 +331,7 @@ def test_a_directory_has_no_revisions(hub, directory, there):
 
 def test_a_command_samples_from_a_hub_id(hub, tmp_path):
     smallest = dataclasses.replace(tiny(depth=1, masked=False), ladder=ScaleLadder((1,)))  # it is compiled
-    hub.put(save_model(tmp_path / "model", lively_model(smallest), "a test"), "v1")
+    hub.put(lively_model(smallest).save(tmp_path / "model", source="a test"), "v1")
     assert main(["sample", f"--model={ID}", "--revision=v1", "--labels=0,4", f"--output={tmp_path / 'samples'}"]) == 0
     pictures = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert pictures == ["00000-class0-seed0.png", "00001-class4-seed0.png", "grid.png"]

@@ -17,7 +17,6 @@ from hmar_jax.config import ModelConfig
 from hmar_jax.formats import model_card
 from hmar_jax.formats.model_directory import read_config
 from hmar_jax.formats.safetensors_files import File, Tensor
-from hmar_jax.model import save_model
 from hmar_jax.scales import ScaleLadder
 
 # As small as they come: the code in their cards compiles them.
@@ -47,7 +46,7 @@ def directories(tmp_path_factory):
     """kind → its model directory; all in one folder."""
     folder = tmp_path_factory.mktemp("cards")
     return {
-        kind: save_model(folder / kind, lively_model(config), f"made of {kind} by a test", licences=licences)
+        kind: lively_model(config).save(folder / kind, source=f"made of {kind} by a test", licences=licences)
         for kind, (config, licences) in KINDS.items()
     }
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from hmar_jax import params as trees
 from hmar_jax.errors import MachineError, TransientError
 from hmar_jax.formats.model_directory import open_model, read_config, write_model
 from hmar_jax.formats.safetensors_files import Tensor
-from hmar_jax.model import Model, save_model
+from hmar_jax.model import Model
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 FIELDS = ["format", "model", "source", "licences", "layout", "sha256", "tokenizer_sha256"]
@@ -30,7 +31,7 @@ FIELDS = ["format", "model", "source", "licences", "layout", "sha256", "tokenize
 
 @pytest.fixture
 def saved(model, tmp_path):
-    return save_model(tmp_path / "model", model, "made by a test")
+    return model.save(tmp_path / "model", source="made by a test")
 
 
 @pytest.fixture(params=[True, False], ids=["exchanged", "renamed"])
@@ -67,7 +68,7 @@ def in_half_precision(model):
 )
 def test_a_saved_model_comes_back_bit_for_bit(model, stage1_model, tmp_path, make):
     original = make(model, stage1_model)
-    loaded = from_pretrained(save_model(tmp_path / "deep" / "model", original, "x"))
+    loaded = from_pretrained(original.save(tmp_path / "deep" / "model", source="x"))
     assert loaded.config == original.config
     before, after = trees.flatten(original.params), trees.flatten(loaded.params)
     assert before.keys() == after.keys()
@@ -94,9 +95,11 @@ def test_the_config_file_says_what_binds_the_weights(model, tmp_path):
     path = write_model(tmp_path / "model", TINY, flat, source="elsewhere", licences=licences, layout="hmar")
     meta = read_config(path)[1]
     assert (meta["source"], meta["licences"], meta["layout"]) == ("elsewhere", licences, "hmar")
-    saved = save_model(tmp_path / "again", from_pretrained(path), "elsewhere", licences=licences)
-    again = read_config(saved)[1]
-    assert again == meta | {"layout": "", "digest": again["digest"]}
+    loaded = from_pretrained(path)
+    assert read_config(loaded.save(tmp_path / "again"))[1] == meta
+    assert read_config(pickle.loads(pickle.dumps(loaded)).save(tmp_path / "pickled"))[1] == meta
+    other = read_config(loaded.save(tmp_path / "other", source="here", licences=()))[1]
+    assert other == meta | {"source": "here", "licences": [], "digest": other["digest"]}
 
 
 def test_a_directory_without_its_card_is_a_model(saved):
@@ -129,7 +132,7 @@ def test_a_model_that_is_not_finite_is_not_saved(model, tmp_path):
     pos = model.params["transformer"]["pos"].at[3, 5].set(jnp.nan)
     wrong = Model(TINY, model.params | {"transformer": model.params["transformer"] | {"pos": pos}})
     with pytest.raises(InputError, match=r"^transformer\.pos has the value nan; weights must be finite"):
-        save_model(tmp_path / "model", wrong, "a test")
+        wrong.save(tmp_path / "model", source="a test")
     assert listing(tmp_path) == []
 
 
@@ -143,7 +146,7 @@ def test_weights_of_another_dtype_are_refused(saved, dtype):
 
 def test_float16_weights_are_loaded_and_saved(saved, tmp_path):
     rewrite(saved, lambda flat: flat.update({"transformer.pos": flat["transformer.pos"].astype(np.float16)}))
-    again = save_model(tmp_path / "again", from_pretrained(saved), "a test")
+    again = from_pretrained(saved).save(tmp_path / "again", source="a test")
     found = [safetensors.numpy.load_file(path / "model.safetensors")["transformer.pos"] for path in (saved, again)]
     assert found[1].dtype == np.float16
     np.testing.assert_array_equal(*found)
@@ -163,14 +166,14 @@ def test_the_compute_type_is_chosen_when_loading(saved):
 def test_an_existing_output_is_refused_and_untouched(saved, model):
     before = {name: (saved / name).read_bytes() for name in listing(saved)}
     with pytest.raises(InputError, match=r"model exists already; remove it, or choose another"):
-        save_model(saved, model, "again")
+        model.save(saved, source="again")
     assert {name: (saved / name).read_bytes() for name in listing(saved)} == before
 
 
 @pytest.mark.usefixtures("exchanges")
 def test_replace_swaps_the_whole_directory(saved):
     (saved / "notes.txt").write_text("old")
-    save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
+    lively_model(TINY, seed=1).save(saved, source="second", replace=True)
     assert read_config(saved)[1]["source"] == "second"
     from_pretrained(saved)
     assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
@@ -390,7 +393,7 @@ def test_a_description_that_fits_the_weights_but_is_not_what_was_written_is_told
     """Until somebody says, by deleting the digest, that it was changed on purpose."""
     file = saved / "config.json"
     rewrite(saved, change_config=lambda meta: meta.update(licences=["Not for sale."]))
-    save_model(saved, from_pretrained(saved), "made by a test", licences=["Not for sale."], replace=True)
+    from_pretrained(saved).save(saved, source="made by a test", licences=["Not for sale."], replace=True)
     meta = json.loads(file.read_text())
     open_model(saved)
     assert not caplog.records
@@ -430,7 +433,7 @@ def test_what_is_no_directory_gets_one_sentence(saved):
 def test_a_model_whose_parameters_do_not_fit_is_not_saved(model, tmp_path):
     params = model.params | {"transformer": {"pos": model.params["transformer"]["pos"]}}
     with pytest.raises(InputError, match=r"The model lacks transformer\."):
-        save_model(tmp_path / "model", Model(TINY, params), "x")
+        Model(TINY, params).save(tmp_path / "model", source="x")
     assert listing(tmp_path) == []
 
 
@@ -467,7 +470,7 @@ def fail_at(monkeypatch, at, error):
 def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, at):
     fail_at(monkeypatch, at, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(MachineError, match=r"Could not write the model to .*No space left.*make room on that disk"):
-        save_model(tmp_path / "model", model, "x")
+        model.save(tmp_path / "model", source="x")
     assert listing(tmp_path) == []
 
 
@@ -478,11 +481,11 @@ def test_an_interrupted_save_leaves_what_was_there(model, tmp_path, monkeypatch,
     if at == RENAME:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     if replace:
-        save_model(tmp_path / "model", model, "first")
+        model.save(tmp_path / "model", source="first")
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path) if (tmp_path / name).is_file()}
     calls, last = fail_at(monkeypatch, at, error)
     with pytest.raises(InputError if isinstance(error, OSError) else Interrupted):
-        save_model(tmp_path / "model", model, "x", replace=replace)
+        model.save(tmp_path / "model", source="x", replace=replace)
     assert len(calls) >= last
     monkeypatch.undo()
     assert listing(tmp_path) == (["model", *sorted(before)] if replace else [])
@@ -501,7 +504,7 @@ def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_second)
     with pytest.raises(InputError, match="Could not write the model"):
-        save_model(saved, lively_model(TINY, seed=1), "second", replace=True)
+        lively_model(TINY, seed=1).save(saved, source="second", replace=True)
     monkeypatch.undo()
     assert read_config(saved)[1]["source"] == "made by a test"
     assert listing(saved.parent) == before
@@ -515,7 +518,7 @@ def test_a_model_whose_replacement_was_killed_is_put_back(saved, model, reader):
         assert from_pretrained(saved).config == TINY
     else:
         with pytest.raises(InputError, match="model exists already"):
-            save_model(saved, model, "second")
+            model.save(saved, source="second")
     assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
     assert read_config(saved)[1]["source"] == "made by a test"
 
@@ -538,7 +541,7 @@ def test_a_save_clears_away_what_a_killed_one_left(saved, model):
     for left in (partial, old):
         (left / "model").mkdir(parents=True)
         (left / "model.safetensors").touch()
-    save_model(saved, model, "second", replace=True)
+    model.save(saved, source="second", replace=True)
     assert read_config(saved)[1]["source"] == "second"
     assert listing(saved.parent) == ["model", *(f"model/{name}" for name in FILES)]
 
@@ -546,18 +549,17 @@ def test_a_save_clears_away_what_a_killed_one_left(saved, model):
 def test_a_folder_that_cannot_be_made_gets_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"Could not write the model to .*check the path"):
-        save_model(tmp_path / "file" / "model", model, "x")
+        model.save(tmp_path / "file" / "model", source="x")
 
 
 _LIMITED = """
 import resource, sys
 from hmar_jax import from_pretrained
 from hmar_jax.errors import MachineError
-from hmar_jax.model import save_model
 model = from_pretrained(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    save_model(sys.argv[2], model, "x")
+    model.save(sys.argv[2], source="x")
 except MachineError as error:
     print(error)
 """
@@ -580,7 +582,7 @@ def work_directory(folder, model):
     (folder / "checkpoints" / "5").mkdir(parents=True)
     (folder / "config.json").write_text('{"stage": "masked", "steps": 5}')
     if model:
-        save_model(folder / "model", model, "x")
+        model.save(folder / "model", source="x")
 
 
 def with_file(name, content="{}"):

@@ -18,7 +18,6 @@ from tiny_models import TINY, lively_model
 
 from hmar_jax.commands.main import main
 from hmar_jax.errors import InputError
-from hmar_jax.model import save_model
 from hmar_jax.sampling.schedule import Schedule
 
 REACHED = "This is as far as the test goes."
@@ -135,7 +134,7 @@ COMMANDS = {
 def home(tmp_path_factory):
     """A folder of things that may be named, among them every kind of file."""
     folder = tmp_path_factory.mktemp("home")
-    save_model(folder / "model", lively_model(TINY), "a test")
+    lively_model(TINY).save(folder / "model", source="a test")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "picture.png")
     for name in FILES:
         (folder / name).write_text("mine")

@@ -17,7 +17,6 @@ from hmar_jax.config.plain import from_plain, to_plain
 from hmar_jax.errors import HmarError
 from hmar_jax.formats import model_directory
 from hmar_jax.formats.model_directory import open_model, read_params
-from hmar_jax.model import save_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -25,7 +24,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 @pytest.fixture(scope="module")
 def written(model, tmp_path_factory):
     """(a model directory, the bytes of its config file and of its weights, its parameters by name)"""
-    folder = save_model(tmp_path_factory.mktemp("models") / "model", model, "a test", licences=["Not for sale."])
+    folder = model.save(tmp_path_factory.mktemp("models") / "model", source="a test", licences=["Not for sale."])
     return folder, *((folder / name).read_bytes() for name in (CONFIG, WEIGHTS)), trees.flatten(model.params)
 
 

@@ -31,7 +31,7 @@ from hmar_jax.config import (
 from hmar_jax.errors import HmarError, InputError
 from hmar_jax.formats.convert import convert
 from hmar_jax.labels import parse_label, parse_labels
-from hmar_jax.model import Model, Sample, save_model
+from hmar_jax.model import Model, Sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 
@@ -187,7 +187,8 @@ FILES = {
     "from_pretrained": lambda _, value: from_pretrained(value),
     "from_pretrained as a dtype": lambda _, value: from_pretrained("nowhere", value),
     "from_pretrained of a revision": lambda _, value: from_pretrained("./nowhere", revision=value),
-    "save_model": lambda _, value: save_model("out", value, "a test"),
+    "save of a source": lambda model, value: model.save("/dev/null/out", source=value),
+    "save of licences": lambda model, value: model.save("/dev/null/out", licences=value),
     "convert a kind": lambda _, value: convert(value, "in.safetensors", LADDER, "out"),
     "convert a file": lambda _, value: convert("vae", value, LADDER, "out"),
     "convert for sides": lambda _, value: convert("vae", "in.safetensors", value, "out"),

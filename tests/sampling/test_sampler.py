@@ -16,7 +16,6 @@ import pytest
 from tiny_models import TINY
 
 import hmar_jax
-from hmar_jax.model import save_model
 from hmar_jax.sampling import program
 from hmar_jax.sampling.sampler import sample_tokens
 from hmar_jax.sampling.schedule import Schedule
@@ -231,7 +230,7 @@ for batch in (11, 16):
 
 
 def test_same_seed_same_picture_for_any_number_of_devices(model, tmp_path):
-    save_model(tmp_path / "model", model, "a test")
+    model.save(tmp_path / "model", source="a test")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-W", "error", "-c", _ON_EIGHT_DEVICES, tmp_path / "model", tmp_path]
     finished = subprocess.run(

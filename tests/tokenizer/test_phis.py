@@ -18,7 +18,7 @@ from hmar_jax import InputError, from_pretrained
 from hmar_jax.config import DataConfig, ModelConfig, TrainConfig
 from hmar_jax.formats.convert import convert, export_torch
 from hmar_jax.formats.model_directory import read_config
-from hmar_jax.model import Model, save_model
+from hmar_jax.model import Model
 from hmar_jax.networks import networks
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import checkpoint
@@ -50,7 +50,7 @@ def three_phis(tmp_path_factory):
     config = with_phis(dataclasses.replace(TINY, ladder=LADDER), phis=3)
     model = Model(config, lively_params(config))
     folder = tmp_path_factory.mktemp("three_phis")
-    new, old = (save_model(folder / name, model, "a test") for name in ("new", "old"))
+    new, old = (model.save(folder / name, source="a test") for name in ("new", "old"))
 
     def forget(meta):
         del meta["model"]["tokenizer"]["phi_of_scale"], meta["model"]["phi_layout"]
@@ -73,7 +73,7 @@ def test_a_directory_records_the_phi_of_each_scale(three_phis):
 
 def test_an_older_directory_decodes_as_it_was_trained(three_phis, tmp_path):
     model, new, old = three_phis
-    again = save_model(tmp_path / "again", from_pretrained(old), "a test")
+    again = from_pretrained(old).save(tmp_path / "again", source="a test")
     assert phis_of(from_pretrained(old)) == phis_of(from_pretrained(again)) == UNRECORDED
     tokens = random_tokens(model.config, 2)
     before = Model(with_phis(model.config, phi_of_scale=UNRECORDED), model.params).tokenizer.decode(tokens)
@@ -84,7 +84,7 @@ def test_an_older_directory_decodes_as_it_was_trained(three_phis, tmp_path):
 @pytest.mark.parametrize("phis", [1, 2, 4])
 def test_an_older_directory_whose_rule_was_right_is_as_any_other(tmp_path, phis):
     config = with_phis(ModelConfig(LADDER, TOKENIZER), phis=phis)
-    path = save_model(tmp_path / "model", random_model(config), "a test")
+    path = random_model(config).save(tmp_path / "model", source="a test")
     meta = read_config(path)[1]
     assert meta["tokenizer_sha256"] == fingerprint_values(path)
     rewrite(path, change_config=lambda meta: meta["model"]["tokenizer"].pop("phi_of_scale"))
@@ -96,7 +96,7 @@ def test_token_caches_of_another_phi_of_a_scale_are_told_apart(three_phis, tmp_p
     fingerprints = [read_config(path)[1]["tokenizer_sha256"] for path in (new, old)]
     assert fingerprints[0] != fingerprints[1]
     assert [fingerprint(from_pretrained(path)) for path in (new, old)] == fingerprints
-    again = save_model(tmp_path / "again", from_pretrained(old), "a test")
+    again = from_pretrained(old).save(tmp_path / "again", source="a test")
     assert read_config(again)[1]["tokenizer_sha256"] == fingerprints[1]
 
 
@@ -169,7 +169,7 @@ def test_a_layout_of_phis_comes_back_bit_for_bit(tmp_path, layout):
     assert read_config(vae)[0].tokenizer.phis == LAYOUTS[layout][0]
     var = file_of(tmp_path / "var.safetensors", random_state("var"))
     with_transformer = convert("var", var, LADDER, tmp_path / "var", tokenizer=vae)
-    saved_again = save_model(tmp_path / "again", from_pretrained(with_transformer), "a test")
+    saved_again = from_pretrained(with_transformer).save(tmp_path / "again", source="a test")
     for number, directory in enumerate((vae, with_transformer, saved_again)):
         export_torch(directory, tmp_path / f"{number}.safetensors", "vae")
         assert_bit_equal(safetensors.numpy.load_file(tmp_path / f"{number}.safetensors"), state)
@@ -206,6 +206,6 @@ def test_a_phi_that_is_missing_between_others_is_named(tmp_path):
 
 def test_a_tokenizer_that_the_official_code_would_decode_otherwise_is_not_exported(tmp_path):
     config = with_phis(ModelConfig(LADDER, TOKENIZER), phis=3, phi_of_scale=UNRECORDED)
-    path = save_model(tmp_path / "old", random_model(config), "a test")
+    path = random_model(config).save(tmp_path / "old", source="a test")
     with pytest.raises(InputError, match="uses other phi convolutions in its scales than the official code"):
         export_torch(path, tmp_path / "vae.safetensors")

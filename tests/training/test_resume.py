@@ -20,7 +20,7 @@ from hmar_jax.commands.main import main
 from hmar_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.formats import hub, lpips_files
-from hmar_jax.model import from_pretrained, save_model
+from hmar_jax.model import from_pretrained
 from hmar_jax.tokenizer import codebook
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
@@ -167,7 +167,7 @@ def begun(starts, tmp_path, monkeypatch):
 def another_model(config):
     model = from_pretrained(config.init_from)
     model.params["transformer"]["pos"] = model.params["transformer"]["pos"] + 1
-    save_model(Path(config.init_from), model, "another", replace=True)
+    model.save(Path(config.init_from), source="another", replace=True)
 
 
 @pytest.mark.parametrize(

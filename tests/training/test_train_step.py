@@ -17,7 +17,7 @@ from hmar_jax.compile_check import costs
 from hmar_jax.compile_check.hlo import Program
 from hmar_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.model import Model, from_pretrained, save_model
+from hmar_jax.model import Model, from_pretrained
 from hmar_jax.parallel import sharding
 from hmar_jax.training import objectives
 from hmar_jax.training.loop import make_objective
@@ -215,7 +215,7 @@ def steady_start(starts, tmp_path_factory):
     """The next-scale model of `starts` as stage 2 starts from it, but that training drops classes alone."""
     start = from_pretrained(starts / "next_scale")
     config = dataclasses.replace(start.config, transformer=dataclasses.replace(STEADY, class_dropout=0.3))
-    return save_model(tmp_path_factory.mktemp("steady") / "model", Model(config, start.params), "made for a test")
+    return Model(config, start.params).save(tmp_path_factory.mktemp("steady") / "model", source="made for a test")
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["one mask for all", "a mask each"])

@@ -22,7 +22,7 @@ from hmar_jax.config import (
     TransformerConfig,
 )
 from hmar_jax.data.tokens import write_token_cache
-from hmar_jax.model import Model, save_model
+from hmar_jax.model import Model
 from hmar_jax.networks import init_params
 from hmar_jax.parallel import sharding
 from hmar_jax.scales import ScaleLadder
@@ -78,8 +78,8 @@ def write_starts(folder):
     alone = ModelConfig(LADDER, TOKENIZER, None, CLASSES)
     params = jax.tree.map(np.asarray, init_params(whole, 3))
     tokenizer = Model(alone, {"tokenizer": params["tokenizer"]})
-    save_model(folder / "tokenizer", tokenizer, "made for a test")
-    save_model(folder / "next_scale", Model(whole, params), "made for a test")
+    tokenizer.save(folder / "tokenizer", source="made for a test")
+    Model(whole, params).save(folder / "next_scale", source="made for a test")
     rng = np.random.default_rng(0)
     batch = rng.integers(0, TOKENIZER.codebook_size, (2, 32, LADDER.length)), rng.integers(0, len(CLASSES), 32)
     write_token_cache(
