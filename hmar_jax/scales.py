@@ -66,6 +66,20 @@ class ScaleLadder:
         except (KeyError, ValueError):  # the latter of an int of thousands of digits
             raise InputError(f"No ladder is named {shown(resolution)}; choose one of {', '.join(_PRESETS)}.") from None
 
+    @classmethod
+    def parse(cls, text: str) -> ScaleLadder:
+        """The ladder of `1,2,3,4`, or the published one of `256` pixels (`preset`)."""
+        if text in _PRESETS:
+            return cls.preset(text)
+        try:
+            sides = tuple(int(side) for side in text.split(","))
+        except ValueError:
+            raise InputError(
+                f"Sides {shown(text)} are not a list of whole numbers, such as 1,2,3,4, and no published ladder is "
+                f"named so; those are {', '.join(_PRESETS)}."
+            ) from None
+        return cls(sides)
+
     @property
     def num_scales(self) -> int:
         return len(self.sides)

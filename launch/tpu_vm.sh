@@ -10,7 +10,8 @@
 #                                namespace, which the workers may read and write; paths in the config and --workdir are
 #                                in it
 #   --repository, --revision     what the workers clone, by a URL that they can read; a commit, tag or branch
-#   --config, --workdir          as for `hmar-jax train`; --config.FIELD=VALUE changes a field
+#   --config, --workdir          as for `hmar-jax train`, which takes a config by its name, too; --config.FIELD=VALUE
+#                                changes a field
 #   --                           instead, any command of hmar-jax with its arguments: configs are those of the clone,
 #                                other paths are in the bucket
 #   --setup                      a line of shell that every worker runs first, such as one that installs gcsfuse where

@@ -9,7 +9,8 @@
 #   --bucket         a Cloud Storage bucket to mount there, with a hierarchical namespace: without one, folders cannot
 #                    be renamed as a whole, which is how checkpoints appear
 #   --processes      how many the launcher has started on all machines, where it knows; they check that as many meet
-#   --config         a config of this checkout, or an absolute path; --config.FIELD=VALUE changes a field
+#   --config         a config of this checkout, an absolute path, or the name of an installed config;
+#                    --config.FIELD=VALUE changes a field
 #   --workdir        of the training, which is finished when there is WORKDIR/model
 #   --               instead of a training, another command of hmar-jax, which is finished when it ends with 0
 #
@@ -27,8 +28,12 @@ bucket="" processes=""
 read_arguments "accelerator root" "bucket processes" "$@"
 [[ "$root" == /* ]] || root="$PWD/$root"
 
-in_checkout() { # A config's path, absolute.
-    [[ "$1" == /* ]] && printf '%s\n' "$1" || printf '%s\n' "$checkout/$1"
+in_checkout() { # A config's path, absolute; the name of an installed config stays as it is.
+    if [[ "$1" == /* || ("$1" != */* && ! -f "$checkout/${1%%:*}") ]]; then
+        printf '%s\n' "$1"
+    else
+        printf '%s\n' "$checkout/$1"
+    fi
 }
 
 words=() output=""

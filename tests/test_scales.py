@@ -36,6 +36,20 @@ def test_an_unknown_preset_is_named():
 
 
 @hypothesis.given(ladders)
+def test_parse_reads_sides_back(ladder):
+    assert ScaleLadder.parse(",".join(map(str, ladder.sides))) == ladder
+
+
+def test_parse_takes_the_pixels_of_a_published_ladder():
+    assert ScaleLadder.parse("512") == ScaleLadder.preset("512")
+    assert ScaleLadder.parse("16") == ScaleLadder((16,))
+    with pytest.raises(InputError, match=r"Sides '1,x' are not a list of whole numbers.* those are 64, 128, 256, 512"):
+        ScaleLadder.parse("1,x")
+    with pytest.raises(InputError, match=r"Sides \(3, 2\) are not an increasing list"):
+        ScaleLadder.parse("3,2")
+
+
+@hypothesis.given(ladders)
 def test_lengths_offsets_ids_and_slices_count_tokens_one_by_one(ladder):
     ids = [scale for scale, side in enumerate(ladder.sides) for _ in range(side * side)]
     assert ladder.num_scales == len(ladder.sides)

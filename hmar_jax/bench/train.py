@@ -19,10 +19,10 @@ from typing import Any
 
 from hmar_jax.bench import measurements
 from hmar_jax.bench.measurements import GIB, Kernel
+from hmar_jax.commands import options
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import say
-from hmar_jax.commands.train import read_config
-from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
+from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig, load
 from hmar_jax.errors import InputError
 from hmar_jax.files import writing
 from hmar_jax.scales import ScaleLadder
@@ -63,9 +63,7 @@ def add_train(subparsers: Any) -> None:
     what = "a train step: time, utilisation, memory, and what the time goes into"
     parser = subparsers.add_parser("train", help=what, description=f"Measure {what}.")
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--config", action=PathOrName, help="a config file, as for hmar-jax train, instead of --image and --model"
-    )
+    parser.add_argument("--config", action=PathOrName, help=f"{options.CONFIG}; instead of --image and --model")
     parser.add_argument(
         "--image", help="pixels: 256, 512 or 1024; with --model, by default the four published settings"
     )
@@ -111,7 +109,7 @@ def settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, TrainConfig]:
     if args.config:
         if args.image or args.model:
             raise InputError("--config says what to measure; leave --image and --model out.")
-        config = read_config(args.config)
+        config = load(args.config)
         config = dataclasses.replace(config, batch_size=args.batch or config.batch_size)
         return {f"{args.config} B={config.batch_size}": config}
     if (args.image is None) != (args.model is None):

@@ -18,7 +18,6 @@ import tqdm
 from hmar_jax.bench.measurements import check_counts, check_memory, check_reports, versions
 from hmar_jax.bench.sample import add_sample
 from hmar_jax.bench.train import add_train
-from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.errors import InputError, printable, shown
@@ -146,7 +145,7 @@ def attention_settings(args: argparse.Namespace, on_cpu: bool) -> list[Any]:
     usual, other = (ON_A_CPU, (2, 4)) if on_cpu else (PUBLISHED, (16, 16))
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     ladders = [(ScaleLadder.preset(pixels), *usual.get(pixels, other)) for pixels in args.pixels]
-    ladders += [(parse_sides(sides), *other) for sides in args.sides]
+    ladders += [(ScaleLadder.parse(sides), *other) for sides in args.sides]
     ladders = ladders or [(ScaleLadder.preset(pixels), *shape) for pixels, shape in usual.items()]
     norms = (False, True) if args.norm is None else (args.norm,)
     return [

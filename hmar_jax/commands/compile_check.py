@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tqdm
 
-from hmar_jax.commands.options import LocalPath, PathOrName
+from hmar_jax.commands import options
+from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.commands.train import read_config
 from hmar_jax.compile_check import ENVIRONMENT
-from hmar_jax.config import TrainConfig
+from hmar_jax.config import TrainConfig, load
 from hmar_jax.errors import InputError, shown
 from hmar_jax.files import check_files, check_kind, json_files, note_replaced, write_whole
 
@@ -33,9 +33,7 @@ def run(argv: Sequence[str]) -> None:
         epilog="Any field of the config can be set: --config.mesh.fsdp=8 --config.remat=all "
         "--config.sides='(1,2,3,4,6,9,13,18,24,32)'",
     )
-    parser.add_argument(
-        "--config", required=True, action=PathOrName, metavar="FILE", help="a config file, as for hmar-jax train"
-    )
+    options.add_config(parser)
     parser.add_argument(
         "--topology", required=True, help="such as v5e:16x16, v5p:4x4x8, v6e:8x8, v5e:16x16*2 (slices), h200, h200:8"
     )
@@ -47,10 +45,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--output", action=LocalPath, help="a .json file for all figures, or a .md file for a table of them"
     )
-    args, overrides = parser.parse_known_args(argv)
-    for override in overrides:
-        if not override.startswith("--config."):
-            parser.error(f"unrecognized argument: {override}")
+    args, overrides = options.parse_overrides(parser, argv)
     if args.output is not None and args.output.suffix.lower() not in (".json", ".md"):
         raise InputError(f"--output is {args.output}; expected a file that ends in .json or .md.")
     if args.sample_batch is not None and not 0 <= args.sample_batch <= MOST_PICTURES:
@@ -61,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     if args.output is not None:
         check_files("--output", [args.output])
         check_kind("--output", args.output, _is_report, "a report of compile-check")
-    config = read_config(args.config, overrides)
+    config = load(args.config, overrides)
     if not check(args, config):
         sys.exit(1)
 

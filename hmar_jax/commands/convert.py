@@ -5,10 +5,11 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 
+from hmar_jax.commands import options
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import Kind
-from hmar_jax.errors import InputError, shown
+from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
 
 
@@ -37,9 +38,7 @@ def run(argv: Sequence[str]) -> None:
         help="for hmar-stage2: the model converted from its hmar-stage1, which gives the next-scale branch; without it "
         "the file's blocks serve both branches",
     )
-    parser.add_argument(
-        "--sides", help="of the token maps, coarse to fine: 1,2,3,4,5,6,8,10,13,16; for all kinds but lpips"
-    )
+    parser.add_argument("--sides", help=f"{options.SIDES}; for all kinds but lpips")
     parser.add_argument("--key", help="of the state dict in a training checkpoint that holds several: model, ema.model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the large arrays")
     parser.add_argument(
@@ -65,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     written = convert(
         args.kind,
         args.input,
-        parse_sides(args.sides),
+        ScaleLadder.parse(args.sides),
         args.output,
         tokenizer=args.tokenizer,
         next_scale=args.next_scale,
@@ -73,12 +72,3 @@ def run(argv: Sequence[str]) -> None:
         dtype=args.dtype,
     )
     say(f"The model is in {written}; its README.md says what it is and how to use it")
-
-
-def parse_sides(text: str) -> ScaleLadder:
-    """The ladder of `1,2,3,4`."""
-    try:
-        sides = tuple(int(side) for side in text.split(","))
-    except ValueError:
-        raise InputError(f"--sides={shown(text)[1:-1]} is not a list of whole numbers, such as 1,2,3,4.") from None
-    return ScaleLadder(sides)

@@ -12,8 +12,8 @@ from pathlib import Path
 from hmar_jax.commands import options
 from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.commands.train import read_config
-from hmar_jax.config import DataConfig, Kind
+from hmar_jax.config import DataConfig, Kind, load
+from hmar_jax.config.loading import find
 from hmar_jax.errors import InputError, device_memory
 from hmar_jax.files import check_outputs
 
@@ -37,9 +37,7 @@ def run(argv: Sequence[str]) -> None:
     tokens.add_argument(
         "--model", required=True, action=PathOrName, help="model directory or hub id, with the tokenizer"
     )
-    tokens.add_argument(
-        "--config", required=True, action=PathOrName, help="config file whose `data` names the pictures"
-    )
+    options.add_config(tokens, "; its `data` names the pictures")
     tokens.add_argument("--crops", type=int, default=1, help="versions of each picture (default: %(default)s)")
     tokens.add_argument("--count", type=int, help="pictures to take; all by default, needed for glyphs")
     tokens.add_argument("--batch-size", type=int, help="pictures at a time on each device (default: by their size)")
@@ -63,15 +61,13 @@ def run(argv: Sequence[str]) -> None:
         help="vae for the tokenizer; by default the transformer as it was converted, or as what it is",
     )
     torch.add_argument("--output", required=True, action=LocalPath, help=".safetensors or .pth file; must not exist")
-    args, overrides = parser.parse_known_args(argv)
-    if unknown := [o for o in overrides if args.kind != "tokens" or not o.startswith("--config.")]:
-        parser.error(f"unrecognized argument: {unknown[0]}")
+    args, overrides = options.parse_overrides(parser, argv)
     if args.kind == "model":
         _export_model(args.workdir, args.output, args.init_from)
     elif args.kind == "torch":
         _export_torch(args.model, args.output, args.layout)
     else:
-        _export_tokens(args, read_config(args.config, overrides).data)
+        _export_tokens(args, load(args.config, overrides).data)
 
 
 def _export_model(workdir: Path, output: Path, init_from: str) -> None:
@@ -93,7 +89,7 @@ def _export_torch(model: str, output: Path, layout: Kind | None) -> None:
 
 
 def _export_tokens(args: argparse.Namespace, data: DataConfig) -> None:
-    inputs = {"--model": args.model, "--config": args.config.partition(":")[0], "data.path": data.path}
+    inputs = {"--model": args.model, "--config": find(args.config).partition(":")[0], "data.path": data.path}
     check_outputs("--output", [args.output], inputs)
     data = dataclasses.replace(data, skip_broken=args.skip_broken or data.skip_broken)
     options.join_processes(args)

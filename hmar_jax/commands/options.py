@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hmar_jax.files import local_path
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from hmar_jax.sampling.schedule import Changes
 
 SCHEDULE = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
+SIDES = "of the token maps, coarse to fine, such as 1,2,3,4; or 256, the published ladder for so many pixels"
+CONFIG = "config file, or the name of an installed config such as glyphs_tokenizer or imagenet256_d16:masked"
 MODEL = "model directory, or id on the Hugging Face hub"
 
 
@@ -47,6 +50,20 @@ class PathOrName(LocalPath):
     ) -> None:
         super().__call__(parser, namespace, values, option_string)
         setattr(namespace, self.dest, values)
+
+
+def add_config(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """Adds a train config, whose fields `--config.FIELD=VALUE` changes. what: what the help says it is for."""
+    parser.add_argument("--config", required=True, action=PathOrName, metavar="FILE|NAME", help=CONFIG + what)
+
+
+def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those of the form `--config.FIELD=VALUE`."""
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if not override.startswith("--config.") or "config" not in args:
+            parser.error(f"unrecognized argument: {override}")
+    return args, overrides
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

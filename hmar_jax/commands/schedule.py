@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hmar_jax.commands import options
-from hmar_jax.commands.convert import parse_sides
 from hmar_jax.commands.terminal import Parser, say
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
@@ -49,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     show.add_argument("schedule", action=options.PathOrName, help=options.SCHEDULE)
     ladder = show.add_mutually_exclusive_group()
     ladder.add_argument("--pixels", default="256", help="the published ladder for so many (default: %(default)s)")
-    ladder.add_argument("--sides", help="of the token maps: 1,2,3,4,5,6,8,10,13,16")
+    ladder.add_argument("--sides", help=options.SIDES)
     ladder.add_argument("--model", action=options.PathOrName, help=options.MODEL)
     show.add_argument(
         "--depth", default="16", help="without --model, of the transformer, or its name: 24, d24, var-d24"
@@ -109,7 +108,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         if config.transformer is None:
             raise InputError(f"{args.model} is a tokenizer alone; give a model directory that has a transformer.")
         return config
-    ladder = ScaleLadder.preset(args.pixels) if args.sides is None else parse_sides(args.sides)
+    ladder = ScaleLadder.preset(args.pixels) if args.sides is None else ScaleLadder.parse(args.sides)
     name = f"d{args.depth}" if args.depth.isdecimal() else args.depth
     return ModelConfig(ladder, TokenizerConfig(), TransformerConfig.preset(name))
 

@@ -3,18 +3,20 @@
 from_plain, from_config_dict    → a dataclass, every value checked, or a sentence
 to_plain, to_config_dict        ← back again
 Checked                         the base class of dataclasses that are checked also where Python code makes them
+checked_later                   has them take values out of bounds while a config file runs, before overrides
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import types
 import typing
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -23,11 +25,26 @@ import ml_collections
 from hmar_jax.errors import InputError, shown
 
 _GREATEST = 1e9  # of a factor of losses or gradients: far from the end of float32
+_later: contextvars.ContextVar[bool] = contextvars.ContextVar("_later", default=False)
+
+
+@contextlib.contextmanager
+def checked_later() -> Iterator[None]:
+    """In the block, and in this thread alone, dataclasses that are made are not checked beyond their fields' types.
+
+    A config file makes its dataclasses before overrides change them, and some values are in bounds only together with
+    an override. What the file returns is made once more, and checked, after the overrides.
+    """
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
 
 
 class Checked:
     """A config whose fields have their declared types, however it is made: numbers and lists are converted, other types
-    refused. `group` is what its fields' names begin with in a sentence.
+    refused. Then `_check` refuses values out of bounds. `group` is what its fields' names begin with in a sentence.
     """  # fmt: skip
 
     _group: typing.ClassVar[str]
@@ -42,6 +59,11 @@ class Checked:
             value = _convert(hints[field.name], given, self._group + field.name)
             if type(given) is not int:  # which stays one where a float is declared, as sentences show it
                 object.__setattr__(self, field.name, value)
+        if not _later.get():
+            self._check()
+
+    def _check(self) -> None:
+        """Raises InputError where a value is out of bounds, or does not go with another."""
 
     def _check_whole(self, least: int, **most: int) -> None:
         """Raises InputError, naming the field, unless each field that is named is from `least` to its bound."""

@@ -228,7 +228,7 @@ NO_CONFIGS = {
         r" fails at line 2 with KeyError \('a'\)\.",
     ),
     "what raises": ("c.py", "raise ValueError('mine\\nx')\n", r" fails at line 1 with ValueError \(mine\)\."),
-    "no get_config": ("c.py", "config = {}\n", r" has no get_config\(\); see those in configs/\."),
+    "no get_config": ("c.py", "config = {}\n", r" has no get_config\(\), which is to return the config\."),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_config_of_another_kind_is_named(files, tmp_path, refused):
     (tmp_path / "config.json").write_text('{"stage": true}')
     for path in (tmp_path / "config.json", tmp_path):
         said = refused("train", f"--config={path}", "--workdir", tmp_path / "run")
-        assert said == f"--config is {path}, which is no Python file; give one such as those in configs/."
+        assert said == f"The config {path} is no Python file; give one, or a name such as folder_masked."
     said = refused("train", f"--config={files['tokenizer']}:small", "--workdir", tmp_path / "run")
     assert said.endswith("cannot be loaded: get_config() takes 0 positional arguments but 1 was given.")
     assert not (tmp_path / "run").exists()

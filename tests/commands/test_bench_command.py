@@ -158,9 +158,9 @@ def test_a_kernel_is_tuned(monkeypatch, capsys):
     ("options", "sentence"),
     [
         (["--sides=3,2"], "Sides (3, 2) are not an increasing list of positive integers"),
-        (["--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
+        (["--sides=1,x"], "Sides '1,x' are not a list of whole numbers"),
         (["--pixels=300"], "No ladder is named '300'; choose one of 64, 128, 256, 512, 1024."),
-        (["--sides="], "--sides= is not a list of whole numbers"),
+        (["--sides="], "Sides '' are not a list of whole numbers"),
         (["--batch=0"], "--batch is 0; expected a whole number, 1 to 65536."),
         (["--head-size=-8"], "--head-size is -8; expected a whole number, 1 to 65536."),
         (["--repeats=0"], "--repeats is 0; expected a whole number, 1 to 65536."),

@@ -163,7 +163,7 @@ REFUSED = {
     "scales that are not there": (["cosine:4@5-12"], "Scales are (5, 12); expected"),
     "a curve without steps": (["cosine"], "The steps of curve 'cosine' are None"),
     "no such ladder": (["small", "--pixels=300"], "No ladder is named '300'"),
-    "sides that are none": (["small", "--sides=1,x"], "--sides=1,x is not a list of whole numbers"),
+    "sides that are none": (["small", "--sides=1,x"], "Sides '1,x' are not a list of whole numbers"),
     "no such depth": (["small", "--depth=17"], "No transformer is named 'd17'"),
     "masked steps for a VAR": (["small", "--depth=var-d16"], "A schedule with masked steps needs a mask branch"),
     "a scalar out of range": (["small", "--top-p=2"], "top_p is 2.0; expected above 0"),

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hmar_jax.commands.train import read_config
-from hmar_jax.config import ModelConfig, TokenizerConfig
+from hmar_jax.config import ModelConfig, TokenizerConfig, load
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training.settings import used
@@ -32,21 +31,21 @@ def header(file: Path) -> str:
 
 def stages(resolution, depth):
     file = CONFIGS / f"imagenet{resolution}_d{depth}.py"
-    first, named = read_config(str(file)), read_config(f"{file}:next_scale")
+    first, named = load(str(file)), load(f"{file}:next_scale")
     assert first == named
-    return file, first, read_config(f"{file}:masked")
+    return file, first, load(f"{file}:masked")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!_]*.py")), ids=lambda file: file.stem)
 def test_every_config_loads_and_says_its_command(file):
-    read_config(str(file))
+    load(str(file))
     assert f"hmar-jax train --config=configs/{file.name} " in header(file)
 
 
 @pytest.mark.parametrize("kind", ["folder", "glyphs"])
 def test_the_later_stages_say_nothing_that_init_from_says(kind):
     for stage in ("next_scale", "masked"):
-        config = read_config(str(CONFIGS / f"{kind}_{stage}.py"))
+        config = load(str(CONFIGS / f"{kind}_{stage}.py"))
         assert used(config) == config
 
 
@@ -70,7 +69,7 @@ class TestPublishedRecipe:
         file, tokens = CONFIGS / "imagenet256_tokenizer.py", stages(resolution, depth)[1].data.path
         export = rf"hmar-jax export tokens --config=configs/{file.name} (.*) --output={tokens}$"
         (command,) = re.findall(export, header(file), re.MULTILINE)
-        data = read_config(str(file), [word for word in command.split() if word.startswith("--config.")]).data
+        data = load(str(file), [word for word in command.split() if word.startswith("--config.")]).data
         assert (data.name, data.split, data.resize, data.crop) == ("imagenet2012", "train", 1.125, "random")
         assert data.flip is False
 
@@ -107,7 +106,7 @@ class TestPublishedRecipe:
 
 def test_the_tokenizer_is_the_published_one_and_serves_both_resolutions():
     file = CONFIGS / "imagenet256_tokenizer.py"
-    config = read_config(str(file))
+    config = load(str(file))
     assert config.tokenizer == TokenizerConfig()
     assert ModelConfig(ScaleLadder(config.sides), config.tokenizer).image_size == 256
     assert config.sides == ScaleLadder.preset(256).sides

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hmar_jax import files
-from hmar_jax.commands.train import read_config
+from hmar_jax.config import load
 from hmar_jax.data.folder import decode
 from hmar_jax.data.tokens import TokenSource
 from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
@@ -30,7 +30,7 @@ from hmar_jax.files import (
 )
 from hmar_jax.formats import pytorch_files, safetensors_files
 from hmar_jax.formats.lpips_files import load_perceptual
-from hmar_jax.formats.model_directory import read_config as read_model_config
+from hmar_jax.formats.model_directory import read_config
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 
@@ -257,8 +257,8 @@ READERS = {
     "a picture": lambda file: decode(file, f"Picture {file}"),
     "a token cache": lambda file: TokenSource(file.parent),
     "a schedule": lambda file: Schedule.parse(str(file), ScaleLadder((1, 2))),
-    "a config": lambda file: read_config(str(file)),
-    "a model": lambda file: read_model_config(file.parent),
+    "a config": lambda file: load(str(file)),
+    "a model": lambda file: read_config(file.parent),
 }
 NAMES = {"a schedule": "s.json", "a token cache": "cache.json", "a model": "config.json", "a config": "c.py"}
 

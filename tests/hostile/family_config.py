@@ -10,8 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import ODD_TEXTS, ODD_VALUES, odd_json
 
-from hmar_jax.commands.train import read_config
-from hmar_jax.config import TrainConfig
+from hmar_jax.config import TrainConfig, load
 from hmar_jax.config.plain import from_config_dict, from_plain, to_plain
 from hmar_jax.errors import InputError
 from hmar_jax.params import flatten
@@ -121,7 +120,7 @@ def config_file(tmp_path_factory):
     )
 )
 def test_overrides_are_refused_or_give_a_config(config_file, overrides):
-    check(lambda: read_config(str(config_file), [f"--config.{override}" for override in overrides]))
+    check(lambda: load(str(config_file), [f"--config.{override}" for override in overrides]))
 
 
 HEAD = "import ml_collections\n"
@@ -160,7 +159,7 @@ def test_a_program_that_gives_no_config_is_refused(tmp_path, program):
     file = tmp_path / "config.py"
     file.write_bytes(program.encode())
     with pytest.raises(InputError) as caught:
-        read_config(str(file))
+        load(str(file))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 700
 
@@ -170,7 +169,7 @@ def test_what_is_no_text_is_refused(tmp_path, content):
     file = tmp_path / "config.py"
     file.write_bytes(content)
     with pytest.raises(InputError, match="is not Python"):
-        read_config(str(file))
+        load(str(file))
 
 
 def test_every_field_of_the_dataclasses_is_tried():

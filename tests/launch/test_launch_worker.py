@@ -194,6 +194,12 @@ class TestAnotherCommand:
         self.run(worker, "sample", "--config", "configs/a.py", "--config=/b.py")
         assert worker.calls == [["hmar-jax", "sample", "--config", f"{worker.checkout}/configs/a.py", "--config=/b.py"]]
 
+    def test_leaves_the_name_of_an_installed_config_as_it_is(self, worker):
+        (worker.checkout / "mine.py").touch()
+        self.run(worker, "sample", "--config=imagenet256_d16:masked", "--config", "mine.py:masked")
+        there = f"{worker.checkout}/mine.py:masked"
+        assert worker.calls == [["hmar-jax", "sample", "--config=imagenet256_d16:masked", "--config", there]]
+
     @pytest.mark.parametrize(
         ("words", "takes"),
         [

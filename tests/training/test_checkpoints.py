@@ -399,7 +399,7 @@ def test_what_fails_a_step_is_told_apart_by_sentence_and_exit_code(
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back
     monkeypatch.setattr(loop, "jit_train_step", lambda *_: fail)
-    monkeypatch.setattr(train, "read_config", lambda *_: next_scale_config(starts))
+    monkeypatch.setattr(train, "load", lambda *_: next_scale_config(starts))
     assert main(["train", "--config=x", f"--workdir={tmp_path}", "--no-distributed"]) == code
     said = capsys.readouterr().err
     assert re.search(expected, said)
@@ -473,7 +473,7 @@ def test_a_full_disk_stops_training_with_a_sentence_and_keeps_what_was_saved(sta
 
         Checkpoints.save = save_on_a_full_disk
         loop.make_train_step = idle_steps()
-        train.read_config = lambda *_: next_scale_config(Path(sys.argv[1]), steps=6)
+        train.load = lambda *_: next_scale_config(Path(sys.argv[1]), steps=6)
         sys.exit(main.main(["train", "--config=x", "--workdir=" + sys.argv[2]]))
         """,
         starts,

@@ -134,7 +134,7 @@ def die(self, step, *rest):
     save(self, step, *rest)
 
 Checkpoints.save = die
-train.read_config = lambda *_: config
+train.load = lambda *_: config
 processes.join = lambda args: None  # they have
 sys.exit(main.main(["train", "--config=x", f"--workdir={out / 'dying'}"]))
 """

@@ -409,7 +409,7 @@ def slow(self):
 
 MetricsWriter.advance = slow
 loop.make_train_step = idle_steps()
-train.read_config = lambda *_: next_scale_config(Path(sys.argv[1]), steps=10**6, checkpoint_every=10**6)
+train.load = lambda *_: next_scale_config(Path(sys.argv[1]), steps=10**6, checkpoint_every=10**6)
 sys.exit(main.main(["train", "--config=x", "--workdir=" + sys.argv[2], "--no-distributed"]))
 """
 
