@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hmar_jax.arrays import on_host
+from hmar_jax.bulk.traces import Frame
 from hmar_jax.errors import InputError, shown
-from hmar_jax.files import local_path, write_whole
-
-if TYPE_CHECKING:
-    from hmar_jax.bulk.traces import Frame
-
-_GAP = 2  # pixels between the pictures of a grid, before enlargement
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Float pictures in [0,1] (clipped) → uint8."""
-    return np.asarray(np.clip(np.asarray(images, np.float32), 0, 1) * 255 + 0.5, np.uint8)
-
-
-def to_unit(images: Any) -> Any:
-    """Pictures as they are stored to what networks see: uint8 (NumPy or JAX) → float32 in [-1,1]."""
-    return images.astype(np.float32) / 127.5 - 1
-
-
-def grid(images: np.ndarray, columns: int, enlarge: int = 1) -> Image.Image:
-    """Pictures row by row on white.
-
-    Args:
-      images: (N,S,S,3) float in [0,1] or uint8. columns: pictures a row. enlarge: whole factor, nearest neighbour.
-    """
-    images = images if images.dtype == np.uint8 else to_uint8(images)
-    number, side = images.shape[:2]
-    rows, pitch = -(-number // columns), side + _GAP
-    canvas = np.full((rows * pitch + _GAP, columns * pitch + _GAP, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = _GAP + i // columns * pitch, _GAP + i % columns * pitch
-        canvas[y : y + side, x : x + side] = image
-    picture = Image.fromarray(canvas)
-    return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+from hmar_jax.images import from_signed, grid, to_signed, to_uint8
 
 
 def reconstructions(tokenizer: Any, images: np.ndarray, columns: int = 8, enlarge: int = 1) -> Image.Image:
     """Pictures (N,S,S,3) uint8 above what a `Model`'s tokenizer makes of them, `columns` pairs a row."""
-    decoded = to_uint8(on_host(tokenizer.decode(tokenizer.encode(to_unit(images)))) / 2 + 0.5)
+    decoded = to_uint8(from_signed(on_host(tokenizer.decode(tokenizer.encode(to_signed(images))))))
     rows = []
     for start in range(0, len(images), columns):
         for half in (images, decoded):
@@ -192,10 +160,8 @@ _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (25
 
 def _side(frames: Sequence[Frame], least: int) -> int:
     """Pixels a side to show pictures at: small ones enlarged by a whole factor to `least` or a little more."""
-    from hmar_jax.bulk.traces import Frame  # JAX imports for seconds
-
     if not isinstance(frames, list | tuple) or not frames or not all(isinstance(frame, Frame) for frame in frames):
-        raise InputError(f"Frames are {shown(frames)}; expected a list of those that sampling.trace.frames returns.")
+        raise InputError(f"Frames are {shown(frames)}; expected a list of those that bulk.traces.frames returns.")
     size = frames[0].image.shape[0]
     return -(-least // size) * size if size < least else least
 
@@ -301,10 +267,3 @@ def _rendered(figure: Any) -> Image.Image:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return Image.open(stream, formats=["PNG"]).convert("RGB")
-
-
-def save_png(picture: Image.Image, path: Path) -> Path:
-    """Writes a picture whole or not at all. Raises InputError where the disk refuses."""
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    return write_whole(local_path(path, "The picture's path"), stream.getvalue())

@@ -42,6 +42,7 @@ from hmar_jax.config import ModelConfig
 from hmar_jax.config.plain import to_plain
 from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import is_there, json_files, local_path, put_in_place, read_bytes, write_whole, writing
+from hmar_jax.images import to_uint8
 from hmar_jax.model import Model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress_bar import progress
@@ -222,7 +223,7 @@ def _sample(
     ) -> tuple[jax.Array, jax.Array]:
         sample = inspect.unwrap(program.sample)  # not jitted: options of the compiler are the outermost function's
         images, tokens, _ = sample(options, params, labels, numbers, controls, seed)
-        return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8), tokens.astype(jnp.uint16)
+        return to_uint8(images), tokens.astype(jnp.uint16)
 
     rows = PartitionSpec(BATCH_AXES)
     everywhere = PartitionSpec()

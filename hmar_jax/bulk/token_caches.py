@@ -40,7 +40,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from hmar_jax import plots
+from hmar_jax import images as pictures
 from hmar_jax.config import DataConfig, MeshConfig, ModelConfig
 from hmar_jax.config.plain import to_plain
 from hmar_jax.data import pipeline
@@ -252,7 +252,7 @@ def _encode(config: ModelConfig, dtype: str, mesh: Mesh, params: Any, images: ja
     """Pictures (B,S,S,3) uint8 → tokens (B,L) uint16; every device codes its own rows."""
 
     def own(params: Any, images: jax.Array) -> jax.Array:
-        return networks(config, params, dtype).tokenizer.encode(plots.to_unit(images)).astype(jnp.uint16)
+        return networks(config, params, dtype).tokenizer.encode(pictures.to_signed(images)).astype(jnp.uint16)
 
     rows = PartitionSpec(BATCH_AXES)
     spread = jax.shard_map(own, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)

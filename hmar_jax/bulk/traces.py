@@ -11,6 +11,7 @@ import numpy as np
 
 from hmar_jax.arrays import on_host, whole
 from hmar_jax.errors import InputError, shown
+from hmar_jax.images import from_signed
 
 if TYPE_CHECKING:
     from hmar_jax.model import Model, Sample
@@ -59,7 +60,7 @@ def frames(model: Model, sample: Sample, index: int = 0) -> list[Frame]:
         where = ladder.slices[draw.scale]
         state[where] = np.where(draw.masked[index], draw.tokens[index], state[where])
     scales = [draw.scale for draw in draws]
-    images = on_host(model.tokenizer.decode_until(tokens[:, None], scales))[:, 0] / 2 + 0.5
+    images = from_signed(on_host(model.tokenizer.decode_until(tokens[:, None], scales))[:, 0])
     made = []
     for draw, after, image in zip(draws, [*draws[1:], None], images, strict=True):
         masked = draw.masked[index]

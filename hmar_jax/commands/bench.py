@@ -240,13 +240,13 @@ def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]
 
 def draw(panels: Sequence[Any], path: Path) -> list[Path]:
     """Writes the plot, or says why there is none: a row a setting, forward beside backward."""
-    from hmar_jax import plots
+    from hmar_jax import images, plots
 
     if not panels:
         say("Nothing right was measured, so there is no plot.")
         return []
     try:
-        return [plots.save_png(plots.bars(panels, 2, "ms"), path)]
+        return [images.save_png(plots.bars(panels, 2, "ms"), path)]
     except InputError as problem:  # matplotlib is optional
         print(f"There is no plot: {problem}", file=sys.stderr)
         return []

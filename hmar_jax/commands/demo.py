@@ -93,7 +93,7 @@ def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:
 
 def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dict[Path, str]:
     """Writes the demo's four pictures; returns each with a caption."""
-    from hmar_jax import plots
+    from hmar_jax import images, plots
     from hmar_jax.data import pipeline
     from hmar_jax.model import from_pretrained
     from hmar_jax.training.metrics import read_metrics
@@ -106,7 +106,7 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
     labels = list(range(classes)) * 2
     out = model.sample(labels, "small", **SAMPLING)
     chosen = out.tokens[: min(8, classes)]
-    grown = np.asarray(model.tokenizer.growth(chosen)) / 2 + 0.5
+    grown = images.from_signed(np.asarray(model.tokenizer.growth(chosen)))
     curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]
     made = {
         "reconstructions.png": (
@@ -115,12 +115,12 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
         ),
         "losses.png": (plots.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
         "samples.png": (
-            plots.grid(out.images, 17, 3),
+            images.grid(out.images, 17, 3),
             f"two samples of each class: {''.join(model.config.class_names)}",
         ),
         "growth.png": (
-            plots.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
+            images.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
             f"samples growing scale by scale, {' → '.join(map(str, model.config.ladder.sides))}",
         ),
     }
-    return {plots.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}
+    return {images.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}

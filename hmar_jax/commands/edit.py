@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     check_pictures("--output", files)
     image, mask = picture_and_mask(args)
 
-    from hmar_jax import plots
+    from hmar_jax import images
     from hmar_jax.model import from_pretrained
 
     model = from_pretrained(args.model, args.dtype, args.revision)
@@ -48,11 +48,11 @@ def run(argv: Sequence[str]) -> None:
     with device_memory("choose fewer --variants"):
         out = model.edit(image, mask, labels, args.schedule, **settings, **options.changes(args))
     note_replaced(files)
-    for file, result in zip(results, plots.to_uint8(out.images), strict=True):
-        plots.save_png(plots.Image.fromarray(result), file)
-    given = image.astype(np.float32) / 255
+    for file, result in zip(results, out.images, strict=True):
+        images.save_png(result, file)
+    given = images.to_unit(image)
     stacked = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
-    plots.save_png(plots.grid(stacked, min(len(stacked), _COLUMNS)), grid)
+    images.save_png(images.grid(stacked, min(len(stacked), _COLUMNS)), grid)
     say(f"{' '.join(file.name for file in results)} and {grid.name} (input, mask, results) are in {grid.parent}")
 
 

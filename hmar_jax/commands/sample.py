@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _sample_labels(args: argparse.Namespace) -> None:
     """One picture a label."""
-    from hmar_jax import plots
+    from hmar_jax import images, plots
     from hmar_jax.bulk import traces
     from hmar_jax.model import from_pretrained
 
@@ -64,13 +64,13 @@ def _sample_labels(args: argparse.Namespace) -> None:
     with device_memory("choose fewer labels"):
         out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))
     note_replaced(files)
-    for i, (name, image) in enumerate(zip(names, plots.to_uint8(out.images), strict=True)):
-        plots.save_png(plots.Image.fromarray(image), args.output / f"{name}.png")
+    for i, (name, image) in enumerate(zip(names, out.images, strict=True)):
+        images.save_png(image, args.output / f"{name}.png")
         if args.trace:
             frames = traces.frames(model, out, i)
-            plots.save_png(plots.trace(frames), args.output / f"{name}-trace.png")
+            images.save_png(plots.trace(frames), args.output / f"{name}-trace.png")
             write_whole(args.output / f"{name}-trace.gif", plots.animation(frames))
-    plots.save_png(plots.grid(out.images, min(8, len(labels))), args.output / "grid.png")
+    images.save_png(images.grid(out.images, min(8, len(labels))), args.output / "grid.png")
     number = f"{len(labels)} picture{'s' * (len(labels) > 1)}"
     say(f"{number} and grid.png are in {args.output}")
 

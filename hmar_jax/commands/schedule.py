@@ -87,9 +87,9 @@ def _show(args: argparse.Namespace) -> None:
     if args.json is not None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())
     if args.output is not None:
-        from hmar_jax import plots
+        from hmar_jax import images, plots
 
-        plots.save_png(plots.commitment(*commitment(schedule)), args.output)
+        images.save_png(plots.commitment(*commitment(schedule)), args.output)
 
 
 def _is_schedule(content: bytes) -> bool:

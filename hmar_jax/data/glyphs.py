@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hmar_jax.errors import InputError
+from hmar_jax.images import to_uint8, to_unit
 
 CONTRAST = 0.35
 _FACES = ("Sans", "Sans-Bold", "Serif", "Serif-Bold", "SansMono", "SansMono-Bold")
@@ -67,7 +68,7 @@ class Glyphs:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Example `index`: "image" (S,S,3) uint8; "label" int32, the index modulo the number of classes."""
-        image = (self.render(index)[0] * 255 + 0.5).astype(np.uint8)
+        image = to_uint8(self.render(index)[0])
         return {"image": image, "label": np.int32(index % len(self.class_names))}
 
     def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +144,7 @@ def _place(stencil: _Stencil, size: int, rng: np.random.Generator) -> np.ndarray
     corner = tuple(min(max(round(at), edge), size - edge - n) for at, n in ((x, width), (y, height)))
     picture = Image.new("L", (size, size))
     picture.paste(turned.resize((width, height), Image.Resampling.BOX), corner)
-    return np.asarray(picture, np.float32) / 255
+    return to_unit(np.asarray(picture))
 
 
 def _paint(texture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

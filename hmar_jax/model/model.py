@@ -24,6 +24,7 @@ from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import InputError, check_choice, shown
 from hmar_jax.formats.model_directory import About, open_model, read_params, write_model
 from hmar_jax.formats.safetensors_files import Tensor
+from hmar_jax.images import to_signed
 from hmar_jax.model.tokenizer import TokenizerDoor, check_tokens
 from hmar_jax.networks import held_dtypes, hold, networks, undo_layout, unrolls
 from hmar_jax.sampling import editing, program, progress
@@ -191,7 +192,8 @@ class Model:
             changes["cfg"] = changes["refine_cfg"] = 0
         schedule = self.schedule("small" if schedule is None and transformer.masked else schedule, **changes)
         schedule.replace(**asked)  # guidance that is left out is checked all the same
-        tokens, keep = on_host(self.tokenizer.encode(2 * pictures - 1)), editing.keep_tokens(masks, self.config.ladder)
+        tokens = on_host(self.tokenizer.encode(to_signed(pictures)))
+        keep = editing.keep_tokens(masks, self.config.ladder)
         kept = Kept(*(jnp.asarray(several(array)) for array in (tokens, keep)))
         out = self._sample(several(labels), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)
         if not composite:

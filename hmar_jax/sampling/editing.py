@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from hmar_jax.arrays import host_array
 from hmar_jax.errors import InputError
+from hmar_jax.images import to_unit
 from hmar_jax.scales import ScaleLadder
 
 
@@ -28,11 +29,11 @@ def check_pictures(images: ArrayLike, size: int) -> np.ndarray:
     if batch.ndim != 4 or batch.shape[1:] != (size, size, 3) or not len(batch):
         raise InputError(f"Images are {pictures.shape}; this model edits (B, {size}, {size}, 3) or one of them.")
     if batch.dtype == np.uint8:
-        return batch.astype(np.float32) / np.float32(255)
+        return to_unit(batch)
     low, high = batch.min(), batch.max()  # not a number where a pixel is not
     if not jnp.issubdtype(batch.dtype, jnp.floating) or not (low >= 0 and high <= 1):
         raise InputError(f"Images are {batch.dtype} from {low} to {high}; expected uint8, or floats from 0 to 1.")
-    return batch.astype(np.float32)
+    return to_unit(batch)
 
 
 def check_mask(mask: ArrayLike, batch: int, size: int) -> np.ndarray:

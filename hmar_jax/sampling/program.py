@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from hmar_jax.config import ModelConfig
+from hmar_jax.images import from_signed
 from hmar_jax.networks import networks, unrolls
 from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
@@ -68,5 +69,5 @@ def sample(
         kept=kept,
         tell=None if ticket is None else functools.partial(progress.tell, ticket),
     )
-    images = (nets.tokenizer.decode_latents(latents) + 1) / 2
+    images = from_signed(nets.tokenizer.decode_latents(latents))
     return images, tokens, draws if options.record else []

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hmar_jax import plots
+from hmar_jax import images, plots
 from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, ModelConfig, TrainConfig, check_paths
 from hmar_jax.data import pipeline
@@ -362,9 +362,9 @@ def _sample_writer(config: TrainConfig, objective: Objective, workdir: Path) -> 
         if config.stage == "tokenizer":
             picture = plots.reconstructions(model.tokenizer, originals, enlarge=enlarge)
         else:
-            images = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
-            picture = plots.grid(images, 8, enlarge)
+            drawn = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
+            picture = images.grid(drawn, 8, enlarge)
         if processes.is_first():
-            plots.save_png(picture, workdir / "samples" / f"{step:08d}.png")
+            images.save_png(picture, workdir / "samples" / f"{step:08d}.png")
 
     return write

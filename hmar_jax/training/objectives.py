@@ -24,10 +24,10 @@ from hmar_jax.config import ModelConfig, TokenizerLossConfig, TrainConfig, Trans
 from hmar_jax.errors import InputError
 from hmar_jax.formats import lpips_files
 from hmar_jax.formats.model_directory import open_model, read_params
+from hmar_jax.images import to_signed
 from hmar_jax.networks import Networks, init_params, networks
 from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
-from hmar_jax.plots import to_unit
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import codebook, losses, perceptual
 from hmar_jax.training.classes import check_same_classes
@@ -181,7 +181,7 @@ class TokenizerObjective:
     def _queries(self, params: Tree, images: jax.Array) -> jax.Array:
         """Latents at every scale's resolution (N,Z): stand-ins for residuals while there is no codebook yet."""
         tokenizer = self._networks(params).tokenizer
-        latents = tokenizer.latents(to_unit(images))
+        latents = tokenizer.latents(to_signed(images))
         scales = range(self.model_config.ladder.num_scales)
         pooled = [tokenizer.quantizer.pool(latents, scale) for scale in scales]
         return jnp.concatenate(pooled, axis=1).reshape(-1, latents.shape[-1])
@@ -190,7 +190,7 @@ class TokenizerObjective:
         return networks(self.model_config, {"tokenizer": params}, self.config.dtype)
 
     def loss(self, trained: Tree, parts: Parts, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-        images = to_unit(batch["image"])
+        images = to_signed(batch["image"])
         tokenizer = self._networks(trained["tokenizer"]).tokenizer
         latents = tokenizer.latents(images)
         quantized = tokenizer.quantizer.quantize(latents)
@@ -217,7 +217,7 @@ class TokenizerObjective:
         return loss, (metrics, (quantized.tokens, quantized.queries))
 
     def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
-        images = to_unit(batch["image"])
+        images = to_signed(batch["image"])
         tokenizer = self._networks(trained["tokenizer"]).tokenizer
         latents = tokenizer.latents(images)
         quantized = tokenizer.quantizer.quantize(latents)

@@ -12,7 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tiny_models import TINY, fingerprint, lively_model
 
-from hmar_jax import from_pretrained, plots
+from hmar_jax import from_pretrained
 from hmar_jax.bulk import token_caches
 from hmar_jax.bulk.token_caches import BROKEN, MANIFEST, export_tokens
 from hmar_jax.config import DataConfig
@@ -20,6 +20,7 @@ from hmar_jax.data import pipeline
 from hmar_jax.data.tokens import TokenSource, write_shard
 from hmar_jax.errors import InputError
 from hmar_jax.files import lock
+from hmar_jax.images import to_signed
 
 COUNT, CROPS, SHARDS = 40, 2, 3  # of 16, 16 and 8 pictures
 
@@ -85,7 +86,7 @@ def test_the_tokens_are_those_of_every_crop(model_path, data, whole, tmp_path, d
         export_tokens(model_path, data, tmp_path / "cache", crops=CROPS, batch_size=3, dtype=dtype)
     source = TokenSource(whole if dtype == "float32" else tmp_path / "cache")
     ((images, labels),) = pipeline.examples(data, TINY.image_size, crops=CROPS)
-    expected = np.stack([np.asarray(model.tokenizer.encode(plots.to_unit(crop))) for crop in images], axis=1)
+    expected = np.stack([np.asarray(model.tokenizer.encode(to_signed(crop))) for crop in images], axis=1)
     ours = np.stack([example["tokens"] for example in source])
     assert ours.shape == expected.shape
     assert (ours != expected).mean() <= (0.0 if dtype == "float32" else 0.02)  # near-ties
@@ -279,7 +280,7 @@ def test_held_out_pictures_have_a_cache_of_their_own_inside(model_path, data, wh
     assert len(training) == count and len(training) + len(validation) == COUNT and len(validation) > 1
     for part, source in (("train", training), ("validation", validation)):
         ((images, labels),) = pipeline.examples(held, TINY.image_size, crops=CROPS, part=part)
-        expected = from_pretrained(model_path).tokenizer.encode(plots.to_unit(images[0]))
+        expected = from_pretrained(model_path).tokenizer.encode(to_signed(images[0]))
         np.testing.assert_array_equal([example["tokens"][0] for example in source], expected)
         assert [example["label"] for example in source] == labels.tolist()
     begun(tmp_path / "again", tmp_path / "cache", range(SHARDS))

@@ -16,6 +16,7 @@ from tiny_models import TINY, lively_model, random_tokens, tiny
 from hmar_jax import InputError, Sample, plots
 from hmar_jax.bulk import traces
 from hmar_jax.commands.main import main
+from hmar_jax.images import to_uint8
 from hmar_jax.model import DrawRecord, Model
 from hmar_jax.networks import networks
 from hmar_jax.sampling import program, progress
@@ -128,9 +129,7 @@ def test_a_wrong_argument_gets_one_sentence(model, sample, call, message):
 @pytest.mark.parametrize("draw", [plots.trace, plots.animation])
 @pytest.mark.parametrize("frames", [[], None, "x", [None], np.zeros((0, 3))], ids=repr)
 def test_pictures_of_no_frames_are_a_sentence(draw, frames):
-    with pytest.raises(
-        InputError, match=r"^Frames are .*; expected a list of those that sampling.trace.frames returns"
-    ):
+    with pytest.raises(InputError, match=r"^Frames are .*; expected a list of those that bulk.traces.frames returns"):
         draw(frames)
 
 
@@ -168,7 +167,7 @@ def test_the_figure_shows_which_tokens_stand():
 def test_the_figure_shows_the_picture_and_how_sure_the_model_was():
     (frame,) = made_up()
     figure = plots.trace([frame])
-    assert count(figure, plots.to_uint8(frame.image)[0, 0]) == 160 * 160
+    assert count(figure, to_uint8(frame.image)[0, 0]) == 160 * 160
     surer = frame._replace(confidence=np.full((2, 2), 1.0, np.float32))
     assert count(plots.trace([surer]), YELLOW) - count(figure, YELLOW) == pytest.approx(3 * 80 * 80, rel=0.05)
 
@@ -197,7 +196,7 @@ def test_the_animation_has_a_frame_a_pass_and_rests_on_the_last(side):
         animation.seek(i)
         durations.append(animation.info["duration"])
         shown = np.asarray(animation.convert("RGB"), int)
-        assert np.abs(shown[20:200, 20:200] - plots.to_uint8(frame.image)[0, 0]).max() <= 4
+        assert np.abs(shown[20:200, 20:200] - to_uint8(frame.image)[0, 0]).max() <= 4
         assert np.abs(shown[20:60, -30] - ORANGE).max() <= 4  # a token committed by this pass
     assert durations == [400, 400, 400, 400, 3000]
 

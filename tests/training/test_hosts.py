@@ -20,6 +20,7 @@ import safetensors.numpy
 from jax.sharding import Mesh
 from tiny_training import CLASSES, LOSS, next_scale_config, once, shared_folder, tokenizer_config
 
+from hmar_jax import images as pictures
 from hmar_jax import plots
 from hmar_jax.arrays import on_host
 from hmar_jax.bulk import token_caches
@@ -157,8 +158,8 @@ def take_arrays_in_parts(devices):
     config = ModelConfig(ScaleLadder((1, 2)), TokenizerConfig())
     tokens, images = rng.integers(0, 4096, (16, 5)), rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     np.testing.assert_array_equal(tokenizer.check_tokens(config, in_parts(tokens)), tokens)
-    ends = on_host(tokenizer._range(in_parts(plots.to_unit(images))))
-    np.testing.assert_array_equal(ends, tokenizer._range(plots.to_unit(images)))
+    ends = on_host(tokenizer._range(in_parts(pictures.to_signed(images))))
+    np.testing.assert_array_equal(ends, tokenizer._range(pictures.to_signed(images)))
     drawn = [
         plots.reconstructions(types.SimpleNamespace(encode=jnp.asarray, decode=decode), images)
         for decode in (in_parts, jnp.asarray)
