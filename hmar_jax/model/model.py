@@ -30,7 +30,7 @@ from hmar_jax.networks import held_dtypes, hold, networks, undo_layout, unrolls
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept
 from hmar_jax.sampling.schedule import Changes, Schedule, ScheduleLike
-from hmar_jax.transformer import teacher_forcing
+from hmar_jax.transformer import fused, teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
 from hmar_jax.xla import use_compilation_cache
 
@@ -100,7 +100,7 @@ class Model:
         (B,L,V) float32; no class dropout.
         """  # fmt: skip
         labels, tokens = self._check(labels, tokens)
-        return _next_scale_logits(self.config, self.dtype, self.params, labels, tokens)
+        return _logits(self.config, self.dtype, self.params, labels, tokens, None)
 
     def masked_logits(self, labels: ArrayLike, tokens: ArrayLike, masked: ArrayLike) -> jax.Array:
         """Logits of the mask branch: as `next_scale_logits`, with masked (B,L) bool → (B,L,V) float32."""
@@ -110,7 +110,7 @@ class Model:
             raise InputError(f"masked is {masked.dtype} {masked.shape}; expected bool {tokens.shape}, as the tokens.")
         if not self._check_transformer().masked:
             raise InputError("This model has no mask branch; train stage `masked`, or use next_scale_logits.")
-        return _masked_logits(self.config, self.dtype, self.params, labels, tokens, masked)
+        return _logits(self.config, self.dtype, self.params, labels, tokens, masked)
 
     def sample(
         self,
@@ -350,19 +350,14 @@ def _sample_telling(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _next_scale_logits(config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array) -> jax.Array:
-    nets = networks(config, params, dtype, scan=not unrolls())
-    return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _masked_logits(
-    config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array, masked: jax.Array
+def _logits(
+    config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array, masked: jax.Array | None
 ) -> jax.Array:
+    """Teacher-forced, (B,L,V) float32: of the mask branch where there is a mask (B,L), else of the next-scale one."""
     nets = networks(config, params, dtype, scan=not unrolls())
     leak_free = config.transformer is not None and config.transformer.leak_free
-    return teacher_forcing.masked_logits(
-        nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, leak_free=leak_free
+    return teacher_forcing.predict(
+        nets.transformer, nets.tokenizer.quantizer, labels, tokens, fused.logits, masked, leak_free=leak_free
     )
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from hmar_jax.sampling import filters
 from hmar_jax.sampling.sampler import Predict, ScaleInputs
 from hmar_jax.sampling.schedule import Plan
-from hmar_jax.transformer.hmar import HMAR, Condition
+from hmar_jax.transformer import fused
+from hmar_jax.transformer.hmar import HMAR, BranchName, Condition
 
 
 def predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Predict:
@@ -24,8 +25,8 @@ def predictor(model: HMAR, labels: jax.Array, null_label: int, plan: Plan) -> Pr
         given, tiled = (of_labels, inputs) if cfg is None else (cond, _twice(inputs))
         pooled = tiled.pooled if scale else tiled.pooled[:, :0]
         x = model.inputs(given, range(scale, scale + 1), pooled, tiled.current, tiled.masked)
-        run = model.next_scale_logits if inputs.masked is None else model.masked_logits
-        logits = run(x, given, ladder.only(scale))
+        branch: BranchName = "next_scale" if inputs.masked is None else "masked"
+        logits = model.predict(branch, x, given, ladder.only(scale), fused.logits)
         if cfg is None:
             return logits
         return filters.guide(*_apart(logits), cfg)

@@ -33,7 +33,7 @@ from hmar_jax.tokenizer import codebook, losses, perceptual
 from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.weights_and_masks import Mean, per_scale, random_masks, scale_weights
 from hmar_jax.transformer import teacher_forcing
-from hmar_jax.transformer.fused import Scores
+from hmar_jax.transformer.fused import Scores, scores_of
 
 Metrics = dict[str, jax.Array | Mean]
 Batch = dict[str, jax.Array]
@@ -364,14 +364,16 @@ class NextScaleObjective(_TransformerObjective):
         key, class_keys, _ = _keys(batch, key)
         labels = self._drop_classes(batch["label"], class_keys)
         quantizer = nets.tokenizer.quantizer
-        scores = teacher_forcing.next_scale_scores(nets.transformer, quantizer, labels, tokens, key)
+        scores = teacher_forcing.predict(nets.transformer, quantizer, labels, tokens, scores_of(tokens), key=key)
         weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
         metrics = self._metrics(scores, jnp.ones(tokens.shape))
         return jnp.mean(jnp.sum(scores.entropy * weights, axis=1)), (metrics, ())
 
     def measure(self, trained: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
         nets, tokens = self._networks(trained, frozen), batch["tokens"]
-        scores = teacher_forcing.next_scale_scores(nets.transformer, nets.tokenizer.quantizer, batch["label"], tokens)
+        scores = teacher_forcing.predict(
+            nets.transformer, nets.tokenizer.quantizer, batch["label"], tokens, scores_of(tokens)
+        )
         weights = scale_weights(self.model_config.ladder, self.config.objective.scale_weights)
         loss = jnp.mean(jnp.sum(scores.entropy * weights, axis=1))
         return self._metrics(scores, jnp.ones(tokens.shape)) | {"loss": loss}
@@ -415,8 +417,15 @@ class MaskedObjective(_TransformerObjective):
             # `ObjectiveConfig.per_sample_masks`.
             step_key = jax.random.fold_in(jax.random.key(self.config.seed + 1), step)
             masked = jnp.broadcast_to(random_masks(step_key, ladder), tokens.shape)
-        scores = teacher_forcing.masked_scores(
-            nets.transformer, nets.tokenizer.quantizer, labels, tokens, masked, key, leak_free=objective.leak_free
+        scores = teacher_forcing.predict(
+            nets.transformer,
+            nets.tokenizer.quantizer,
+            labels,
+            tokens,
+            scores_of(tokens),
+            masked,
+            key,
+            leak_free=objective.leak_free,
         )
         counted = masked.astype(jnp.float32)
         loss = Mean.of(scores.entropy, counted)
@@ -426,11 +435,12 @@ class MaskedObjective(_TransformerObjective):
         nets, tokens = self._networks(trained, frozen), batch["tokens"]
         keys = jax.random.split(key, tokens.shape[0])  # ratios of all sizes in every batch
         masked = jax.vmap(lambda key: random_masks(key, self.model_config.ladder))(keys)
-        scores = teacher_forcing.masked_scores(
+        scores = teacher_forcing.predict(
             nets.transformer,
             nets.tokenizer.quantizer,
             batch["label"],
             tokens,
+            scores_of(tokens),
             masked,
             leak_free=self.config.objective.leak_free,
         )

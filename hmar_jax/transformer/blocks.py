@@ -322,15 +322,8 @@ class Head(nnx.Module):
         """Scale and shift, (B,1,C) float32 each, of SiLU(cond) (B,C)."""
         return tuple(fused.row_major(part) for part in jnp.split(self.adaln(cond)[:, None], 2, axis=-1))
 
-    def __call__(self, x: jax.Array, modulation: Modulation) -> jax.Array:
-        """Logits: (B,N,C) → (B,N,V) float32."""
-        return fused.logits(*self._operands(x, modulation))
-
-    def scores(self, x: jax.Array, modulation: Modulation, targets: jax.Array) -> fused.Scores:
-        """How the logits meet targets (B,N) int32."""
+    def __call__[T](self, x: jax.Array, modulation: Modulation, output: fused.Output[T]) -> T:
+        """The output for tokens (B,N,C)."""
         with jax.named_scope("head"):  # as profiles call it
-            return fused.scores(*self._operands(x, modulation), targets)
-
-    def _operands(self, x: jax.Array, modulation: Modulation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = fused.modulated_norm(*split_by_sample((x, *modulation)))
-        return x, _kernel(self.linear), _bias(self.linear)
+            x = fused.modulated_norm(*split_by_sample((x, *modulation)))
+            return output(x, _kernel(self.linear), _bias(self.linear))

@@ -13,6 +13,7 @@ Axis letters: B batch, L tokens, C width, F features, V codebook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -193,9 +194,18 @@ class Scores(NamedTuple):
     correct: jax.Array
 
 
+# What is made of the head's operands x (B,N,C), kernel (C,V) and bias (V,): `logits`, or `scores_of` some targets.
+type Output[T] = Callable[[jax.Array, jax.Array, jax.Array], T]
+
+
 def logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Affine: x @ kernel + bias, summed in float32, for (B,L,C), (C,V), (V,) → (B,L,V) float32."""
     return jnp.matmul(x, kernel, **_EXACT) + bias
+
+
+def scores_of(targets: jax.Array) -> Output[Scores]:
+    """The output that tells how logits meet targets (B,N) int32, in less memory than the logits take."""
+    return lambda x, kernel, bias: scores(x, kernel, bias, targets)
 
 
 @jax.custom_vjp

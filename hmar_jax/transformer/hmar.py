@@ -7,7 +7,7 @@ Axis letters: B batch, L tokens, K scales, C width, Z latent channels, V codeboo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from jax.typing import DTypeLike
 
 from hmar_jax.config import TransformerConfig
 from hmar_jax.scales import ScaleLadder
+from hmar_jax.transformer import fused
 from hmar_jax.transformer.blocks import Head, KeysValues, Modulation, Remat, Stack, weight_init
-from hmar_jax.transformer.fused import Scores
+from hmar_jax.transformer.fused import Output
+
+BranchName = Literal["next_scale", "masked"]
 
 
 class BranchModulation(NamedTuple):
@@ -66,22 +69,11 @@ class Branch(nnx.Module):
         """Of SiLU(cond) (B,C), and of what it is to the blocks, which may share a projection of it."""
         return BranchModulation(self.stack.modulations(cond), self.head.modulation(activated))
 
-    def logits(
-        self, x: jax.Array, modulation: BranchModulation, ladder: ScaleLadder, key: jax.Array | None
-    ) -> jax.Array:
-        """What the trunk gives (B,N,C) → (B,N,V) float32."""
-        return self.head(self.stack(x, modulation.blocks, ladder, key), modulation.head)
-
-    def scores(
-        self,
-        x: jax.Array,
-        modulation: BranchModulation,
-        ladder: ScaleLadder,
-        targets: jax.Array,
-        key: jax.Array | None,
-    ) -> Scores:
-        """How the logits meet targets (B,N) int32, in less memory than the logits take."""
-        return self.head.scores(self.stack(x, modulation.blocks, ladder, key), modulation.head, targets)
+    def __call__[T](
+        self, x: jax.Array, modulation: BranchModulation, ladder: ScaleLadder, output: Output[T], key: jax.Array | None
+    ) -> T:
+        """The output for what the trunk gives, (B,N,C)."""
+        return self.head(self.stack(x, modulation.blocks, ladder, key), modulation.head, output)
 
 
 class HMAR(nnx.Module):
@@ -166,36 +158,27 @@ class HMAR(nnx.Module):
             parts.append(x)
         return (jnp.concatenate(parts, axis=1) + place).astype(self.dtype)
 
-    def next_scale_logits(
-        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None = None
-    ) -> jax.Array:
-        """Logits of the next-scale branch for `inputs` x (B,N,C) of the scales in `ladder`: (B,N,V) float32.
+    def predict[T](
+        self,
+        branch: BranchName,
+        x: jax.Array,
+        cond: Condition,
+        ladder: ScaleLadder,
+        output: Output[T],
+        key: jax.Array | None = None,
+    ) -> T:
+        """What a branch predicts of the N tokens of the scales in `ladder`.
 
-        With `key` it is training: drop-path is on.
+        Args:
+          branch: `next_scale`, or `masked` where the model has a mask branch.
+          x: (B,N,C), `inputs` of those tokens. cond: of the batch.
+          output: what to make of the logits: `fused.logits`, which are (B,N,V) float32, or `fused.scores_of(targets)`.
+          key: given in training, for drop-path.
         """
-        x, key = self._through_trunk(x, cond, ladder, key)
-        return self.next_scale.logits(x, cond.next_scale, ladder, key)
-
-    def masked_logits(
-        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None = None
-    ) -> jax.Array:
-        """As `next_scale_logits`, from the mask branch."""
-        x, key = self._through_trunk(x, cond, ladder, key)
-        return self.masked.logits(x, cond.masked, ladder, key)
-
-    def next_scale_scores(
-        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
-    ) -> Scores:
-        """How `next_scale_logits` meet targets (B,N) int32, in less memory than the logits take."""
-        x, key = self._through_trunk(x, cond, ladder, key)
-        return self.next_scale.scores(x, cond.next_scale, ladder, targets, key)
-
-    def masked_scores(
-        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, targets: jax.Array, key: jax.Array | None = None
-    ) -> Scores:
-        """As `next_scale_scores`, from the mask branch."""
-        x, key = self._through_trunk(x, cond, ladder, key)
-        return self.masked.scores(x, cond.masked, ladder, targets, key)
+        trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
+        x = self.trunk(x, cond.trunk, ladder, trunk_key)
+        run: Branch = getattr(self, branch)
+        return run(x, getattr(cond, branch), ladder, output, branch_key)
 
     def empty_cache(self, batch: int) -> list[KeysValues]:
         """Room for the keys and values of all L tokens, in the blocks of the trunk and of the next-scale branch."""
@@ -217,11 +200,4 @@ class HMAR(nnx.Module):
         branch, modulation = self.next_scale, cond.next_scale
         x, of_trunk = self.trunk.extend(x, cond.trunk, ladder, cache[0])
         x, of_branch = branch.stack.extend(x, modulation.blocks, ladder, cache[1])
-        return branch.head(x, modulation.head), [of_trunk, of_branch]
-
-    def _through_trunk(
-        self, x: jax.Array, cond: Condition, ladder: ScaleLadder, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """(B,N,C) after the trunk, and the branch's key."""
-        trunk_key, branch_key = (None, None) if key is None else jax.random.split(key)
-        return self.trunk(x, cond.trunk, ladder, trunk_key), branch_key
+        return branch.head(x, modulation.head, fused.logits), [of_trunk, of_branch]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from hmar_jax.tokenizer.quantizer import Quantizer
-from hmar_jax.transformer.fused import Scores
-from hmar_jax.transformer.hmar import HMAR, Condition
+from hmar_jax.transformer.fused import Output
+from hmar_jax.transformer.hmar import HMAR
 
 
 class TeacherInputs(NamedTuple):
@@ -47,69 +47,30 @@ def teacher_inputs(quantizer: Quantizer, tokens: jax.Array, masked: jax.Array | 
     return TeacherInputs(*(jnp.concatenate([empty, *parts], axis=1) for parts in (pooled, current)))
 
 
-def next_scale_logits(
-    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """Teacher-forced logits of all scales: labels (B,), tokens (B,L) → (B,L,V) float32. With `key` it is training."""
-    x, cond = _next_scale_inputs(model, quantizer, labels, tokens)
-    return model.next_scale_logits(x, cond, model.ladder, key)
-
-
-def next_scale_scores(
-    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, key: jax.Array | None = None
-) -> Scores:
-    """How `next_scale_logits` meet the tokens."""
-    x, cond = _next_scale_inputs(model, quantizer, labels, tokens)
-    return model.next_scale_scores(x, cond, model.ladder, tokens, key)
-
-
-def masked_logits(
+def predict[T](
     model: HMAR,
     quantizer: Quantizer,
     labels: jax.Array,
     tokens: jax.Array,
-    masked: jax.Array,
+    output: Output[T],
+    masked: jax.Array | None = None,
     key: jax.Array | None = None,
     *,
-    leak_free: bool,
-) -> jax.Array:
-    """Logits of the mask branch under a mask (B,L) bool: → (B,L,V) float32. With `key` it is training.
+    leak_free: bool = False,
+) -> T:
+    """What the model predicts of all tokens, each from the true ones: by its next-scale branch, or under a mask.
 
     Args:
+      labels: (B,) int32. tokens: (B,L) int32, the true ones.
+      output: what to make of the logits: `fused.logits`, which are (B,L,V) float32, or `fused.scores_of(tokens)`.
+      masked: (B,L) bool, the tokens that the mask branch is not shown; None for the next-scale branch.
+      key: given in training, for drop-path.
       leak_free: keep masked tokens out of their scale's own part of the input; the model's config says which.
     """
-    x, cond = _masked_inputs(model, quantizer, labels, tokens, masked, leak_free)
-    return model.masked_logits(x, cond, model.ladder, key)
-
-
-def masked_scores(
-    model: HMAR,
-    quantizer: Quantizer,
-    labels: jax.Array,
-    tokens: jax.Array,
-    masked: jax.Array,
-    key: jax.Array | None = None,
-    *,
-    leak_free: bool,
-) -> Scores:
-    """How `masked_logits` meet the tokens, masked or not."""
-    x, cond = _masked_inputs(model, quantizer, labels, tokens, masked, leak_free)
-    return model.masked_scores(x, cond, model.ladder, tokens, key)
-
-
-def _next_scale_inputs(
-    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, Condition]:
-    """(B,L,C), and the condition."""
-    cond = model.condition(labels)
-    return model.inputs(cond, range(model.ladder.num_scales), teacher_inputs(quantizer, tokens).pooled), cond
-
-
-def _masked_inputs(
-    model: HMAR, quantizer: Quantizer, labels: jax.Array, tokens: jax.Array, masked: jax.Array, leak_free: bool
-) -> tuple[jax.Array, Condition]:
-    """(B,L,C), and the condition."""
-    cond = model.condition(labels)
+    cond, scales = model.condition(labels), range(model.ladder.num_scales)
+    if masked is None:
+        x = model.inputs(cond, scales, teacher_inputs(quantizer, tokens).pooled)
+        return model.predict("next_scale", x, cond, model.ladder, output, key)
     pooled, current = teacher_inputs(quantizer, tokens, masked if leak_free else None)
-    hidden = masked[:, model.ladder.lengths[0] :]
-    return model.inputs(cond, range(model.ladder.num_scales), pooled, current, hidden), cond
+    x = model.inputs(cond, scales, pooled, current, masked[:, model.ladder.lengths[0] :])
+    return model.predict("masked", x, cond, model.ladder, output, key)

@@ -13,7 +13,7 @@ from tiny_models import TINY, lively_model, lively_params, random_tokens, tiny
 from hmar_jax import params as trees
 from hmar_jax.config import TransformerConfig
 from hmar_jax.networks import Networks, networks
-from hmar_jax.transformer import teacher_forcing
+from hmar_jax.transformer import fused, teacher_forcing
 from hmar_jax.transformer.blocks import drop_path, weight_init
 from hmar_jax.transformer.hmar import HMAR
 
@@ -95,7 +95,8 @@ def whole(stage1_model):
     def run(pattern, ladder, x):
         config = tiny(masked=False, pattern=pattern)
         transformer = networks(config, stage1_model.params).transformer
-        return transformer.next_scale_logits(x, transformer.condition(jnp.asarray(LABELS)), ladder)
+        cond = transformer.condition(jnp.asarray(LABELS))
+        return transformer.predict("next_scale", x, cond, ladder, fused.logits)
 
     return run
 
@@ -199,8 +200,8 @@ def test_both_branches_share_trunk_and_inputs_but_not_weights(model, stage1_mode
 @functools.partial(jax.jit, static_argnums=0)
 def training_logits(rate, params, key):
     nets = networks(tiny(drop_path=rate), params)
-    labels, tokens = jnp.asarray(LABELS), jnp.asarray(TOKENS)
-    return teacher_forcing.next_scale_logits(nets.transformer, nets.tokenizer.quantizer, labels, tokens, key)
+    labels, tokens, quantizer = jnp.asarray(LABELS), jnp.asarray(TOKENS), nets.tokenizer.quantizer
+    return teacher_forcing.predict(nets.transformer, quantizer, labels, tokens, fused.logits, key=key)
 
 
 def test_drop_path_works_in_training_only(model):
@@ -279,7 +280,7 @@ def gradients(remat, params):
         def loss(transformer):
             nets = networks(tiny(masked=False), params | {"transformer": transformer}, "float32", remat)
             cond = nets.transformer.condition(jnp.asarray(LABELS))
-            return jnp.mean(nets.transformer.next_scale_logits(x, cond, LADDER) ** 2)
+            return jnp.mean(nets.transformer.predict("next_scale", x, cond, LADDER, fused.logits) ** 2)
 
         return jax.grad(loss)(params["transformer"])
 
@@ -321,10 +322,9 @@ def logits_of(model, kind, scan):
     def run(params):
         nets = networks(model.config, params, scan=scan)
         transformer, quantizer = nets.transformer, nets.tokenizer.quantizer
-        if kind == "next-scale":
-            return teacher_forcing.next_scale_logits(transformer, quantizer, LABELS, TOKENS)
-        if kind == "masked":
-            return teacher_forcing.masked_logits(transformer, quantizer, LABELS, TOKENS, MASKED, leak_free=False)
+        if kind != "cached":
+            masked = MASKED if kind == "masked" else None
+            return teacher_forcing.predict(transformer, quantizer, LABELS, TOKENS, fused.logits, masked)
         cond, cache = transformer.condition(LABELS), transformer.empty_cache(len(LABELS))
         pooled, logits = teacher_forcing.teacher_inputs(quantizer, TOKENS).pooled, []
         for scale, where in enumerate(TINY.ladder.slices):
