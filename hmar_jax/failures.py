@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 
 from hmar_jax.errors import HmarError, InputError, MachineError, TransientError, reason
-from hmar_jax.files import FULL, PASSING, WRONG_PATHS, refusal, refused_by_disk
+from hmar_jax.files.refusals import FULL, PASSING, WRONG_PATHS, refusal, refused_by_disk
 
 TRAINING_MEMORY = (
     "lower batch_size, raise accumulate, set remat='all' or split the parameters over mesh.fsdp devices; `hmar-jax "

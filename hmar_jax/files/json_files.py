@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_jax.errors import InputError, shown
-from hmar_jax.files import read_bytes
+from hmar_jax.files.paths import read_bytes
 
 MOST_BYTES = 16 * 2**20  # a config.json with a hundred thousand class names has 2 MiB
 _DEEPEST = 64  # levels of lists and objects; ours have six at most

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from hmar_jax.errors import HmarError, InputError, printable
-from hmar_jax.files import check_regular, json_files, read_bytes, writing
+from hmar_jax.files import json_files
+from hmar_jax.files.paths import check_regular, read_bytes
+from hmar_jax.files.refusals import writing
 
 RENEWED, STALE = 30.0, 300.0  # seconds between renewals; without one, until the holder is taken for gone
 POLL = 5.0

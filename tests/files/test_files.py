@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hmar_jax import files
 from hmar_jax.config import load
 from hmar_jax.data.folder import decode
 from hmar_jax.data.tokens import TokenSource
@@ -18,6 +17,7 @@ from hmar_jax.errors import HmarError, InputError, MachineError, TransientError
 from hmar_jax.files import (
     check_files,
     check_folder,
+    check_pictures,
     check_refusal,
     is_there,
     local_path,
@@ -25,6 +25,7 @@ from hmar_jax.files import (
     reading,
     same_file,
     swap_in,
+    whole_files,
     write_whole,
     writing,
 )
@@ -322,10 +323,10 @@ def test_a_wrong_path_does_not_pass_by_itself(number, kind, expected):
 _SWAP = """
 import os, sys
 from pathlib import Path
-from hmar_jax import files
+from hmar_jax.files import swap_in, whole_files
 new, path, step, exchanges = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 if not exchanges:
-    files._exchange = lambda one, other: False
+    whole_files._exchange = lambda one, other: False
 calls = 0
 def stop(function):
     def call(*arguments, **options):
@@ -339,8 +340,8 @@ def stop(function):
         return result
     return call
 os.rename, os.mkdir, os.unlink, os.rmdir = map(stop, (os.rename, os.mkdir, os.unlink, os.rmdir))
-files._exchange = stop(files._exchange)
-files.swap_in(new, path)
+whole_files._exchange = stop(whole_files._exchange)
+swap_in(new, path)
 """
 
 
@@ -370,7 +371,7 @@ def test_a_folder_is_there_whole_wherever_its_replacement_is_killed(tmp_path, st
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_link_gives_way_to_a_folder_and_what_it_led_to_stays(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(whole_files, "_exchange", lambda one, other: False)
     for name in ("elsewhere", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
@@ -410,10 +411,10 @@ def test_what_is_of_another_kind_is_not_replaced_nor_waited_for(tmp_path, kind):
         case "a name too long":
             file = tmp_path / ("A" * 249 + ".png")  # with the name that it is written by
     with pytest.raises(InputError):
-        files.check_files("--output", [file])
-        files.check_pictures("--output", [file])
+        check_files("--output", [file])
+        check_pictures("--output", [file])
 
 
 def test_a_picture_is_replaced_by_a_picture(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
-    files.check_pictures("--output", [tmp_path / "x.png", tmp_path / "new.png"])
+    check_pictures("--output", [tmp_path / "x.png", tmp_path / "new.png"])
