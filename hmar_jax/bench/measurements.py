@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import json
@@ -16,12 +15,10 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from hmar_jax.commands.terminal import say
-from hmar_jax.errors import InputError, printable, shown
-from hmar_jax.files import check_files, check_kind, check_pictures, json_files, note_replaced, write_whole
+from hmar_jax.errors import InputError, printable
+from hmar_jax.files import check_files, check_kind, check_pictures, json_files, note_replaced, write_whole, writing
 
 GIB = 2.0**30
-MOST = 2**16  # of a batch, of heads, of repeats: beyond any device, and within XLA's sizes
 
 
 class Kernel(NamedTuple):
@@ -32,25 +29,27 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """InputError where --batch, --repeats or another of these options is given and out of range."""
-    for name in ("batch", "repeats", *names):
-        number = getattr(args, name)
-        if number is not None and not 1 <= number <= MOST:
-            raise InputError(f"--{name.replace('_', '-')} is {shown(number)}; expected a whole number, 1 to {MOST}.")
-
-
-def check_reports(folder: Path, what: str, head: str, endings: Sequence[str] = (".json", ".md")) -> None:
-    """InputError where a file that a benchmark is to write is there already and no benchmark wrote it.
+def prepare_reports(folder: Path, what: str, head: str, endings: Sequence[str] = (".json", ".md")) -> list[Path]:
+    """Makes the folder of a benchmark's files, before all the measuring, and names those that will be replaced.
 
     Args:
       folder, what: the files are FOLDER/WHAT.json and so on. head: what the page begins with.
+
+    Returns:
+      The files, in the order of the endings.
+
+    Raises:
+      InputError: one is there already and no benchmark wrote it, or the folder may not be written.
     """
     files = {ending: folder / f"{what}{ending}" for ending in endings}
     check_files("--output", files.values())
     check_kind("--output", files[".json"], _is_report, "a report of a benchmark")
     check_kind("--output", files[".md"], lambda page: page.startswith(head.encode()), "a report of this benchmark")
     check_pictures("--output", [file for ending, file in files.items() if ending == ".png"])
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    note_replaced(files.values())
+    return list(files.values())
 
 
 def _is_report(content: bytes) -> bool:
@@ -72,7 +71,7 @@ def device_name() -> str:
     import jax
 
     on_cpu = jax.default_backend() == "cpu"
-    return f"CPU ({os.cpu_count()} cores)" if on_cpu else jax.devices()[0].device_kind
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if on_cpu else jax.devices()[0].device_kind
 
 
 def measure_all[Row](
@@ -97,7 +96,6 @@ def measure_all[Row](
     import jax
 
     found: list[Row] = []
-    note_replaced(folder / f"{what}{ending}" for ending in (".json", ".md"))
     with tqdm.tqdm(measures.items(), desc=f"bench {what}", disable=None, leave=False) as bar:
         for name, measure in bar:
             bar.set_postfix_str(printable(name, 80))
@@ -113,7 +111,6 @@ def measure_all[Row](
             report = {"device": device_name(), "versions": versions(), **facts, "rows": [as_json(row) for row in found]}
             write_whole(folder / f"{what}.json", (json.dumps(report, indent=1) + "\n").encode())
             write_whole(folder / f"{what}.md", as_page(found).encode())
-    say(f"The same is in {folder / f'{what}.json'}, {folder / f'{what}.md'}")
 
 
 def versions() -> dict[str, str]:

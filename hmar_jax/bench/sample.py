@@ -6,7 +6,6 @@ is given: no figure here depends on their values.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -19,11 +18,8 @@ from typing import Any
 
 from hmar_jax.bench import measurements
 from hmar_jax.bench.measurements import GIB, Kernel
-from hmar_jax.commands.options import LocalPath, PathOrName
-from hmar_jax.commands.terminal import say
 from hmar_jax.config import ModelConfig, TokenizerConfig, TransformerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.files import writing
 from hmar_jax.scales import Pattern, ScaleLadder
 
 PUBLISHED = (("256", "d16", 8), ("256", "d16", 64), ("256", "d30", 8), ("512", "d24", 8), ("1024", "d24", 4))
@@ -74,72 +70,56 @@ class Measured:
     parts: Mapping[str, float]
 
 
-def add_sample(subparsers: Any) -> None:
-    """The arguments of `bench sample`."""
-    what = "sampling, label to picture: time, memory, and what the time goes into"
-    parser = subparsers.add_parser("sample", help=what, description=f"Measure {what}.")
-    parser.set_defaults(run=run)
-    parser.add_argument("--model-dir", action=PathOrName, help="a model directory, instead of --image and --model")
-    parser.add_argument(
-        "--image", help="pixels: 256, 512 or 1024; with --model, by default the five published settings"
-    )
-    parser.add_argument("--model", help="d16, d20, d24 or d30")
-    parser.add_argument("--batch", type=int, help="of pictures")
-    parser.add_argument("--var", action="store_true", help="VAR, with its key-value cache, instead of HMAR")
-    parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output",
-        action=LocalPath,
-        default=Path("runs/bench"),
-        help="folder for sample.{json,md} (default: %(default)s)",
-    )
+def settings(
+    model_dir: str | None, image: str | None, model: str | None, batch: int | None, var: bool, on_cpu: bool
+) -> list[Setting]:
+    """What to measure: a model directory, a published transformer for pictures of some pixels, or what is usual."""
+    if model_dir:
+        if image or model or var:
+            raise InputError("--model-dir says what to measure; leave --image, --model and --var out.")
+        from hmar_jax.model import from_pretrained
+
+        loaded, batch = from_pretrained(model_dir, _dtype(on_cpu)), batch or 8
+        return [Setting(f"{model_dir} B={batch}", lambda: loaded, batch)]
+    if (image is None) != (model is None):
+        raise InputError("--image and --model go together, such as --image=256 --model=d16.")
+    if image and model:
+        return [_published(image, model, batch or _batch(image, model), var)]
+    if on_cpu:
+        return [_tiny(batch or 2, var)]
+    return [_published(image, model, batch or usual, var) for image, model, usual in PUBLISHED]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints a row a setting and writes all to a folder as it goes."""
-    measurements.check_counts(args)
-
+def measure_rates(repeats: int) -> Any:
+    """What the devices here do in a second, in the dtype that models are measured in."""
     import jax
 
     from pallas_kernels.scale_attention import bench
 
-    on_cpu = jax.default_backend() == "cpu"
-    rows = settings(args, on_cpu)
-    measurements.check_reports(args.output, "sample", "# Sampling on")
-    with writing(args.output):  # better now than after all the measuring
-        args.output.mkdir(parents=True, exist_ok=True)
-    rates = bench.measure_rates(_dtype(on_cpu), args.repeats)
-    title = f"{jax.local_device_count()} × {measurements.device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in "
-    title += f"matrix products, copies {rates.copy / 1e9:.4g} GB/s"
-    say(f"{title}\n{LEGEND}\n", flush=True)
+    return bench.measure_rates(_dtype(jax.default_backend() == "cpu"), repeats)
+
+
+def title(rates: Any) -> str:
+    """What a report is about, in a line."""
+    import jax
+
+    found = f"{jax.local_device_count()} × {measurements.device_name()}, each {rates.matmul / 1e12:.3g} TFLOP/s in "
+    return f"{found}matrix products, copies {rates.copy / 1e9:.4g} GB/s"
+
+
+def measure_all(rows: Sequence[Setting], repeats: int, rates: Any, folder: Path) -> None:
+    """Prints a row a setting and writes all to sample.json and sample.md in a folder, which exists, as it goes."""
+    import jax
+
     measurements.measure_all(
         "sample",
-        args.output,
-        {setting.name: functools.partial(measure, setting, rates, args.repeats) for setting in rows},
+        folder,
+        {setting.name: functools.partial(measure, setting, rates, repeats) for setting in rows},
         facts={"devices": jax.local_device_count(), "rates": vars(rates)},
         as_lines=as_lines,
         as_json=as_json,
-        as_page=functools.partial(as_page, title),
+        as_page=functools.partial(as_page, title(rates)),
     )
-
-
-def settings(args: argparse.Namespace, on_cpu: bool) -> list[Setting]:
-    """What to measure."""
-    if args.model_dir:
-        if args.image or args.model or args.var:
-            raise InputError("--model-dir says what to measure; leave --image, --model and --var out.")
-        from hmar_jax.model import from_pretrained
-
-        model, batch = from_pretrained(args.model_dir, _dtype(on_cpu)), args.batch or 8
-        return [Setting(f"{args.model_dir} B={batch}", lambda: model, batch)]
-    if (args.image is None) != (args.model is None):
-        raise InputError("--image and --model go together, such as --image=256 --model=d16.")
-    if args.image:
-        return [_published(args.image, args.model, args.batch or _batch(args.image, args.model), args.var)]
-    if on_cpu:
-        say("There is no accelerator here, hence a small setting; see --image, --model and --model-dir.")
-        return [_tiny(args.batch or 2, args.var)]
-    return [_published(image, model, args.batch or batch, args.var) for image, model, batch in PUBLISHED]
 
 
 def _batch(image: str, model: str) -> int:

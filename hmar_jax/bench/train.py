@@ -7,7 +7,6 @@ those that XLA counts in the whole step. Of `init_from`, where it is here, the s
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import re
@@ -19,12 +18,8 @@ from typing import Any
 
 from hmar_jax.bench import measurements
 from hmar_jax.bench.measurements import GIB, Kernel
-from hmar_jax.commands import options
-from hmar_jax.commands.options import LocalPath, PathOrName
-from hmar_jax.commands.terminal import say
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig, load
 from hmar_jax.errors import InputError
-from hmar_jax.files import writing
 from hmar_jax.scales import ScaleLadder
 
 PUBLISHED = (("256", "d16", 64), ("256", "d30", 32), ("512", "d24", 16), ("1024", "d24", 2))  # pixels, model, batch
@@ -58,70 +53,55 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def add_train(subparsers: Any) -> None:
-    """The arguments of `bench train`."""
-    what = "a train step: time, utilisation, memory, and what the time goes into"
-    parser = subparsers.add_parser("train", help=what, description=f"Measure {what}.")
-    parser.set_defaults(run=run)
-    parser.add_argument("--config", action=PathOrName, help=f"{options.CONFIG}; instead of --image and --model")
-    parser.add_argument(
-        "--image", help="pixels: 256, 512 or 1024; with --model, by default the four published settings"
-    )
-    parser.add_argument("--model", help="d16, d20, d24 or d30 (stage next_scale)")
-    parser.add_argument("--batch", type=int, help="of examples")
-    parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output",
-        action=LocalPath,
-        default=Path("runs/bench"),
-        help="folder for train.{json,md} (default: %(default)s)",
-    )
+def settings(
+    config: str | None, image: str | None, model: str | None, batch: int | None, on_cpu: bool
+) -> dict[str, TrainConfig]:
+    """Name → config of what to measure: of a config file or name, of pixels and a transformer, or what is usual."""
+    if config:
+        if image or model:
+            raise InputError("--config says what to measure; leave --image and --model out.")
+        loaded = load(config)
+        loaded = dataclasses.replace(loaded, batch_size=batch or loaded.batch_size)
+        return {f"{config} B={loaded.batch_size}": loaded}
+    if (image is None) != (model is None):
+        raise InputError("--image and --model go together, such as --image=256 --model=d16.")
+    if image and model:
+        usual = {(image, model): batch for image, model, batch in PUBLISHED}
+        return dict([_published(image, model, batch or usual.get((image, model), 16))])
+    if on_cpu:
+        return {f"128 px, two small blocks, B={batch or 4}": _tiny(batch or 4)}
+    return dict(_published(image, model, batch or usual) for image, model, usual in PUBLISHED)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints a row a setting and writes all to a folder as it goes."""
-    measurements.check_counts(args)
-
+def matmul_rate(rows: Mapping[str, TrainConfig], repeats: int) -> float:
+    """FLOP/s of matrix products on all devices here."""
     import jax
 
     from pallas_kernels.scale_attention import bench
 
-    rows = settings(args, jax.default_backend() == "cpu")
-    measurements.check_reports(args.output, "train", "# Training on")
-    with writing(args.output):  # better now than after all the measuring
-        args.output.mkdir(parents=True, exist_ok=True)
-    rate = bench.measure_rates(next(iter(rows.values())).dtype, args.repeats).matmul * jax.device_count()
-    title = f"{jax.device_count()} × {measurements.device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
-    say(f"{title}\n{LEGEND}\n", flush=True)
+    return bench.measure_rates(next(iter(rows.values())).dtype, repeats).matmul * jax.device_count()
+
+
+def title(rate: float) -> str:
+    """What a report is about, in a line."""
+    import jax
+
+    return f"{jax.device_count()} × {measurements.device_name()}, {rate / 1e12:.3g} TFLOP/s in matrix products"
+
+
+def measure_all(rows: Mapping[str, TrainConfig], repeats: int, rate: float, folder: Path) -> None:
+    """Prints a row a setting and writes all to train.json and train.md in a folder, which exists, as it goes."""
+    import jax
+
     measurements.measure_all(
         "train",
-        args.output,
-        {name: functools.partial(measure, name, config, args.repeats) for name, config in rows.items()},
+        folder,
+        {name: functools.partial(measure, name, config, repeats) for name, config in rows.items()},
         facts={"devices": jax.device_count(), "matmul_rate": rate},
         as_lines=functools.partial(as_lines, rate=rate),
         as_json=functools.partial(as_json, rate=rate),
-        as_page=functools.partial(as_page, title, rate=rate),
+        as_page=functools.partial(as_page, title(rate), rate=rate),
     )
-
-
-def settings(args: argparse.Namespace, on_cpu: bool) -> dict[str, TrainConfig]:
-    """Name → config of what to measure."""
-    if args.config:
-        if args.image or args.model:
-            raise InputError("--config says what to measure; leave --image and --model out.")
-        config = load(args.config)
-        config = dataclasses.replace(config, batch_size=args.batch or config.batch_size)
-        return {f"{args.config} B={config.batch_size}": config}
-    if (args.image is None) != (args.model is None):
-        raise InputError("--image and --model go together, such as --image=256 --model=d16.")
-    if args.image:
-        usual = {(image, model): batch for image, model, batch in PUBLISHED}
-        batch = args.batch or usual.get((args.image, args.model), 16)
-        return dict([_published(args.image, args.model, batch)])
-    if on_cpu:
-        say("There is no accelerator here, hence a small setting; see --image, --model and --config.")
-        return {f"128 px, two small blocks, B={args.batch or 4}": _tiny(args.batch or 4)}
-    return dict(_published(image, model, args.batch or batch) for image, model, batch in PUBLISHED)
 
 
 def _published(image: str, model: str, batch: int) -> tuple[str, TrainConfig]:

@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
-import platform
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
-from hmar_jax.bench.measurements import check_counts, check_memory, check_reports, versions
-from hmar_jax.bench.sample import add_sample
-from hmar_jax.bench.train import add_train
-from hmar_jax.commands.options import LocalPath
+from hmar_jax.commands import options
+from hmar_jax.commands.options import LocalPath, PathOrName
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.errors import InputError, printable, shown
-from hmar_jax.files import note_replaced, write_whole, writing
-from hmar_jax.scales import Pattern, ScaleLadder
+from hmar_jax.errors import InputError, shown
+from hmar_jax.scales import Pattern
 
-PUBLISHED = {"256": (64, 16), "512": (16, 24), "1024": (2, 24)}  # sides → batch, heads
-ON_A_CPU = {"128": (2, 4)}
-REPEATS = 20
+MOST = 2**16  # of a batch, of heads, of repeats: beyond any device, and within XLA's sizes
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs one of the benchmarks."""
+    """Runs one of the benchmarks, each of which writes its rows as it goes, so that they outlive a crash."""
     parser = Parser(prog="hmar-jax bench", description="Measure speed.")
-    subparsers = parser.add_subparsers(required=True, metavar="what")
-    add_attention(subparsers)
-    add_train(subparsers)
-    add_sample(subparsers)
+    benchmarks = parser.add_subparsers(required=True, metavar="what")
+    add_attention(benchmarks)
+    add_train(benchmarks)
+    add_sample(benchmarks)
     args = parser.parse_args(argv)
     args.run(args)
 
 
-def add_attention(subparsers: Any) -> None:
+def add_attention(benchmarks: Any) -> None:
     """The arguments of `bench attention`."""
     what = "scale attention and its peers: forward, backward and both, against the bounds of this device"
-    parser = subparsers.add_parser("attention", help=what, description=f"Measure {what}.")
+    parser = benchmarks.add_parser("attention", help=what, description=f"Measure {what}.")
     parser.set_defaults(run=attention)
     parser.add_argument(
         "--pixels",
@@ -74,172 +64,130 @@ def add_attention(subparsers: Any) -> None:
     parser.add_argument(
         "--tune", action="store_true", help="time sizes of tiles of the kernel that runs here (or --implementations)"
     )
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each time (default: %(default)s)")
+    _add_common(parser, "attention.{json,md,png}", repeats=20)
+
+
+def add_train(benchmarks: Any) -> None:
+    """The arguments of `bench train`."""
+    what = "a train step: time, utilisation, memory, and what the time goes into"
+    parser = benchmarks.add_parser("train", help=what, description=f"Measure {what}.")
+    parser.set_defaults(run=train)
+    parser.add_argument("--config", action=PathOrName, help=f"{options.CONFIG}; instead of --image and --model")
     parser.add_argument(
-        "--output",
-        action=LocalPath,
-        default=Path("runs/bench"),
-        help="folder for attention.{json,md,png} (default: %(default)s)",
+        "--image", help="pixels: 256, 512 or 1024; with --model, by default the four published settings"
     )
+    parser.add_argument("--model", help="d16, d20, d24 or d30 (stage next_scale)")
+    parser.add_argument("--batch", type=int, help="of examples")
+    _add_common(parser, "train.{json,md}", repeats=10)
+
+
+def add_sample(benchmarks: Any) -> None:
+    """The arguments of `bench sample`."""
+    what = "sampling, label to picture: time, memory, and what the time goes into"
+    parser = benchmarks.add_parser("sample", help=what, description=f"Measure {what}.")
+    parser.set_defaults(run=sample)
+    parser.add_argument("--model-dir", action=PathOrName, help="a model directory, instead of --image and --model")
+    parser.add_argument(
+        "--image", help="pixels: 256, 512 or 1024; with --model, by default the five published settings"
+    )
+    parser.add_argument("--model", help="d16, d20, d24 or d30")
+    parser.add_argument("--batch", type=int, help="of pictures")
+    parser.add_argument("--var", action="store_true", help="VAR, with its key-value cache, instead of HMAR")
+    _add_common(parser, "sample.{json,md}", repeats=10)
+
+
+def _add_common(parser: argparse.ArgumentParser, files: str, repeats: int) -> None:
+    parser.add_argument("--repeats", type=int, default=repeats, help="of each time (default: %(default)s)")
+    default = Path("runs/bench")
+    parser.add_argument("--output", action=LocalPath, default=default, help=f"folder for {files} (default: {default})")
 
 
 def attention(args: argparse.Namespace) -> None:
-    """Prints a table a setting and writes all to a folder as it goes, so that what was measured outlives a crash."""
-    check_counts(args, "heads", "head_size")
+    """`bench attention`: a table a setting, and a plot of all; with `--tune`, times of tiles instead."""
+    _check_counts(args, "heads", "head_size")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: PyTorch shares the card
 
-    import jax
-
+    from hmar_jax.bench import attention, measurements
     from pallas_kernels.scale_attention import bench, bench_table
 
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = _is_cpu()
     settings = attention_settings(args, on_cpu)
-    ours, peers = parse_implementations(args.implementations), parse_peers(args.peers)
-    for setting in settings if on_cpu else ():  # q, k, v and what comes out, in float32 for the truth
-        size = setting.batch * setting.ladder.length * setting.heads * setting.head_size
-        check_memory(4 * size, printable(str(setting), 200))
+    ours, peers = attention.parse_implementations(args.implementations), attention.parse_peers(args.peers)
+    if on_cpu:
+        attention.check_fit(settings)
     if args.tune:
         for setting in settings:
-            for name in kernels_to_tune(setting, None if args.implementations is None else ours):
-                tune(name, setting, args.repeats)
+            for name in attention.kernels_to_tune(setting, None if args.implementations is None else ours):
+                say(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
+                say(f"{attention.tune(name, setting, args.repeats)}\n", flush=True)
         return
-    check_reports(args.output, "attention", "# Scale attention on", (".json", ".md", ".png"))
-    with writing(args.output):  # better now than after all the measuring
-        args.output.mkdir(parents=True, exist_ok=True)
-    note_replaced(args.output / f"attention{ending}" for ending in (".json", ".md", ".png"))
-    device = jax.devices()[0].device_kind if not on_cpu else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    endings = (".json", ".md", ".png")
+    *files, plot = measurements.prepare_reports(args.output, "attention", "# Scale attention on", endings)
     if on_cpu and not args.pixels + args.sides:
         say("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")
     rates = bench.measure_rates(settings[0].dtype, args.repeats)
-    speed = f"copies {rates.copy / 1e9:.4g} GB/s, multiplies {rates.matmul / 1e12:.3g} TFLOP/s in {settings[0].dtype}"
-    say(f"{device}: {speed}\n{bench_table.LEGEND}\n", flush=True)
-    report: dict[str, Any] = {"device": device, "versions": versions(), "rates": vars(rates), "settings": []}
-    pages = [f"# Scale attention on {device}\n\nIt {speed}; the bounds follow from these. {bench_table.LEGEND}\n"]
-    panels: list[Any] = []
-    with tqdm.tqdm(total=len(settings) * len([*ours, *peers]), desc="attention", disable=None, leave=False) as bar:
-        for setting in settings:
-            rows: list[Any] = []
-            report["settings"].append(None)
-            pages.append("")
-            try:
-                for row in bench.measure_all(setting, ours, peers, args.repeats):
-                    rows.append(row)
-                    bar.update(row.name in ours or row.name in peers)
-                    report["settings"][-1] = bench_table.as_json(setting, rows, rates)
-                    pages[-1] = bench_table.table(setting, rows, rates, markdown=True)
-                    write_whole(args.output / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
-                    write_whole(args.output / "attention.md", "\n".join(pages).encode())
-            except jax.errors.JaxRuntimeError as error:  # of inputs and truth; a row has its own
-                raise _unprepared(setting, error) from None
-            bar.write(bench_table.table(setting, rows, rates))
-            panels.extend(attention_panels(setting, rows, rates))
-    files = [args.output / "attention.json", args.output / "attention.md"]
-    files += draw(panels, args.output / "attention.png")
-    say(f"The same is in {', '.join(map(str, files))}")
+    speed = attention.speed(settings[0].dtype, rates)
+    say(f"{measurements.device_name()}: {speed}\n{bench_table.LEGEND}\n", flush=True)
+    panels = attention.measure_all(settings, ours, peers, args.repeats, rates, args.output)
+    _say_files([*files, *_draw(panels, plot)])
 
 
 def attention_settings(args: argparse.Namespace, on_cpu: bool) -> list[Any]:
-    """What to measure: the arguments, filled up with what is published or small."""
-    from pallas_kernels.scale_attention.bench import Setting
+    """What the options of `bench attention` name."""
+    from hmar_jax.bench import attention
 
-    usual, other = (ON_A_CPU, (2, 4)) if on_cpu else (PUBLISHED, (16, 16))
-    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    ladders = [(ScaleLadder.preset(pixels), *usual.get(pixels, other)) for pixels in args.pixels]
-    ladders += [(ScaleLadder.parse(sides), *other) for sides in args.sides]
-    ladders = ladders or [(ScaleLadder.preset(pixels), *shape) for pixels, shape in usual.items()]
-    norms = (False, True) if args.norm is None else (args.norm,)
-    return [
-        Setting(ladder, args.batch or batch, args.heads or heads, args.head_size, dtype, args.pattern, norm)
-        for (ladder, batch, heads), norm in itertools.product(ladders, norms)
-    ]
+    given = {name: getattr(args, name) for name in ("batch", "heads", "head_size", "dtype", "pattern", "norm")}
+    return attention.settings(args.pixels, args.sides, **given, on_cpu=on_cpu)
 
 
-def parse_implementations(text: str | None) -> list[str]:
-    """Names out of `xla,reference`; all of ours for None."""
-    from pallas_kernels.scale_attention import api
+def train(args: argparse.Namespace) -> None:
+    """`bench train`: a row a setting."""
+    _check_counts(args)
 
-    known = typing.get_args(api.Implementation)
-    names = list(known) if text is None else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise InputError(f"--implementations names {shown(name)}; expected some of {','.join(known)}.")
-    return names
+    from hmar_jax.bench import measurements, train
 
-
-def parse_peers(text: str | None) -> list[str]:
-    """Names that start as those in `flex,cudnn` do; all for None, none for `none`."""
-    from pallas_kernels.scale_attention.bench_peers import PEERS
-
-    if text is None or text == "none":
-        return [] if text else list(PEERS)
-    found: list[str] = []
-    for start in text.split(","):
-        names = [name for name in PEERS if name.casefold().startswith(start.strip().casefold())]
-        if not start.strip() or not names:
-            raise InputError(f"--peers names {shown(start)}; expected none, or beginnings of {'; '.join(PEERS)}.")
-        found += [name for name in names if name not in found]
-    return found
+    rows = train.settings(args.config, args.image, args.model, args.batch, _is_cpu())
+    files = measurements.prepare_reports(args.output, "train", "# Training on")
+    if _is_cpu() and not (args.config or args.image):
+        say("There is no accelerator here, hence a small setting; see --image, --model and --config.")
+    rate = train.matmul_rate(rows, args.repeats)
+    say(f"{train.title(rate)}\n{train.LEGEND}\n", flush=True)
+    train.measure_all(rows, args.repeats, rate, args.output)
+    _say_files(files)
 
 
-def kernels_to_tune(setting: Any, wanted: Sequence[Any] | None) -> list[str]:
-    """Those wanted, or what a setting runs as here; InputError if that is no kernel, or one that cannot run here."""
+def sample(args: argparse.Namespace) -> None:
+    """`bench sample`: a row a setting."""
+    _check_counts(args)
+
+    from hmar_jax.bench import measurements, sample
+
+    rows = sample.settings(args.model_dir, args.image, args.model, args.batch, args.var, _is_cpu())
+    files = measurements.prepare_reports(args.output, "sample", "# Sampling on")
+    if _is_cpu() and not (args.model_dir or args.image):
+        say("There is no accelerator here, hence a small setting; see --image, --model and --model-dir.")
+    rates = sample.measure_rates(args.repeats)
+    say(f"{sample.title(rates)}\n{sample.LEGEND}\n", flush=True)
+    sample.measure_all(rows, args.repeats, rates, args.output)
+    _say_files(files)
+
+
+def _check_counts(args: argparse.Namespace, *names: str) -> None:
+    """InputError where --batch, --repeats or another of these options is given and out of range."""
+    for name in ("batch", "repeats", *names):
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= MOST:
+            raise InputError(f"--{name.replace('_', '-')} is {shown(number)}; expected a whole number, 1 to {MOST}.")
+
+
+def _is_cpu() -> bool:
     import jax
 
-    from pallas_kernels.scale_attention import api
-
-    q = jax.ShapeDtypeStruct((setting.batch, setting.ladder.length, setting.heads, setting.head_size), setting.dtype)
-    try:
-        names = [api.choose(q, setting.ladder.length, name) for name in wanted or (None,)]
-    except ValueError as problem:
-        raise InputError(str(problem)) from None
-    for name in names:
-        if name in ("xla", "reference"):
-            kind = jax.devices()[0].device_kind
-            raise InputError(f"There is no kernel to tune here: {setting} runs as {name!r} on {kind}.")
-    return list(names)
+    return jax.default_backend() == "cpu"
 
 
-def tune(name: str, setting: Any, repeats: int) -> None:
-    """Prints each size of tiles with its time as it is measured, then an entry for the kernel's table, if better."""
-    import jax
-
-    from pallas_kernels.scale_attention import bench, bench_tune
-
-    say(f"{name}, {setting}; × what is in use, forward and backward:", flush=True)
-    try:
-        case = bench.make_case(setting)
-    except jax.errors.JaxRuntimeError as error:  # of inputs and truth; blocks have their own
-        raise _unprepared(setting, error) from None
-    blocks, tried = bench_tune.candidates(name, setting), []
-    with tqdm.tqdm(total=len(blocks), desc=f"tuning {name}", disable=None, leave=False) as bar:
-        for trial in bench_tune.trials(name, case, blocks, repeats):
-            tried.append(trial)
-            bar.update()
-            bar.write(bench_tune.line(trial, tried[0]))
-        last = list(bench_tune.trials(name, case, bench_tune.finalists(tried), repeats))
-    say(f"{bench_tune.verdict(last, bench_tune.table_entry(name, setting))}\n", flush=True)
-
-
-def _unprepared(setting: Any, error: Exception) -> InputError:
-    said = printable(str(error).partition("\n")[0], 100)
-    return InputError(f"This device cannot prepare {setting} ({said}); choose a smaller --batch.")
-
-
-def attention_panels(setting: Any, rows: Sequence[Any], rates: Any) -> list[Any]:
-    """Panels of `plots.bars`, forward and backward, of what is right; none where nothing is."""
-    panels = []
-    for name in ("forward", "backward"):
-        bars = sorted((1e3 * row.times[name].median, row.name, row.ours) for row in rows if row.right)
-        norm = ", QK-norm" if setting.norm else ""
-        title = f"{name}, N={setting.ladder.length} B={setting.batch} H={setting.heads}{norm}"
-        lengths = [(which, length, ours) for length, which, ours in bars]
-        if lengths:
-            panels.append((title, lengths, 1e3 * rates.bound(setting, name)))
-    return panels
-
-
-def draw(panels: Sequence[Any], path: Path) -> list[Path]:
-    """Writes the plot, or says why there is none: a row a setting, forward beside backward."""
+def _draw(panels: Sequence[Any], path: Path) -> list[Path]:
+    """Writes the plot, or says why there is none."""
     from hmar_jax import images, plots
 
     if not panels:
@@ -250,3 +198,7 @@ def draw(panels: Sequence[Any], path: Path) -> list[Path]:
     except InputError as problem:  # matplotlib is optional
         print(f"There is no plot: {problem}", file=sys.stderr)
         return []
+
+
+def _say_files(files: Iterable[Path]) -> None:
+    say(f"The same is in {', '.join(map(str, files))}")

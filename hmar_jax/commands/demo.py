@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from hmar_jax.commands.options import LocalPath
 from hmar_jax.commands.terminal import Parser, say
-from hmar_jax.config import TrainConfig
-from hmar_jax.config.plain import from_config_dict
-from hmar_jax.errors import InputError
-from hmar_jax.files import json_files
-
-STAGES = ("tokenizer", "next_scale", "masked")
-PICTURES = 12_000  # in the token cache
-SAMPLING: dict[str, Any] = {"cfg": 2.5, "top_k": 60}
-QUICK_STEPS = {"tokenizer": 30, "next_scale": 30, "masked": 10}
-QUICK_PICTURES = 500
 
 
 def run(argv: Sequence[str]) -> None:
@@ -43,16 +27,17 @@ def run(argv: Sequence[str]) -> None:
     start = time.perf_counter()
 
     from hmar_jax.bulk.token_caches import export_tokens
+    from hmar_jax.training import demo
     from hmar_jax.training.loop import train
 
-    configs = {stage: stage_config(stage, folder, quick=args.quick) for stage in STAGES}
-    _check_same_length(folder, configs["tokenizer"].steps)
+    configs = {stage: demo.stage_config(stage, folder, quick=args.quick) for stage in demo.STAGES}
+    demo.check_same_length(folder, configs["tokenizer"].steps)
     say(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
     if (tokenizer := train(configs["tokenizer"], folder / "tokenizer")) is None:
         return
     say("2/4 next-scale: each scale from the coarser ones", flush=True)
     if not (folder / "tokens").exists():
-        count = QUICK_PICTURES if args.quick else PICTURES
+        count = demo.QUICK_PICTURES if args.quick else demo.PICTURES
         export_tokens(tokenizer, configs["tokenizer"].data, folder / "tokens", count=count)
     if train(configs["next_scale"], folder / "next_scale") is None:
         return
@@ -60,67 +45,8 @@ def run(argv: Sequence[str]) -> None:
     if (model := train(configs["masked"], folder / "masked")) is None:
         return
     say("4/4 pictures", flush=True)
-    for picture, what in draw(folder, model, configs).items():
+    for picture, what in demo.draw(folder, model, configs).items():
         say(f"  {picture}  {what}")
     say(f"Done in {time.perf_counter() - start:.0f} s. The model is in {model}; sample it with")
-    settings = f"--labels=A,7 --schedule=small --cfg={SAMPLING['cfg']} --top-k={SAMPLING['top_k']}"
+    settings = f"--labels=A,7 --schedule=small --cfg={demo.SAMPLING['cfg']} --top-k={demo.SAMPLING['top_k']}"
     say(f"  hmar-jax sample --model={model} {settings} --output={folder / 'samples'}")
-
-
-def _check_same_length(folder: Path, steps: int) -> None:
-    """Raises InputError where the folder has a demo of another number of steps, or its record is damaged."""
-    file, instead = folder / "tokenizer" / "config.json", f"remove {folder}, or choose another --output"
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        record = json_files.read(file, "The demo's record", instead)
-        if not isinstance(record, dict) or type(record.get("steps")) is not int:
-            raise InputError(f"The demo's record {file} has no steps; {instead}.")
-        if record["steps"] != steps:
-            raise InputError(f"{folder} holds a demo of another length; {instead}.")
-
-
-def stage_config(stage: str, folder: Path, *, quick: bool) -> TrainConfig:
-    """The config in `configs/` of a stage on glyphs, with its places inside `folder`."""
-    config = from_config_dict(TrainConfig, importlib.import_module(f"configs.glyphs_{stage}").get_config())
-    before = {"next_scale": "tokenizer", "masked": "next_scale"}
-    if stage in before:
-        data = dataclasses.replace(config.data, path=str(folder / "tokens"))
-        config = dataclasses.replace(config, init_from=str(folder / before[stage] / "model"), data=data)
-    if quick:
-        steps = QUICK_STEPS[stage]
-        config = dataclasses.replace(config, steps=steps, sample_every=0, log_every=10, checkpoint_every=steps)
-    return config
-
-
-def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dict[Path, str]:
-    """Writes the demo's four pictures; returns each with a caption."""
-    from hmar_jax import images, plots
-    from hmar_jax.data import pipeline
-    from hmar_jax.model import from_pretrained
-    from hmar_jax.training.metrics import read_metrics
-
-    model = from_pretrained(model_path)
-    size, classes = model.config.image_size, model.config.num_classes
-    unseen = pipeline.batches(configs["tokenizer"].data, batch_size=24, image_size=size, seed=1_000)
-    originals = next(unseen)["image"]
-    unseen.close()
-    labels = list(range(classes)) * 2
-    out = model.sample(labels, "small", **SAMPLING)
-    chosen = out.tokens[: min(8, classes)]
-    grown = images.from_signed(np.asarray(model.tokenizer.growth(chosen)))
-    curves = [(stage, read_metrics(folder / stage / "metrics.jsonl")) for stage in STAGES]
-    made = {
-        "reconstructions.png": (
-            plots.reconstructions(model.tokenizer, originals, 12, 3),
-            "unseen glyphs above their reconstructions",
-        ),
-        "losses.png": (plots.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
-        "samples.png": (
-            images.grid(out.images, 17, 3),
-            f"two samples of each class: {''.join(model.config.class_names)}",
-        ),
-        "growth.png": (
-            images.grid(grown.swapaxes(0, 1).reshape(-1, size, size, 3), len(grown), 3),
-            f"samples growing scale by scale, {' → '.join(map(str, model.config.ladder.sides))}",
-        ),
-    }
-    return {images.save_png(picture, folder / name): caption for name, (picture, caption) in made.items()}

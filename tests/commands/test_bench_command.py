@@ -11,6 +11,7 @@ import jax
 import pytest
 from PIL import Image
 
+from hmar_jax.bench import attention
 from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
 from pallas_kernels.scale_attention import api
@@ -126,7 +127,7 @@ def test_each_ladder_is_a_setting():
     ],
 )
 def test_peers_are_chosen_by_how_their_names_start(text, names):
-    assert bench.parse_peers(text) == names
+    assert attention.parse_peers(text) == names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys, 
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwith a page of details")
 
     monkeypatch.setattr("pallas_kernels.scale_attention.bench.make_case", make_case)
-    monkeypatch.setattr(bench, "kernels_to_tune", lambda *_: ["hopper"])
+    monkeypatch.setattr(attention, "kernels_to_tune", lambda *_: ["hopper"])
     assert measured(tmp_path, *options) == 2
     [sentence] = capsys.readouterr().err.splitlines()
     assert sentence.startswith("hmar-jax bench: This device cannot prepare N=14 B=1 H=2 D=8 float32")

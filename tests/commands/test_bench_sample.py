@@ -1,5 +1,6 @@
 """`hmar-jax bench sample` from the command line to its table, files and refusals."""
 
+import argparse
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from hmar_jax import params
 from hmar_jax.bench import sample
 from hmar_jax.bench.measurements import Kernel
 from hmar_jax.bench.sample import by_part, part_of, settings
+from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
 from hmar_jax.networks import held_dtypes
 from hmar_jax.sampling import program
@@ -62,9 +64,10 @@ def test_the_page_has_a_line_a_setting(run):
 
 
 def picked(*options):
-    parser = sample.argparse.ArgumentParser()
-    sample.add_sample(parser.add_subparsers())
-    return settings(parser.parse_args(["sample", *options]), on_cpu=False)
+    parser = argparse.ArgumentParser()
+    bench.add_sample(parser.add_subparsers())
+    args = parser.parse_args(["sample", *options])
+    return settings(args.model_dir, args.image, args.model, args.batch, args.var, on_cpu=False)
 
 
 def test_the_published_settings_stand_beside_official_figures():

@@ -1,5 +1,6 @@
 """`hmar-jax bench train` from the command line to its table, files and refusals."""
 
+import argparse
 import json
 import logging
 
@@ -10,6 +11,7 @@ import pytest
 from hmar_jax.bench import train
 from hmar_jax.bench.measurements import Kernel
 from hmar_jax.bench.train import by_part, settings
+from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
 from hmar_jax.config import TokenizerConfig, TokenizerLossConfig, TrainConfig
 from hmar_jax.training.state import make_train_step
@@ -86,9 +88,10 @@ def test_a_step_says_which_of_its_operations_are_the_heads_and_the_optimizers():
 
 def test_the_published_settings_are_named_or_picked_by_image_and_model():
     def picked(*options):
-        parser = train.argparse.ArgumentParser()
-        train.add_train(parser.add_subparsers())
-        return settings(parser.parse_args(["train", *options]), on_cpu=False)
+        parser = argparse.ArgumentParser()
+        bench.add_train(parser.add_subparsers())
+        args = parser.parse_args(["train", *options])
+        return settings(args.config, args.image, args.model, args.batch, on_cpu=False)
 
     assert list(picked()) == ["256 d16 B=64", "256 d30 B=32", "512 d24 B=16", "1024 d24 B=2"]
     (config,) = picked("--image=512", "--model=d24").values()

@@ -9,9 +9,9 @@ import pytest
 import tiny_training as tiny
 from PIL import Image
 
-from hmar_jax.commands import demo
 from hmar_jax.commands.main import main
 from hmar_jax.data.tokens import TokenSource
+from hmar_jax.training import demo
 
 PICTURES = ("reconstructions.png", "losses.png", "samples.png", "growth.png")
 
