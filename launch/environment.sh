@@ -101,7 +101,7 @@ install() { # install PINS EXTRAS OPTION…: quietly; the whole output goes to i
         # An editable install writes metadata beside setup.py; in a read-only checkout, beside links to it instead.
         project="$environment/checkout"
         mkdir -p "$project"
-        for name in setup.py pyproject.toml constraints.txt README.md LICENSE hmar_jax pallas_kernels configs; do
+        for name in setup.py pyproject.toml constraints.txt README.md LICENSE hmar_jax pallas_kernels; do
             ln -sfn "$checkout/$name" "$project/$name"
         done
     fi

@@ -1,11 +1,11 @@
 """`hmar-jax demo --quick` in miniature: it ends with four pictures and, run again, redraws without retraining."""
 
 import contextlib
-import dataclasses
 import io
 
 import numpy as np
 import pytest
+import tiny_demo
 import tiny_training as tiny
 from PIL import Image
 
@@ -16,26 +16,10 @@ from hmar_jax.training import demo
 PICTURES = ("reconstructions.png", "losses.png", "samples.png", "growth.png")
 
 
-def smaller(stage_config):
-    """The demo's configs with two of five scales and two of four blocks, which compile sooner."""
-
-    def config(stage, *args, **options):
-        config = stage_config(stage, *args, **options)
-        if stage == "tokenizer":
-            return dataclasses.replace(config, sides=(1, 6))
-        blocks = dataclasses.replace(config.transformer, depth=2, branch_depth=1)
-        return dataclasses.replace(config, transformer=blocks) if stage == "next_scale" else config
-
-    return config
-
-
 def run(folder):
     """Exit code of a demo of two steps a stage, and what it printed."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(demo, "stage_config", smaller(demo.stage_config))
-        patch.setattr(demo, "QUICK_STEPS", dict.fromkeys(demo.STAGES, 2))
-        patch.setattr(demo, "QUICK_PICTURES", 32)
+    with tiny_demo.miniature(), contextlib.redirect_stdout(printed):
         code = main(["demo", "--quick", "--output", str(folder)])
     return code, printed.getvalue()
 

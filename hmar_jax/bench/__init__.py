@@ -1,0 +1,1 @@
+"""Benchmarks: settings → rows of time, memory and bounds, in JSON and Markdown."""

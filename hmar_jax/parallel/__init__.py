@@ -1,0 +1,1 @@
+"""Several devices and processes: the mesh, shardings by parameter path, and who belongs to a job."""
