@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,6 @@ from hmar_jax.tokenizer.tokenizer import Tokenizer
 from hmar_jax.transformer.blocks import Remat
 from hmar_jax.transformer.hmar import HMAR
 from pallas_kernels.devices import device
-
-_OHWI = "ohwi"
 
 
 class Networks(nnx.Module):
@@ -65,15 +64,19 @@ def shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def networks(
-    config: ModelConfig, params: Any, dtype: str = "float32", remat: Remat = "dots", scan: bool = True
+    config: ModelConfig, params: trees.Tree, dtype: str = "float32", remat: Remat = "dots", scan: bool | None = None
 ) -> Networks:
-    """The networks with the given parameters (nested dicts of arrays), cheap inside `jit`.
+    """The networks with the given parameters (nested dicts of arrays, in either `Layout`), for sampling by default.
 
-    Outside, what is laid out for GPUs is copied.
+    Call it inside `jit`, where it costs nothing; outside, unpacking the GPU layout copies every weight.
+
+    Args:
+      remat, scan: as in `TrainConfig`. Without `scan`, blocks run in a loop, on GPUs one after the other: there a loop
+        copies each block's weights out of the stack in every pass.
     """
-    graphdef, abstract = structure(config, dtype, remat, scan)
+    graphdef, abstract = structure(config, dtype, remat, Layout.here() is Layout.WHOLE if scan is None else scan)
     state = nnx.State(abstract)
-    nnx.replace_by_pure_dict(state, undo_layout(params))
+    nnx.replace_by_pure_dict(state, Layout.unpack(params))
     return nnx.merge(graphdef, state)
 
 
@@ -94,65 +97,107 @@ def held_dtypes(config: ModelConfig, dtype: str) -> dict[str, np.dtype]:
     return {".".join(map(str, name)): narrow for name in names}
 
 
-def hold(config: ModelConfig, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as sampling reads them fastest: in `held_dtypes` and, if they are on GPUs, laid out for those."""
+def hold(config: ModelConfig, params: trees.Tree, dtype: str) -> trees.Tree:
+    """Parameters as sampling reads them fastest: in `held_dtypes` and, if they are on devices, in the layout for these.
+
+    Args:
+      params: in either layout. Arrays on the host go to devices later, whole.
+    """
     held = held_dtypes(config, dtype)
-    flat = trees.flatten(undo_layout(params))
-    params = trees.unflatten({name: x.astype(held[name]) if name in held else x for name, x in flat.items()})
+
+    def narrowed(name: str, leaf: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(held[name]), leaf) if name in held else leaf
+
+    params = trees.unflatten({name: narrowed(name, leaf) for name, leaf in trees.flatten(params).items()})
     on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    return lay_out_for_gpu(params) if on_device and unrolls() else params
+    return (Layout.here() if on_device else Layout.WHOLE).pack(params)
 
 
-def unrolls() -> bool:
-    """Whether sampling runs blocks one after the other: on a GPU a loop would copy each one's weights in every pass."""
-    return device()[0] == "gpu"
+class Layout(enum.Enum):
+    """How the arrays of parameters lie in memory. Names, dtypes and values are the same in both layouts.
 
+    WHOLE is the layout of Flax, of files and of training. GPU is what sampling on a GPU reads in place. It replaces
+    some leaves of the nested dicts by small pytrees:
 
-def lay_out_for_gpu(params: trees.Tree) -> trees.Tree:
-    """Parameters as a GPU reads them in place; `params` may be a part of the tree, from its root.
+        parameter                          WHOLE             GPU
+        of a stack of blocks               (depth,…)         _Blocks: depth arrays (…)
+        kernel of a convolution            (H,W,in,out)      _OutputsFirst: (out,H,W,in)
+        any other, and AdaLN of a stack    an array          the same array
 
-    A stack's arrays, whose leading axis is its depth, become dicts of one array a block, {0: …, 1: …}: a CUDA graph
-    holds the address of what its kernels read, and of a slice XLA tells it anew in every run. AdaLN's, which all blocks
-    multiply at once, stay together. A convolution's `kernel` becomes `kernel.ohwi`, output channels first, as cuDNN
-    wants it: XLA would turn it in every run.
+    In sampling the blocks of a stack run one after the other, and cuBLAS reads a slice of a stacked weight in place in
+    plain products alone; for others XLA copies the slice in every pass. A CUDA graph records the addresses that its
+    kernels read, and XLA would have to update those of slices in every run. AdaLN stays stacked because one batched
+    product serves all blocks. cuDNN wants kernels with output channels first; XLA would transpose them in every run.
+
+    `unpack` is called inside `jit`: XLA cancels it against the slices and transpositions of the program, so that the
+    program reads the packed arrays and copies nothing.
     """
-    flat = trees.flatten(params)
-    chosen = {name: x for name, x in flat.items() if _is_stack(name) or _is_convolution(name, x)}
-    return trees.unflatten({name: x for name, x in flat.items() if name not in chosen} | _lay_out(chosen))
+
+    WHOLE = enum.auto()
+    GPU = enum.auto()
+
+    @classmethod
+    def here(cls) -> Layout:
+        """The layout for sampling on the devices that programs are compiled for."""
+        return cls.GPU if device()[0] == "gpu" else cls.WHOLE
+
+    @classmethod
+    def of(cls, params: trees.Tree) -> Layout:
+        """The layout that parameters are in."""
+        leaves = jax.tree.leaves(params, is_leaf=_is_packed)
+        return cls.GPU if any(map(_is_packed, leaves)) else cls.WHOLE
+
+    def pack(self, params: trees.Tree) -> trees.Tree:
+        """Parameters in either layout → in this one; the tree, or a part of it from its root.
+
+        Arrays that lie as they should are not copied.
+        """
+        if Layout.of(params) is self:
+            return params
+        if self is Layout.WHOLE:
+            return Layout.unpack(params)
+        flat = trees.flatten(params)
+        chosen = {name: x for name, x in flat.items() if _is_stack(name) or _is_convolution(name, x)}
+        return trees.unflatten(flat | _pack(chosen))
+
+    @staticmethod
+    def unpack(params: trees.Tree) -> trees.Tree:
+        """Parameters in either layout, or any part of the tree → in the layout WHOLE."""
+        return jax.tree.map(lambda leaf: leaf.whole() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed)
 
 
-@jax.jit
-def _lay_out(chosen: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    turned = {f"{name}.{_OHWI}": jnp.moveaxis(x, -1, 0) for name, x in chosen.items() if not _is_stack(name)}
-    stacks = {name: jnp.unstack(x) for name, x in chosen.items() if _is_stack(name)}
-    return turned | {f"{name}.{i}": block for name, blocks in stacks.items() for i, block in enumerate(blocks)}
+class _Blocks(NamedTuple):
+    arrays: tuple[jax.Array, ...]
+
+    def whole(self) -> jax.Array:
+        return jnp.stack(self.arrays)
 
 
-def undo_layout(params: trees.Tree) -> trees.Tree:
-    """The inverse of `lay_out_for_gpu`, and nothing to what was not laid out.
+class _OutputsFirst(NamedTuple):
+    kernel: jax.Array
 
-    In a program that takes blocks apart and convolves, XLA leaves out both.
-    """
-    stacks: dict[str, dict[int, Any]] = {}
-    whole = {}
-    for name, x in trees.flatten(params).items():
-        before, _, last = name.rpartition(".")
-        if last.isdigit() and _is_stack(before):
-            stacks.setdefault(before, {})[int(last)] = x
-        elif last == _OHWI:
-            whole[before] = jnp.moveaxis(x, 0, -1)
-        else:
-            whole[name] = x
-    joined = {name: jnp.stack([blocks[i] for i in range(len(blocks))]) for name, blocks in stacks.items()}
-    return trees.unflatten(whole | joined)
+    def whole(self) -> jax.Array:
+        return jnp.moveaxis(self.kernel, 0, -1)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, _Blocks | _OutputsFirst)
 
 
 def _is_stack(name: str) -> bool:
     return name.startswith("transformer.") and ".blocks." in name and ".adaln" not in name
 
 
-def _is_convolution(name: str, x: Any) -> bool:
+def _is_convolution(name: str, x: jax.Array) -> bool:
     return name.endswith(".kernel") and x.ndim == 4
+
+
+@jax.jit
+def _pack(flat: dict[str, jax.Array]) -> dict[str, _Blocks | _OutputsFirst]:
+    return {
+        name: _Blocks(jnp.unstack(x)) if _is_stack(name) else _OutputsFirst(jnp.moveaxis(x, -1, 0))
+        for name, x in flat.items()
+    }
 
 
 def init_params(

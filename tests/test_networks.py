@@ -1,5 +1,7 @@
 """How parameters are held: in which dtype, and how laid out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,7 @@ from tiny_models import TINY, fingerprint, tiny
 from hmar_jax import Model, networks
 from hmar_jax import params as trees
 from hmar_jax.model import from_pretrained
-from hmar_jax.networks import hold, lay_out_for_gpu, undo_layout
-from hmar_jax.sampling import program
+from hmar_jax.networks import Layout, hold
 
 READ_BY_PRODUCT = {
     "transformer.trunk.blocks.attention.qkv.kernel": True,
@@ -53,41 +54,46 @@ def test_for_float32_parameters_are_held_as_they_are(model):
         assert trees.flatten(kept)[name] is leaf
 
 
-def test_a_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be_undone(model):
-    given, laid_out = trees.flatten(model.params), trees.flatten(lay_out_for_gpu(model.params))
-    expected = {}
+def test_the_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be_undone(model):
+    packed = Layout.GPU.pack(model.params)
+    given, found = trees.flatten(model.params), trees.flatten(packed)
+    assert found.keys() == given.keys()
     for name, leaf in given.items():
         if name.startswith("transformer") and ".blocks." in name and ".adaln" not in name:
-            expected |= {f"{name}.{i}": block for i, block in enumerate(leaf)}
+            expected = list(leaf)
         elif name.startswith("tokenizer") and name.endswith(".kernel"):  # all its layers are convolutions
-            expected[f"{name}.ohwi"] = np.moveaxis(leaf, -1, 0)
+            expected = [np.moveaxis(leaf, -1, 0)]
         else:
-            expected[name] = leaf
-    assert laid_out.keys() == expected.keys()
-    for name, leaf in expected.items():
-        np.testing.assert_array_equal(laid_out[name], leaf)
-    jax.tree.map(np.testing.assert_array_equal, undo_layout(trees.unflatten(laid_out)), model.params)
+            assert found[name] is leaf
+            continue
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(found[name]), expected)
+    assert (Layout.of(model.params), Layout.of(packed)) == (Layout.WHOLE, Layout.GPU)
+    assert Layout.GPU.pack(packed) is packed
+    assert Layout.WHOLE.pack(model.params) is model.params
+    for whole in (Layout.unpack(packed), Layout.WHOLE.pack(packed)):
+        jax.tree.map(np.testing.assert_array_equal, whole, model.params)
 
 
 @pytest.fixture
-def unrolled(monkeypatch):
-    for module in (networks, program):
-        monkeypatch.setattr(module, "unrolls", lambda: True)
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(networks, "device", lambda: ("gpu", "NVIDIA H200"))
 
 
-def test_on_gpus_a_model_holds_it_and_is_the_same(model, unrolled, tmp_path):
+def test_on_gpus_a_model_is_held_in_their_layout_and_is_the_same(model, on_gpu, tmp_path):
     apart = Model(TINY, model.params)
-    assert "transformer.trunk.blocks.attention.proj.bias.0" in trees.flatten(apart.params)
-    assert trees.flatten(Model(TINY, apart.params).params).keys() == trees.flatten(apart.params).keys()
+    again = Model(TINY, apart.params)
+    assert Layout.of(apart.params) is Layout.of(again.params) is Layout.GPU
+    narrow = [hold(TINY, params, "bfloat16") for params in (apart.params, model.params)]
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), *narrow)
     labels, tokens = [1], np.zeros((1, TINY.ladder.length), np.int32)
     found, expected = (m.next_scale_logits(labels, tokens) for m in (apart, model))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert apart.sample([1], greedy=True).tokens.tolist() == model.sample([1], greedy=True).tokens.tolist()
     assert fingerprint(apart) == fingerprint(model)
     saved = from_pretrained(apart.save(tmp_path / "model", source="made for a test"))
-    jax.tree.map(np.testing.assert_array_equal, undo_layout(saved.params), model.params)
+    jax.tree.map(np.testing.assert_array_equal, Layout.unpack(saved.params), model.params)
 
 
-def test_parameters_on_the_host_stay_whole(model, unrolled):
+def test_parameters_on_the_host_stay_whole(model, on_gpu):
     held = hold(TINY, jax.tree.map(np.asarray, model.params), "float32")
-    assert "transformer.trunk.blocks.fc1.kernel" in trees.flatten(held)
+    assert Layout.of(held) is Layout.WHOLE

@@ -225,7 +225,8 @@ def least_seconds(model: Any, plan: Any, batch: float, rates: Any) -> float:
     config = model.config
     size: collections.Counter[str] = collections.Counter()
     for name, leaf in params.flatten(model.params["transformer"]).items():
-        size["adaln" if ".adaln." in name else name.partition(".")[0]] += leaf.nbytes
+        part = "adaln" if ".adaln." in name else name.partition(".")[0]
+        size[part] += sum(array.nbytes for array in jax.tree.leaves(leaf))
     steps = [step.step for scale in range(config.ladder.num_scales) for step in plan.passes(scale)]
     seconds = size["adaln"] / rates.copy
     for step, flops in zip(steps, sample_flops(config, plan), strict=True):

@@ -38,7 +38,7 @@ from hmar_jax.files import (
 )
 from hmar_jax.formats import hub, model_card, safetensors_files
 from hmar_jax.formats.safetensors_files import Tensor
-from hmar_jax.networks import shapes_of, undo_layout
+from hmar_jax.networks import Layout, shapes_of
 from hmar_jax.tokenizer.quantizer import phi_of_scale, recorded_phis, unrecorded_phi_of_scale
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def write_model(
 
 def tokenizer_fingerprint(config: ModelConfig, params: trees.Tree) -> str:
     """SHA-256 of the tokenizer's parameters, whatever file they are in, and of which phi each scale uses."""
-    flat = trees.flatten(undo_layout({"tokenizer": params["tokenizer"]}))
+    flat = trees.flatten({"tokenizer": Layout.unpack(params["tokenizer"])})
     return _fingerprint(config, {name: safetensors_files.digest(np.asarray(leaf)) for name, leaf in flat.items()})
 
 

@@ -26,7 +26,7 @@ from hmar_jax.formats.model_directory import About, open_model, read_params, wri
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.images import to_signed
 from hmar_jax.model.tokenizer import TokenizerDoor, check_tokens
-from hmar_jax.networks import held_dtypes, hold, networks, undo_layout, unrolls
+from hmar_jax.networks import Layout, held_dtypes, hold, networks
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept
 from hmar_jax.sampling.schedule import Changes, Schedule, ScheduleLike
@@ -65,7 +65,7 @@ class Model:
     Attributes:
       config: what it is.
       params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
-        products in bfloat16 read them; on GPUs laid out for them (`networks.undo_layout` undoes that).
+        products in bfloat16 read them; on GPUs in the layout for them (`networks.Layout.unpack` undoes that).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
       about: what its model directory says beside the config, for `save`.
     """
@@ -84,7 +84,7 @@ class Model:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: config, dtype, `about`, and the parameters in host memory."""
-        params = jax.tree.map(on_host, undo_layout(self.params))
+        params = jax.tree.map(on_host, Layout.unpack(self.params))
         return {"config": self.config, "params": params, "dtype": self.dtype, "about": self.about}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,7 +234,7 @@ class Model:
 
         flat = {
             name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
-            for name, leaf in trees.flatten(undo_layout(self.params)).items()
+            for name, leaf in trees.flatten(Layout.unpack(self.params)).items()
         }
         return write_model(path, self.config, flat, **vars(about), replace=replace)
 
@@ -354,7 +354,7 @@ def _logits(
     config: ModelConfig, dtype: str, params: Any, labels: jax.Array, tokens: jax.Array, masked: jax.Array | None
 ) -> jax.Array:
     """Teacher-forced, (B,L,V) float32: of the mask branch where there is a mask (B,L), else of the next-scale one."""
-    nets = networks(config, params, dtype, scan=not unrolls())
+    nets = networks(config, params, dtype)
     leak_free = config.transformer is not None and config.transformer.leak_free
     return teacher_forcing.predict(
         nets.transformer, nets.tokenizer.quantizer, labels, tokens, fused.logits, masked, leak_free=leak_free

@@ -13,7 +13,7 @@ import jax
 
 from hmar_jax.config import ModelConfig
 from hmar_jax.images import from_signed
-from hmar_jax.networks import networks, unrolls
+from hmar_jax.networks import networks
 from hmar_jax.sampling import predictors, progress, sampler
 from hmar_jax.sampling.schedule import Controls, Plan
 from hmar_jax.xla import COMPILER_OPTIONS
@@ -53,7 +53,7 @@ def sample(
     """
     config = options.config
     assert config.transformer is not None
-    nets = networks(config, params, options.dtype, scan=not unrolls())
+    nets = networks(config, params, options.dtype)
     key = jax.random.key(seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     make = predictors.cached_predictor if config.transformer.is_var else predictors.predictor
