@@ -1,7 +1,4 @@
-"""`hmar-jax schedule`: schedule + ladder → its passes, their work, and when each token is committed; nothing is drawn.
-
-Axis letters: p side of a scale.
-"""
+"""`hmar-jax schedule`: schedule + ladder → its passes, their work, when each token is committed; nothing is drawn."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from hmar_jax.commands import options
 from hmar_jax.commands.terminal import Parser, say
@@ -20,7 +15,7 @@ from hmar_jax.files import check_files, check_kind, check_outputs, check_picture
 from hmar_jax.scales import ScaleLadder
 
 if TYPE_CHECKING:
-    from hmar_jax.sampling.schedule import Plan, Schedule
+    from hmar_jax.sampling.schedule import Schedule
 
 LIST = """presets
   official-256   published, for the ladder of 256 pixels: masked steps on the sides 2 and 3
@@ -88,8 +83,9 @@ def _show(args: argparse.Namespace) -> None:
         write_whole(args.json, f"{schedule.to_json()}\n".encode())
     if args.output is not None:
         from hmar_jax import images, plots
+        from hmar_jax.sampling import commitment
 
-        images.save_png(plots.commitment(*commitment(schedule)), args.output)
+        images.save_png(plots.commitment(*commitment.commitment(schedule)), args.output)
 
 
 def _is_schedule(content: bytes) -> bool:
@@ -155,36 +151,3 @@ def _runs(values: Sequence[float]) -> str:
     if len(runs) == 1:
         return runs[0][0]
     return ", ".join(f"{count}×{text}" if count > 1 else text for text, count in runs)
-
-
-def commitment(schedule: Schedule) -> tuple[list[tuple[str, np.ndarray]], str]:
-    """For each scale a title and a map (p,p) int of the steps, from 0, that commit its tokens; and a title for all."""
-    plan = schedule.plan
-    what = {
-        "confidence": "order: confidence; how many tokens each step commits (which ones, the sample decides)",
-        "random": "order: random; those of sample 0 of seed 0, for example",
-        "halton": "order: halton; the same for all samples",
-    }
-    maps = []
-    for scale, (side, steps) in enumerate(zip(schedule.sides, schedule.counts, strict=True)):
-        numbers = "+".join(map(str, steps)) if len(steps) < 6 else f"{len(steps)} steps"
-        by_place = np.repeat(np.arange(len(steps)), steps)
-        maps.append((f"{side}x{side}: {numbers}", by_place[_places(plan, scale, side)].reshape(side, side)))
-    return maps, what[plan.order] if schedule.has_masked_steps else "one step a scale"
-
-
-def _places(plan: Plan, scale: int, side: int) -> np.ndarray:
-    """The place of each token, row by row, in the order of its scale: (p²,) int from 0."""
-    import jax
-
-    from hmar_jax.sampling import orders
-
-    if plan.order == "halton":
-        return orders.halton(side)
-    if plan.order == "random":
-        from hmar_jax.sampling.sampler import pass_keys
-
-        sample = jax.random.fold_in(jax.random.key(0), 0)
-        _, keys = pass_keys(sample[None], scale, 0)
-        return np.argsort(np.argsort(-np.asarray(orders.random(keys, side * side)[0])))
-    return np.arange(side * side)

@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 from hmar_jax.commands.main import main
-from hmar_jax.commands.schedule import commitment
 from hmar_jax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from hmar_jax.flops import model_flops, sample_flops
 from hmar_jax.sampling import orders, presets
+from hmar_jax.sampling.commitment import commitment
 from hmar_jax.sampling.generators import CURVES
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
