@@ -24,6 +24,7 @@ from hmar_jax.files import check_readable, check_refusal, is_there, local_path
 
 _INSTALLED = Path(__file__).parents[1] / "configs"
 _PREFIX = "--config."  # of an override on a command line
+_MODULE = "config_config"  # where ml_collections, in version 1.1, runs a config file
 
 
 def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -41,12 +42,11 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
         type or range.
     """
     file = find(path_or_name)
-    sys.modules.pop("config_config", None)  # where ml_collections loads a file: one without get_config sees the last
     argv = ["load", f"--config={file}", *(_PREFIX + override.removeprefix(_PREFIX) for override in overrides)]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     with _as_sentences(file):
-        with checked_later():
+        with checked_later(), _own_module():
             values(argv)
         if isinstance(failed := getattr(holder.value, "_error", None), OSError):  # ml_collections puts it off
             raise failed
@@ -82,6 +82,17 @@ def find(path_or_name: str | os.PathLike[str]) -> str:
         raise InputError(f"The config {text} is no Python file; give one, or a name such as {names()[0]}.")
     check_readable(path, "Config file")
     return text
+
+
+@contextlib.contextmanager
+def _own_module() -> Iterator[None]:
+    """A new module for a config file: ml_collections has one name for those of all, and a file may load another."""
+    outer = sys.modules.pop(_MODULE, None)
+    try:
+        yield
+    finally:
+        if outer is not None:
+            sys.modules[_MODULE] = outer
 
 
 @contextlib.contextmanager

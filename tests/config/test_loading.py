@@ -99,6 +99,19 @@ def test_checks_are_on_again_after_a_file_that_fails_and_in_other_threads(write,
     assert refused
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_file_may_build_on_another_config(write, tmp_path, inside):
+    line = "base = load('mine.py', ['batch_size=8'])"
+    start, body = ("pass", line) if inside else (line, "pass")
+    write("mine.py", 'stage="tokenizer", accumulate=3')
+    (tmp_path / "outer.py").write_text(
+        f"import dataclasses\nfrom hmar_jax.config import load, to_config_dict\n{start}\n"
+        f"def get_config():\n    {body}\n    return to_config_dict(dataclasses.replace(base, steps=5))\n"
+    )
+    config = load("outer.py", ["accumulate=4"])
+    assert (config.steps, config.batch_size, config.accumulate) == (5, 8, 4)
+
+
 def test_types_are_refused_while_a_file_runs(write):
     with pytest.raises(InputError, match="'steps' is 'many'; expected int"):
         load(write("c.py", 'stage="tokenizer", steps="many"'), ["steps=3"])
