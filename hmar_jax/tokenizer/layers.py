@@ -26,10 +26,17 @@ class GroupNorm(nnx.GroupNorm):
     """Group normalisation (Wu & He 2018) with statistics and arithmetic in float32.
 
     The map is read once for its statistics and once to be normalised, by a factor and a summand for each channel.
-    Squares are summed about a channel's pixel p in the middle, by E[(x-m)²] = E[(x-p)²] - E[x-p]² + (E[x]-m)² with m
-    the mean of the group. So a mean far from zero costs the variance no digits. An outlier at p costs some: the N
-    pixels of a channel have |p - E[x]| ≤ σ·sqrt(N-1) (Samuelson's inequality), so that the relative error is at most N
-    times that of float32, 0.4% for one bright pixel in a flat map of 256x256.
+    One reading must give mean and variance, and E[x²] - E[x]² would cancel where the mean is far from zero. So moments
+    are taken about p, the pixel in the middle of a channel's map, and put together to those of the group. With E the
+    mean over the pixels of a channel, G that over the channels of its group, and m the mean of the group:
+
+        shift = E[x-p], square = E[(x-p)²]            `_moments`
+        m = G[p + shift]
+        variance = G[E[(x-m)²]] = G[square - shift² + (p + shift - m)²]
+
+    Here square - shift² cancels only where p is an outlier. The N pixels of a channel have |p - E[x]| ≤ σ·sqrt(N-1)
+    (Samuelson's inequality), so the relative error is at most N times that of float32: 0.4% for one bright pixel in a
+    flat map of 256x256.
     """
 
     def __call__(self, x: jax.Array, activation: Activation = lambda y: y) -> jax.Array:  # type: ignore[override]
@@ -58,10 +65,15 @@ class GroupNorm(nnx.GroupNorm):
 
 
 def _moments(lanes: int, x: jax.Array, middle: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean distance and mean squared distance of each channel from `middle`: (B,H,W,C), (B,C) → twice (B,C) float32.
+    """E[x-p] and E[(x-p)²] over the pixels of each channel: x (B,H,W,C), p = `middle` (B,C) → twice (B,C) float32.
 
-    Stretches are summed in rows of `lanes` numbers or a multiple of them: as many pixels as that takes, side by side,
-    are first summed apart from each other.
+    The pixels of a map are numbered row by row and summed in two steps, which decides only the order of the sum:
+
+        (B,H,W,C) = (B, stretches, pixels of a stretch / apart, apart, C)
+                                   └ summed first ┘      └ summed second, with the stretches
+
+    A stretch is some rows of the map. `apart` neighbouring pixels have sums of their own, so that a row of the array,
+    apart·C numbers, is a multiple of `lanes` where it can be: with lanes=128, apart is 4 for C=160 (640 = 5·128).
     """
     batch, height, width, channels = x.shape
     stretch = max(_STRETCH, batch * height * width // _STRETCHES)
@@ -134,8 +146,9 @@ class PointwiseConv(nnx.Conv):
 class UpsampleConv(nnx.Conv):
     """Nearest neighbours ×2, then a 3x3 convolution: (B,H,W,C) → (B,2H,2W,C').
 
-    Of the nine pixels under a kernel at most four differ, so that the kernel folds into one of 2x2 for each of the four
-    pixels that an input pixel becomes: 4/9 of the products, at the input's resolution.
+    An output pixel sees 2x2 different input pixels at most, each up to twice along an axis. So the 3x3 kernel folds
+    into a 2x2 kernel for each of the four output pixels around a corner between input pixels (`_fold`), and one
+    convolution at the input's resolution makes all four, with 4/9 of the products.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
@@ -146,16 +159,22 @@ class UpsampleConv(nnx.Conv):
         layout = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=layout)
         y = (y + jnp.tile(self.bias[...], 4).astype(x.dtype)).reshape(batch, height + 1, width + 1, 2, 2, -1)
-        # A kernel lies on the corner of four input pixels, and makes the four output pixels around that corner.
+        # y[:, i, j] has the 2x2 output pixels around the corner (i,j) of the input's pixels: those outside are cut off.
         y = jnp.swapaxes(y, 2, 3).reshape(batch, 2 * height + 2, 2 * width + 2, -1)[:, 1:-1, 1:-1]
         return jax.lax.optimization_barrier(y)  # else XLA orders them again for each of its readers
 
 
 def _fold(kernel: jax.Array, axis: int) -> jax.Array:
-    """Three taps along an axis → two, for the output pixels before and after a corner; the last axis tells which."""
+    """The kernel along one axis, for the output pixels before and after a corner: (…,3,…) → (…,2,…,2).
+
+    Upsampled, inputs x₀ and x₁ beside a corner are x₀ x₀ | x₁ x₁. The two pixels at the corner are, by taps (a,b,c):
+
+        before   a·x₀ + b·x₀ + c·x₁ = (a+b)·x₀ + c·x₁      [..., 0] = (a+b, c)
+        after    a·x₀ + b·x₁ + c·x₁ = a·x₀ + (b+c)·x₁      [..., 1] = (a, b+c)
+    """
     ends, middle = (jax.lax.slice_in_dim(kernel, start, 3 - start, 2, axis)[..., None] for start in range(2))
-    joined = jnp.expand_dims(jnp.eye(2), range(1, kernel.ndim))  # before a corner the first two, after it the last two
-    return ends + jnp.moveaxis(joined, 0, axis) * middle
+    gets_middle = jnp.expand_dims(jnp.eye(2), range(1, kernel.ndim))  # before: the first tap; after: the second
+    return ends + jnp.moveaxis(gets_middle, 0, axis) * middle
 
 
 class ThinConv(nnx.Conv):

@@ -87,15 +87,27 @@ class KeysValues(NamedTuple):
     v: jax.Array
 
 
-class Pending(NamedTuple):
-    """Tokens (B,L,C), and a branch that is still to be added to them, if any: a norm does it by the way."""
+class Stream(NamedTuple):
+    """The residual stream between two blocks: tokens, and perhaps a branch whose addition to them is deferred.
+
+    A block ends in the sum x + gate·(y + bias), and the next block begins with a norm of that sum:
+
+        added at once   x, y ─[add]─► sum ─┬───────────► residual stream      two kernels: the sum is written,
+                                           └─[norm]────► matrix product       and read again for its norm
+
+        deferred        x, y ─[add and norm]─┬─► sum ──► residual stream      one kernel
+                                             └─────────► matrix product
+
+    Attributes:
+      x: (B,L,C). deferred: y, bias and gate of the branch; None where x is the sum.
+    """
 
     x: jax.Array
-    branch: Residual | None = None
+    deferred: Residual | None = None
 
     def added(self) -> jax.Array:
         """The sum, (B,L,C)."""
-        return self.x if self.branch is None else split_by_sample(fused.add_gated(self.x, self.branch))
+        return self.x if self.deferred is None else split_by_sample(fused.add_gated(self.x, self.deferred))
 
 
 class Attention(nnx.Module):
@@ -163,14 +175,14 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        tokens: Pending,
+        tokens: Stream,
         modulation: Modulation,
         ladder: ScaleLadder,
         *,
         drop: tuple[jax.Array, jax.Array] | None = None,
         past: KeysValues | None = None,
-    ) -> tuple[Pending, KeysValues]:
-        """One block, its last branch still to be added.
+    ) -> tuple[Stream, KeysValues]:
+        """One block; the addition of its last branch is deferred.
 
         Args:
           tokens: (B,L,C), or with `past` the last of the L tokens. ladder: the scales that L is joined from.
@@ -190,7 +202,7 @@ class Block(nnx.Module):
         x, hidden = fused.norm_linear(x, branch, s2, b2, _kernel(self.fc1))
         x = split_by_sample(x)
         out = fused.gelu_linear(hidden, _bias(self.fc1), _kernel(self.fc2))
-        return Pending(x, Residual(out, _bias(self.fc2), g2)), own
+        return Stream(x, Residual(out, _bias(self.fc2), g2)), own
 
 
 def _kernel(layer: nnx.Linear) -> jax.Array:
@@ -238,31 +250,33 @@ class Stack(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         drops = None if key is None else (jnp.asarray(self.drop_rates), jax.random.split(key, self.depth))
         layers = (stacked, modulations, drops)
-        # A gradient would keep what goes from block to block: tokens alone, not a branch besides.
-        leaves_branch = key is None and self._leaves_branch(x)
+        # The gradient stores what goes from block to block: in training the sum alone, not x and a branch.
+        defers = key is None and self._defers(x)
 
-        def step(carry: Pending, layer: tuple) -> tuple[Pending, None]:
-            x, branch = carry
+        def step(carry: Stream, layer: tuple) -> tuple[Stream, None]:
+            x, deferred = carry
             params, modulation, drop = layer
             x, modulation = split_by_sample((x, modulation))
-            after, _ = nnx.merge(graphdef, params)(Pending(fused.row_major(x), branch), modulation, ladder, drop=drop)
-            x, branch = after if leaves_branch else Pending(after.added())
-            # Else XLA keeps a float32 twin of it, or adds up anew in each block what those before have added.
-            return Pending(jax.lax.optimization_barrier(x), branch), None
+            after, _ = nnx.merge(graphdef, params)(Stream(fused.row_major(x), deferred), modulation, ladder, drop=drop)
+            x, deferred = after if defers else Stream(after.added())
+            # Without the barrier XLA also keeps the sum in float32, or computes earlier sums again in each block.
+            return Stream(jax.lax.optimization_barrier(x), deferred), None
 
         if self.remat == "all":
             step = jax.checkpoint(step, prevent_cse=not self.scan)
-        return self._run(step, Pending(x), layers).added()
+        return self._run(step, Stream(x), layers).added()
 
-    def _leaves_branch(self, x: jax.Array) -> bool:
-        """Whether a block's last branch is left for the next one's norm to add; a loop would have to begin with one."""
+    def _defers(self, x: jax.Array) -> bool:
+        """Whether blocks defer their last branch: where one kernel computes a sum and its norm, and blocks do not run
+        in a loop, whose carry would need a branch before the first block.
+        """
         return not self.scan and token_passes.adds(x)
 
     def _run[T](self, step: Callable[[T, Any], tuple[T, None]], carry: T, layers: Any) -> T:
-        """Applies a step to each block's part of `layers` in turn."""
+        """Applies a step to each block's slice of `layers` (leading axis: depth) in turn, in a loop if `scan`."""
         if self.scan:
             return jax.lax.scan(step, carry, layers)[0]
-        step = jax.jit(step)  # traced once or twice, then, not for each block
+        step = jax.jit(step)  # traced once, or twice if the first carry has no branch, instead of once a block
         leaves, treedef = jax.tree.flatten(layers)
         for layer in zip(*map(jnp.unstack, leaves), strict=True):
             carry, _ = step(carry, jax.tree.unflatten(treedef, layer))
@@ -291,22 +305,22 @@ class Stack(nnx.Module):
         if not self.depth:
             return x, cache
         graphdef, stacked = nnx.split(self.blocks)
-        known, leaves_branch = ladder.length - x.shape[1], self._leaves_branch(x)
+        known, defers = ladder.length - x.shape[1], self._defers(x)
 
-        def step(carry: tuple[Pending, KeysValues], layer: tuple) -> tuple[tuple[Pending, KeysValues], None]:
+        def step(carry: tuple[Stream, KeysValues], layer: tuple) -> tuple[tuple[Stream, KeysValues], None]:
             tokens, cache = carry
             params, modulation, i = layer
             here = (i, 0, 0, 0, 0)
             past = [jax.lax.dynamic_slice(c, here, (1, c.shape[1], known, *c.shape[3:]))[0] for c in cache]
             after, own = nnx.merge(graphdef, params)(tokens, modulation, ladder, past=KeysValues(*past))
-            after = after if leaves_branch else Pending(after.added())
+            after = after if defers else Stream(after.added())
             # Carried, not stacked by a scan, the cache is written where it is.
             where = (i, 0, known, 0, 0)
             pairs = zip(cache, own, strict=True)
             return (after, KeysValues(*(jax.lax.dynamic_update_slice(c, o[None], where) for c, o in pairs))), None
 
         layers = (stacked, modulations, jnp.arange(self.depth))
-        tokens, cache = self._run(step, (Pending(x), cache), layers)
+        tokens, cache = self._run(step, (Stream(x), cache), layers)
         return tokens.added(), cache
 
 

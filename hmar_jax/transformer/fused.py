@@ -43,13 +43,20 @@ def _wide(x: jax.Array) -> jax.Array:
 def norm_linear(
     x: jax.Array, branch: Residual | None, scale: jax.Array, shift: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum add_gated(x, branch), or x, and modulated_norm(sum, scale, shift) @ kernel.
+    """A residual sum, its norm and a matrix product: s = add_gated(x, branch), or x; n = modulated_norm(s); p = n @ W.
+
+    Backward, given ds (what reaches s by other ways) and dp:
+
+        dn = dp Wᵀ, dW = Σ nᵀ dp; dx, dbranch, dscale, dshift by the chain rule of `modulated_norm` and `add_gated`
+
+        stored       x, branch, scale, shift, W
+        recomputed   s, n
 
     Args:
-      x: (B,L,C). branch: what is added to it first, if anything. scale, shift: (B,1,C) float32. kernel: (C,F).
+      x: (B,L,C). branch: what is added to it first, if anything. scale, shift: (B,1,C) float32. kernel: W, (C,F).
 
     Returns:
-      (B,L,C), (B,L,F).
+      s (B,L,C), p (B,L,F).
     """
     if branch is not None and token_passes.adds(x):
         total, operand = token_passes.add_norm(x, branch, scale, shift)
@@ -65,7 +72,7 @@ def _norm(x: jax.Array, branch: Residual | None, scale: jax.Array, shift: jax.Ar
 
 def _norm_linear_backward(kept: Any, grads: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     (*inputs, kernel), (dtotal, dproduct) = kept, grads
-    # Else XLA finds what the forward pass made of them, and keeps that, or makes it long before it is needed.
+    # Without the barrier XLA takes s and n from the forward pass, and stores them, or recomputes them too early.
     inputs, dproduct = optimization_barrier((inputs, dproduct))
     (_, operand), pull = jax.vjp(_norm, *inputs)
     dkernel = jnp.einsum("blc,blf->cf", operand, dproduct)
@@ -87,7 +94,15 @@ norm_linear.defvjp(_norm_linear_forward, _norm_linear_backward)
 
 @jax.custom_vjp
 def gelu_linear(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
-    """gelu(x + bias) @ kernel, GELU by its tanh approximation: (B,L,F), (F,), (F,C) → (B,L,C)."""
+    """GELU and a matrix product: p = gelu(z) @ W with z = x + bias.
+
+    GELU is by its tanh approximation; x (B,L,F), bias (F,), W (F,C) → (B,L,C). Backward, given dp:
+
+        dx = dz = gelu'(z)·(dp Wᵀ), dbias = Σ dz, dW = Σ gelu(z)ᵀ dp
+
+        stored       z, W
+        recomputed   gelu(z)
+    """
     return _gelu_linear_forward(x, bias, kernel)[0]
 
 
@@ -112,12 +127,19 @@ gelu_linear.defvjp(_gelu_linear_forward, _gelu_linear_backward)
 
 @jax.custom_vjp
 def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """LN(x)(1+scale)+shift without affine parameters, eps 1e-6: (B,L,C), twice (B,1,C) float32 → (B,L,C)."""
+    """LN(x)(1+scale)+shift without affine parameters, eps 1e-6: (B,L,C), twice (B,1,C) float32 → (B,L,C).
+
+    Backward, given dy, with n = (x-mean)/σ, dn = dy(1+scale), and E the mean over the channels of a token:
+
+        dx = (dn - E[dn] - n·E[n·dn])/σ, dscale = Σ n·dy, dshift = Σ dy     (Σ over the tokens of a sample)
+
+        stored       x, scale, and mean and 1/σ of each token
+        recomputed   n
+    """
     return _modulated_norm_forward(x, scale, shift)[0]
 
 
 def _modulated_norm_forward(x: jax.Array, scale: jax.Array, shift: jax.Array) -> tuple[jax.Array, Any]:
-    """Stored for the gradient: x, and two float32 numbers for each token, the mean and 1/σ of its channels."""
     mean = jnp.mean(_wide(x), axis=-1, keepdims=True)
     centred = _wide(x) - mean
     # About the mean: E[x²] - E[x]² would cancel where the mean is large.
@@ -126,10 +148,7 @@ def _modulated_norm_forward(x: jax.Array, scale: jax.Array, shift: jax.Array) ->
 
 
 def _modulated_norm_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
-    """With n = (x-mean)/σ and dn = dy(1+scale): dx = (dn - E[dn] - n·E[n·dn])/σ, dscale = Σ n·dy, dshift = Σ dy.
-
-    One pass for two means E over the channels of each token; one for dx and the sums Σ over the tokens of each sample.
-    """
+    """In two passes over the tokens: one for the two means E, one for dx and the sums Σ."""
     x, scale, mean, inverse = kept
     n, dn = (_wide(x) - mean) * inverse, dy * (1 + scale)
     means = [jnp.mean(of_token, axis=-1, keepdims=True) for of_token in (dn, n * dn)]
@@ -144,7 +163,15 @@ modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
 
 @jax.custom_vjp
 def add_gated(x: jax.Array, branch: Residual) -> jax.Array:
-    """Residual branch: x + gate·(y + bias), (B,L,C)."""
+    """Residual branch: x + gate·(y + bias), (B,L,C).
+
+    Backward, given d, with D = Σ d over the tokens of a sample:
+
+        dx = d, dy = gate·d, dbias = Σ gate·D over samples, dgate = Σ d·(y + bias) = Σ d·y + bias·D
+
+        stored       y, bias, gate
+        recomputed   nothing
+    """
     return (x + branch.gate * (branch.y + branch.bias)).astype(x.dtype)
 
 
@@ -158,10 +185,15 @@ add_gated.defvjp(lambda x, branch: (add_gated(x, branch), branch), _add_gated_ba
 
 
 def gelu_gradients(z: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `token_passes.gelu_gradients`."""
+    """As `token_passes.gelu_gradients`, by XLA: gelu(z), dz and Σ dz for dy, the gradient by gelu(z).
+
+    With u = a(z + bz³), a = GELU_SCALE, b = GELU_CUBE, and the gate g = 1/(1 + exp(-u)):
+
+        gelu(z) = z·g, gelu'(z) = g + z·g(1-g)·a(1 + 3bz²)
+    """
     wide = _wide(z)
-    # (1 + tanh(u))/2, as the sigmoid of 2u: where memory is fast, a GPU is short of instructions here, and has one for
-    # an inverse root but many for a tanh or a division.
+    # g as the square of an inverse root, which is one instruction on a GPU; a tanh or a division takes many, and where
+    # memory is fast this step waits for instructions.
     gate = jnp.square(jax.lax.rsqrt(1 + jnp.exp(-GELU_SCALE * (wide + GELU_CUBE * wide * wide * wide))))
     slope = gate + wide * gate * (1 - gate) * GELU_SCALE * (1 + 3 * GELU_CUBE * wide * wide)
     return (wide * gate).astype(z.dtype), *_with_sum((dy * slope).astype(z.dtype))
@@ -210,7 +242,15 @@ def scores_of(targets: jax.Array) -> Output[Scores]:
 
 @jax.custom_vjp
 def scores(x: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array) -> Scores:
-    """Scores of `logits` for targets (B,L) int; the gradient keeps one array of that shape, in the dtype of x."""
+    """Scores of the logits z = x @ W + bias for targets (B,L) int.
+
+    Backward, given dentropy = w (B,L), from d entropy/dz = e = softmax(z) - onehot(target):
+
+        dx = w·(e Wᵀ), dW = Σ (w·x)ᵀ e, dbias = Σ w·e
+
+        stored       x, W, e (B,L,V) in the dtype of x
+        recomputed   nothing
+    """
     return _scores_and_errors(x, kernel, bias, targets)[0]
 
 
@@ -234,7 +274,7 @@ def _scores_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, targets: j
 
 
 def _scores_backward(kept: tuple[jax.Array, ...], grads: Scores) -> tuple[jax.Array | None, ...]:
-    """The errors are softmax - target; a token's share in the loss scales x and the products, which are smaller."""
+    """`share` is w. It scales x and e Wᵀ rather than e, which is larger."""
     (x, kernel, errors), share = kept, grads.entropy[..., None]
     dx = share * jnp.einsum("blv,cv->blc", errors, kernel, **_EXACT)
     dkernel = jnp.einsum("blc,blv->cv", (share * x).astype(x.dtype), errors, **_EXACT)

@@ -31,7 +31,7 @@ class BranchModulation(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the network is told of a batch's labels, the same in all passes: (…,B,1,C) float32.
+    """What blocks and heads take of a batch's labels, computed once for all passes of a request: (…,B,1,C) float32.
 
     Attributes:
       embedding: of the classes, (B,1,C).
@@ -44,7 +44,7 @@ class Condition(NamedTuple):
     masked: BranchModulation
 
     def every(self, step: int) -> Condition:
-        """That of every so manieth sample, from the first on."""
+        """The conditions of samples 0, step, 2·step and so on."""
         return jax.tree.map(lambda x: x[..., ::step, :, :], self)
 
 
@@ -66,7 +66,9 @@ class Branch(nnx.Module):
         self.head = Head(config, codebook_size, dtype=dtype, rngs=rngs)
 
     def modulation(self, activated: jax.Array, cond: jax.Array) -> BranchModulation:
-        """Of SiLU(cond) (B,C), and of what it is to the blocks, which may share a projection of it."""
+        """From `activated`, SiLU of the class embedding (B,C), for the head; from `cond`, that or the projection of it
+        that all blocks share (B,6C), for the blocks.
+        """
         return BranchModulation(self.stack.modulations(cond), self.head.modulation(activated))
 
     def __call__[T](
