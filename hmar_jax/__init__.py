@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hmar_jax.model import Model, Sample, from_pretrained
     from hmar_jax.sampling.schedule import Schedule
     from hmar_jax.scales import ScaleLadder
+    from hmar_jax.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "from_pretrained",
+    "train",
 ]
 
 _HOMES = {
@@ -34,6 +36,7 @@ _HOMES = {
     "model": ("Model", "Sample", "from_pretrained"),
     "sampling.schedule": ("Schedule",),
     "scales": ("ScaleLadder",),
+    "training.loop": ("train",),
 }
 
 

@@ -160,20 +160,16 @@ def measure(name: str, config: TrainConfig, repeats: int) -> Measured:
 
 def _fresh(config: TrainConfig) -> tuple[Any, Any, Any, Any]:
     """Objective, state, frozen parameters and optimizer of a stage that starts from made-up weights."""
-    from hmar_jax.compile_check.programs import start_model
+    from hmar_jax.compile_check.programs import absent_start
     from hmar_jax.parallel import sharding
-    from hmar_jax.training.objectives import OBJECTIVES, Start
-    from hmar_jax.training.optimizer import make_optimizer
-    from hmar_jax.training.state import TrainState
+    from hmar_jax.training.objectives import make_objective
+    from hmar_jax.training.state import TrainState, optimizer_of
 
-    start = start_model(config)
-    made_up = _made_up_params(start, sharding.shardings_in_use)
-    named = dataclasses.replace(config, init_from="nothing")
-    objective = OBJECTIVES[config.stage](named, (), Start(start, {}, lambda _: made_up))
-    parts = objective.init([])
-    optimizer = make_optimizer(
-        config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
-    )
+    start = absent_start(config)
+    assert start.config is not None  # `absent_start` makes one up
+    objective = make_objective(dataclasses.replace(config, init_from="nothing"), (), start)
+    parts = objective.init(_made_up_params(start.config, sharding.shardings_in_use), [])
+    optimizer = optimizer_of(config, parts.trained)
     return objective, TrainState.create(config, parts, optimizer), parts.frozen, optimizer
 
 

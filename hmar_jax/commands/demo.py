@@ -33,17 +33,18 @@ def run(argv: Sequence[str]) -> None:
     configs = {stage: demo.stage_config(stage, folder, quick=args.quick) for stage in demo.STAGES}
     demo.check_same_length(folder, configs["tokenizer"].steps)
     say(f"1/4 tokenizer: pictures to tokens and back, {configs['tokenizer'].steps} steps", flush=True)
-    if (tokenizer := train(configs["tokenizer"], folder / "tokenizer")) is None:
+    if train(configs["tokenizer"], folder / "tokenizer") is None:
         return
     say("2/4 next-scale: each scale from the coarser ones", flush=True)
     if not (folder / "tokens").exists():
         count = demo.QUICK_PICTURES if args.quick else demo.PICTURES
-        export_tokens(tokenizer, configs["tokenizer"].data, folder / "tokens", count=count)
+        export_tokens(folder / "tokenizer" / "model", configs["tokenizer"].data, folder / "tokens", count=count)
     if train(configs["next_scale"], folder / "next_scale") is None:
         return
     say("3/4 masked: a scale from a part of its own tokens", flush=True)
-    if (model := train(configs["masked"], folder / "masked")) is None:
+    if train(configs["masked"], folder / "masked") is None:
         return
+    model = folder / "masked" / "model"
     say("4/4 pictures", flush=True)
     for picture, what in demo.draw(folder, model, configs).items():
         say(f"  {picture}  {what}")

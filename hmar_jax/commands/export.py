@@ -71,13 +71,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _export_model(workdir: Path, output: Path, init_from: str) -> None:
-    from hmar_jax.training.loop import load_trained
+    from hmar_jax.training.trained import load_trained
 
     check_outputs("--output", [output], {"--workdir": workdir, "--init-from": init_from})
     if output.exists():
         raise InputError(f"{output} exists already; remove it, or choose another output directory.")
-    model, source, licences = load_trained(workdir, init_from)
-    say(f"The model is in {model.save(output, source=source, licences=licences)}")
+    say(f"The model is in {load_trained(workdir, init_from).save(output)}")
 
 
 def _export_torch(model: str, output: Path, layout: Kind | None) -> None:

@@ -35,9 +35,9 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax.training.loop import train
 
     options.join_processes(args)
-    model = train(config, args.workdir, args.profile)
+    model = train(config, args.workdir, profile=args.profile)
     if model is not None and processes.is_first():
-        say(f"Trained. The model is in {model}")
+        say(f"Trained. The model is in {args.workdir / 'model'}")
 
 
 def _steps(text: str) -> range:

@@ -8,7 +8,6 @@ stage `masked` `transformer`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
 import time
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from hmar_jax import params as trees
@@ -24,16 +22,16 @@ from hmar_jax.compile_check.topology import Topology
 from hmar_jax.config import ModelConfig, TrainConfig
 from hmar_jax.files import is_there, local_path
 from hmar_jax.formats.model_directory import read_config
-from hmar_jax.networks import held_dtypes, structure
+from hmar_jax.networks import held_dtypes, shapes_of
 from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
 from hmar_jax.sampling.program import Options, sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
-from hmar_jax.training.objectives import OBJECTIVES, Objective, Parts, Start, unjudged
-from hmar_jax.training.optimizer import make_optimizer
-from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
+from hmar_jax.training.objectives import Objective, Start, make_objective
+from hmar_jax.training.objectives.base import uses_perceptual
+from hmar_jax.training.state import TrainState, jit_train_step, make_train_step, optimizer_of, state_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -79,43 +77,28 @@ def prepare(config: TrainConfig, topology: Topology) -> Setup:
     """
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     sharding.check_batch(config, mesh)
-    model, params, judge = start_of(config)
-    build = functools.partial(OBJECTIVES[config.stage], class_names=(), start=Start(model, {}, lambda _: params))
-
-    def create(params: Tree) -> tuple[TrainState, Tree]:
-        # Weights that are only passed on need not be here.
-        parts: Parts = build(unjudged(config), start=Start(model, {}, lambda _: params)).init([])
-        optimizer = make_optimizer(
-            config.optimizer, config.steps, config.batch_size, parts.trained, config.tokenizer_loss.adversarial_start
-        )
-        return TrainState.create(config, parts, optimizer), parts.frozen
-
-    state, frozen = jax.eval_shape(create, params)
-    if judge is None:
-        return Setup(config, mesh, build(config), _place(state, mesh), _place(frozen, mesh))
-    frozen = frozen | {"perceptual": judge}
-    return Setup(config, mesh, build(config, judge=judge), _place(state, mesh), _place(frozen, mesh))
+    objective = make_objective(config, (), absent_start(config))
+    return Setup(config, mesh, objective, *state_shapes(config, objective, mesh))
 
 
-def _judge_shapes() -> Tree:
-    """LPIPS's parameters as shapes, laid out as `lpips_files.load_perceptual` does."""
+def absent_start(config: TrainConfig) -> Start:
+    """What a stage starts from, though weights need not be here: the config of the model, and all shapes."""
+    model = start_model(config)
+    lpips = _perceptual_shapes() if uses_perceptual(config) else {}
+    return Start(model, {}, {**shapes_of(model), **lpips}, _absent)
+
+
+def _absent(name: str) -> Any:
+    raise LookupError(f"{name} is not read, since only its shape is known here.")
+
+
+def _perceptual_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of LPIPS's parameters, laid out as `lpips_files.load_perceptual` does."""
 
     def turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[2:], shape[1], shape[0]) if name.startswith("features.") and len(shape) == 4 else shape
 
-    shapes = perceptual.file_shapes().items()
-    return {name: jax.ShapeDtypeStruct(turned(name, shape), jnp.float32) for name, shape in shapes}
-
-
-def start_of(config: TrainConfig) -> tuple[ModelConfig, Tree, Tree | None]:
-    """What a stage would read: config and shapes of the model that it starts from; of LPIPS's weights, if any."""
-    model = start_model(config)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(structure(model)[1])
-    )
-    loss = config.tokenizer_loss
-    judged = config.stage == "tokenizer" and loss.perceptual and loss.perceptual_weights
-    return model, params, _judge_shapes() if judged else None
+    return {f"perceptual.{name}": turned(name, shape) for name, shape in perceptual.file_shapes().items()}
 
 
 def start_model(config: TrainConfig) -> ModelConfig:
@@ -136,10 +119,7 @@ def start_model(config: TrainConfig) -> ModelConfig:
 def lower_train_step(setup: Setup) -> jax.stages.Lowered:
     """The step that `hmar-jax train` jits: objective, optimizer and all, with the state donated."""
     config, mesh = setup.config, setup.mesh
-    optimizer = make_optimizer(
-        config.optimizer, config.steps, config.batch_size, setup.state.params, config.tokenizer_loss.adversarial_start
-    )
-    step = make_train_step(config, setup.objective, optimizer)
+    step = make_train_step(config, setup.objective, optimizer_of(config, setup.state.params))
     with jax.set_mesh(mesh):
         return jit_train_step(step, setup.state, mesh).lower(setup.state, setup.frozen, _batch(setup))
 
@@ -200,9 +180,3 @@ def _batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": jax.ShapeDtypeStruct((size, model.ladder.length), jnp.int32, sharding=split), "label": label}
     pixels = (size, model.image_size, model.image_size, 3)
     return {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=split), "label": label}
-
-
-def _place(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings that training gives them."""
-    shardings = sharding.tree_shardings(tree, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

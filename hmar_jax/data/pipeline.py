@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -23,66 +22,13 @@ import grain
 import numpy as np
 
 from hmar_jax.config import DataConfig
-from hmar_jax.data.broken import WholePictures, naming_all
+from hmar_jax.data.broken import naming_all
 from hmar_jax.data.crops import Source, Views, Visit
-from hmar_jax.data.folder import FolderSource
-from hmar_jax.data.glyphs import Glyphs
-from hmar_jax.data.held_out import NamedSource, Part, PartOfSource
+from hmar_jax.data.held_out import Part
 from hmar_jax.data.picture_files import BrokenPictureError
 from hmar_jax.data.reading import Batch, Reader, read
-from hmar_jax.data.tokens import TokenSource, validation_of
+from hmar_jax.data.sources import SEEDS, Sources
 from hmar_jax.errors import InputError
-
-_SEEDS = 2**32  # of training; glyphs of greater ones are held out
-
-
-def open_source(
-    config: DataConfig, image_size: int, seed: int = 0, part: Part = "train", classes: int | None = None
-) -> Source:
-    """The source that `config` names, or its held-out part.
-
-    Args:
-      config: what to read. image_size: S, and seed: of the glyphs; other sources need neither.
-      classes: that labels of tokens must be below; the names in a cache bound them too.
-      part: `validation` is what `has_validation` promises: glyphs of seeds that no training has, the folder
-        `validation` of a token cache, or the share `data.held_out` of other sources, which `train` then lacks.
-
-    Raises:
-      InputError: the source is unknown, missing or unusable, or a setting is out of range.
-    """
-    match config.source:
-        case "glyphs":
-            return Glyphs(config.classes, image_size, seed + _SEEDS * (part == "validation"))
-        case "tokens":
-            return TokenSource(validation_of(config.path) if part == "validation" else config.path, classes)
-        case _:
-            source = _part(_pictures(config), config, part)
-            return WholePictures(source, config, part) if config.skip_broken else source
-
-
-def has_validation(config: DataConfig) -> bool:
-    """Whether there are examples that training never sees."""
-    if config.source == "tokens":
-        return os.path.isdir(validation_of(config.path))
-    return config.source == "glyphs" or config.held_out > 0
-
-
-def _pictures(config: DataConfig) -> NamedSource:
-    """All pictures of a folder or TFDS dataset."""
-    if config.source == "folder":
-        return FolderSource(config.path)
-    from hmar_jax.data.tfds import TfdsSource  # slow to import, and the only one to want TFDS
-
-    return TfdsSource(config.name, config.path, config.split)
-
-
-def _part(source: NamedSource, config: DataConfig, part: Part) -> NamedSource:
-    """A part of a source. Without a held-out share all of it is for training."""
-    if config.held_out:
-        return PartOfSource(source, part, config.held_out)
-    if part == "validation":
-        raise InputError(f"data.held_out is 0, so that no picture of {config.path!r} is held out; set it to a share.")
-    return source
 
 
 @contextlib.contextmanager
@@ -91,7 +37,7 @@ def _naming_all(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except BrokenPictureError as error:
-        raise naming_all(_pictures(config), config, error) from error
+        raise naming_all(Sources(config).pictures, config, error) from error
 
 
 def batches(
@@ -101,8 +47,7 @@ def batches(
     image_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
-    part: Part = "train",
-    classes: int | None = None,
+    source: Source | None = None,
 ) -> Batches:
     """Endless training batches; every epoch in another order, every visit with another crop.
 
@@ -111,7 +56,7 @@ def batches(
       seed: of order, crops, flips and glyphs, from 0 to 2^32-1.
       rows: which examples of every batch to read, from 0, in that order; all when None. They are the same ones
         whichever other rows are read, so that every process of a job may read its own.
-      part: of the source, and classes: that labels of tokens are below; see `open_source`.
+      source: what `Sources` opened for this config; by default its training part, opened now.
 
     Returns:
       An iterator of {"image": uint8 (b,S,S,3), "label": int32 (b,)} or {"tokens": int32 (b,L), "label": int32 (b,)}.
@@ -125,28 +70,28 @@ def batches(
         raise InputError(
             f"batch_size={batch_size}, rows={list(rows)}: expected 1 or more, and rows from 0 to below that."
         )
-    for_ever = _for_ever(grain.MapDataset.source(open_source(config, image_size, seed, part, classes)), config, seed)
+    source = Sources(config, image_size).open(seed=seed) if source is None else source
+    for_ever = _for_ever(grain.MapDataset.source(source), config, seed)
     pictures = for_ever.random_map(Visit(config, image_size))
     return Batches(_Rows(pictures, batch_size, tuple(rows)).batch(len(rows)), batch_size, config)
 
 
-def example_indices(config: DataConfig, *, start: int, count: int, image_size: int, seed: int) -> list[int]:
-    """Which examples of the source `batches` delivers, for any batch size, at positions start … start+count-1.
+def example_indices(source: Source, config: DataConfig, *, start: int, count: int, seed: int) -> list[int]:
+    """Which examples of a source `batches` delivers, for any batch size, at positions start … start+count-1.
 
     Args:
-      config: what to read. start: a position in the endless stream, from 0. count: how many positions, from 0.
-      image_size, seed: as `batches` gets them.
+      source, config, seed: as `batches` gets them.
+      start: a position in the endless stream, from 0. count: how many positions, from 0.
 
     Returns:
-      Indices for `open_source(config, image_size, seed)`, in the order of the stream.
+      Indices for `source`, in the order of the stream.
 
     Raises:
-      InputError: start, count or a setting is out of range, or the source is not usable.
+      InputError: start, count or the seed is out of range.
     """
     if start < 0 or count < 0:
         raise InputError(f"start={start}, count={count}: expected 0 or more of each.")
-    indices = grain.MapDataset.range(len(open_source(config, image_size, seed)))
-    for_ever = _for_ever(indices, config, seed)
+    for_ever = _for_ever(grain.MapDataset.range(len(source)), config, seed)
     return [int(for_ever[position]) for position in range(start, start + count)]
 
 
@@ -169,7 +114,7 @@ def views(
       crops: per picture; random ones differ, of central ones there is one, or two with `config.flip`.
       seed: of crops, flips and glyphs, from 0 to 2^32-1.
       count: how many pictures, from the first; all when None. Glyphs, being endless, need it.
-      part: of the source, see `open_source`.
+      part: of the source, see `Sources.open`.
 
     Returns:
       The source; {"image": uint8 (crops,S,S,3), "label": int32} by index.
@@ -188,7 +133,7 @@ def views(
         )
     if config.source == "glyphs" and count is None:
         raise InputError("data.source='glyphs' is endless; say how many pictures to take, with count.")
-    source = open_source(config, image_size, seed, part)
+    source = Sources(config, image_size).open(part, seed)
     total = min(len(source), count or len(source))
     indices = grain.MapDataset.range(total).seed(_checked(seed))
     return source, indices.random_map(Views(source, total, crops, config, image_size))
@@ -358,6 +303,6 @@ def _for_ever(examples: grain.MapDataset, config: DataConfig, seed: int) -> grai
 
 
 def _checked(seed: int) -> int:
-    if not 0 <= seed < _SEEDS:
+    if not 0 <= seed < SEEDS:
         raise InputError(f"The data seed is {seed}; use an integer from 0 to 2^32-1.")
     return seed

@@ -11,6 +11,7 @@ Axis letters: B batch, L tokens of one picture.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import glob
@@ -191,7 +192,6 @@ class TokenSource:
 
     Args:
       path: the cache's directory.
-      classes: how many the model that trains has, above all labels; by default as many as the cache has names for.
 
     Attributes:
       ladder, and codebook_size, crops, class_names, tokenizer, source, dtype: as in its `Header`.
@@ -201,7 +201,7 @@ class TokenSource:
       TransientError: the disk refuses.
     """
 
-    def __init__(self, path: str | os.PathLike[str], classes: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         path = local_path(path, "data.path")
         self.path = str(path)
         header = self._header = _read_header(path)
@@ -209,12 +209,20 @@ class TokenSource:
         self.codebook_size, self.crops = header.codebook_size, header.crops
         self.class_names, self.tokenizer, self.source = header.class_names, header.tokenizer, header.source
         self.dtype = header.dtype
-        self._classes = min(classes or 2**31, len(header.class_names) or 2**31)
+        self._classes = len(header.class_names) or 2**31
         with self._whole():
             self._records = ArrayRecordDataSource(_shards_there(path, header))
             if len(self._records) != header.count:
                 raise ValueError(f"{len(self._records)} of {header.count} images")
             self[0]  # so that what all records lack is known before anything is built for them
+
+    def with_classes(self, classes: int) -> TokenSource:
+        """The same cache for a model of so many classes, which its labels must be below."""
+        bounded = copy.copy(self)
+        bounded._classes = min(classes, self._classes)
+        with bounded._whole():
+            bounded[0]
+        return bounded
 
     def __len__(self) -> int:
         return len(self._records)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -159,22 +160,26 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._told = False
+        self._requested = False
+        self._interrupt_before: Any = signal.SIG_DFL
 
     def __call__(self, step: int) -> bool:
         if jax.distributed.is_initialized():
             with explained("The processes could not agree on whether to stop"):
                 return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self._requested
 
     def terminate(self, *_: Any) -> None:
         """Handles SIGTERM where there is no job, in which JAX does."""
-        self._told = True
+        self._requested = True
 
     def interrupt(self, *_: Any) -> None:
-        """Handles the first Ctrl-C as SIGTERM, which JAX tells the other processes of; the second one kills at once."""
-        self.interrupted = self._told = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        """Handles the first Ctrl-C as SIGTERM, which JAX tells the other processes of.
+
+        The second one kills the process at once, but where it has a prompt, such as a notebook's kernel, which goes on.
+        """
+        self.interrupted = self._requested = True
+        signal.signal(signal.SIGINT, self._interrupt_before if hasattr(sys, "ps1") else signal.SIG_DFL)
         os.write(2, b"\nStopping after the steps under way; another Ctrl-C leaves at once, without saving.\n")
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -192,7 +197,7 @@ def preemption() -> Iterator[StopRequests]:
         if not jax.distributed.is_initialized():
             before[signal.SIGTERM] = signal.signal(signal.SIGTERM, requests.terminate)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, requests.interrupt)
+            requests._interrupt_before = before[signal.SIGINT] = signal.signal(signal.SIGINT, requests.interrupt)
     try:
         yield requests
     finally:
@@ -203,6 +208,14 @@ def preemption() -> Iterator[StopRequests]:
 def is_first() -> bool:
     """Whether this is process 0, which writes and says what concerns all."""
     return jax.process_index() == 0
+
+
+def any_of_all(here: bool) -> bool:
+    """Whether a flag is set in any process. All call it together, and get the same answer."""
+    if jax.process_count() == 1:
+        return here
+    with explained("The processes could not agree on whether to stop"):
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
 
 
 def by_first[T](call: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from hmar_jax.config import TrainConfig
@@ -207,11 +206,3 @@ class Checkpoints:
         path, after = self.folder / str(self._saving), "Training resumes from the newest whole checkpoint."
         with writing(path), explained(f"Could not save checkpoint {path}", after=after):
             write()
-
-
-def describe(state: TrainState) -> Any:
-    """Shapes, dtypes and shardings of a state, as `restore` wants them."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-__all__ = ["Checkpoints", "describe"]

@@ -1,9 +1,9 @@
-"""parameters → metrics of held-out examples, while a stage trains."""
+"""parameters → metrics, while a stage trains: the protocol of evaluators, and the losses of held-out examples."""
 
 from __future__ import annotations
 
-import functools
 import logging
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hmar_jax.config import EvalConfig, TrainConfig
 from hmar_jax.data import pipeline
+from hmar_jax.data.sources import Sources
 from hmar_jax.errors import InputError
 from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
@@ -20,83 +21,86 @@ from hmar_jax.training.weights_and_masks import joined
 logger = logging.getLogger(__name__)
 
 
-class Evals:
-    """The measurements of `config.evals`, each on the same examples every time.
+class Evaluator(Protocol):
+    """A measurement of a model while it is trained. All processes of a job make it together."""
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after a step; the same answer in every process."""
+
+    def __call__(self, step: int, params: Tree, frozen: Tree) -> dict[str, np.ndarray]:
+        """The metrics after a step, `eval/KIND/NAME` → scalar or (K,) array, the same in every process.
+
+        Args:
+          params: the trained parameters, averaged where there are averages. frozen: those that the stage only reads.
+        """
+
+
+def make_evaluators(config: TrainConfig, objective: Objective, sources: Sources, mesh: Mesh) -> list[Evaluator]:
+    """The evaluators of `config.evals`.
+
+    A token cache without held-out tokens, such as one of an earlier version, is trained from without them, and the log
+    says so.
 
     Args:
-      mesh: that the parameters are on.
-
-    A token cache without held-out tokens, such as one of an earlier version, is trained from without evals, and the log
-    says so.
+      sources: of `config.data`. mesh: that the parameters are on.
 
     Raises:
       InputError: there are evals, but no pictures are held out, or too few for the devices.
     """
-
-    def __init__(self, config: TrainConfig, objective: Objective, mesh: Mesh):
-        self._config, self._objective, self._mesh = config, objective, mesh
-        self._measure = jax.jit(objective.measure, out_shardings=sharding.replicated(mesh))
-        self._evals = config.evals
-        if config.evals and not pipeline.has_validation(config.data):
-            if config.data.source != "tokens":
-                raise InputError(
-                    "evals measure held-out pictures, and data.held_out is 0; set it to a share of the pictures, or "
-                    "evals to ()."
-                )
-            logger.warning(
-                "%s has no held-out tokens, so that evals are left out; `hmar-jax export tokens` with data.held_out "
-                "writes some.",
-                config.data.path,
+    if config.evals and not sources.has_validation():
+        if config.data.source != "tokens":
+            raise InputError(
+                "evals measure held-out pictures, and data.held_out is 0; set it to a share of the pictures, or "
+                "evals to ()."
             )
-            self._evals = ()
-        self._batches = {eval_config: self._plan(eval_config) for eval_config in self._evals}
+        logger.warning(
+            "%s has no held-out tokens, so that evals are left out; `hmar-jax export tokens` with data.held_out "
+            "writes some.",
+            config.data.path,
+        )
+        return []
+    return [HeldOutLoss(eval_config, config, objective, sources, mesh) for eval_config in config.evals]
 
-    def __call__(self, step: int, trained: Tree, frozen: Tree) -> dict[str, np.ndarray]:
-        """The metrics that are due after a step: `eval/KIND/NAME` → scalar or (K,) array, the same in every process."""
-        found: dict[str, np.ndarray] = {}
-        for eval_config in self.due(step):
-            means = self._run(eval_config, trained, frozen)
-            found |= {f"eval/{eval_config.kind}/{name}": value for name, value in means.items()}
-        return found
 
-    def due(self, step: int) -> list[EvalConfig]:
-        """The measurements to make after a step; the last step has all of them."""
-        return [e for e in self._evals if step % e.every == 0 or step == self._config.steps]
+class HeldOutLoss:
+    """The stage's loss and its terms, on the same held-out examples every time."""
 
-    def _plan(self, eval_config: EvalConfig) -> tuple[int, int]:
-        """How many batches to measure, and the size of one: as many whole batches as there are examples for."""
-        held_out = len(pipeline.open_source(self._config.data, self._image_size, self._config.seed, "validation"))
-        number, ways = min(eval_config.count, held_out), sharding.ways(self._mesh)
-        size = min(self._config.batch_size // self._config.accumulate, number // ways * ways)
-        if not size:
+    def __init__(
+        self, eval_config: EvalConfig, config: TrainConfig, objective: Objective, sources: Sources, mesh: Mesh
+    ) -> None:
+        self._eval, self._config, self._objective, self._mesh = eval_config, config, objective, mesh
+        self._measure = jax.jit(objective.measure, out_shardings=sharding.replicated(mesh))
+        self._source = sources.open("validation", config.seed, objective.model_config.num_classes)
+        held_out, ways = len(self._source), sharding.ways(mesh)
+        number = min(eval_config.count, held_out)
+        # As many whole batches as there are examples for.
+        self._size = min(config.batch_size // config.accumulate, number // ways * ways)
+        if not self._size:
             raise InputError(
                 f"{number} held-out examples cannot be shared by {ways} devices; set data.held_out or the count of "
                 "evals so that each gets one, or set evals to ()."
             )
-        logger.info("Evals measure %d of %d held-out examples.", number // size * size, held_out)
-        return number // size, size
+        self._batches = number // self._size
+        logger.info("Evals measure %d of %d held-out examples.", self._batches * self._size, held_out)
 
-    def _run(self, eval_config: EvalConfig, trained: Tree, frozen: Tree) -> dict[str, np.ndarray]:
-        """Means over all examples of the batches."""
-        config, (number, size) = self._config, self._batches[eval_config]
+    def due(self, step: int) -> bool:
+        return step % self._eval.every == 0 or step == self._config.steps
+
+    def __call__(self, step: int, params: Tree, frozen: Tree) -> dict[str, np.ndarray]:
         batches = pipeline.batches(
-            config.data,
-            batch_size=size,
-            image_size=self._image_size,
-            seed=config.seed,
-            rows=sharding.host_rows(self._mesh, size),
-            part="validation",
-            classes=self._objective.model_config.num_classes,
+            self._config.data,
+            batch_size=self._size,
+            image_size=self._objective.model_config.image_size,
+            seed=self._config.seed,
+            rows=sharding.host_rows(self._mesh, self._size),
+            source=self._source,
         )
-        key, measured = jax.random.key(config.seed), []
+        key, measured = jax.random.key(self._config.seed), []
         try:
-            for i in range(number):
+            for i in range(self._batches):
                 batch = sharding.put_batch(next(batches), self._mesh)
-                measured.append(self._measure(trained, frozen, batch, jax.random.fold_in(key, i)))
+                measured.append(self._measure(params, frozen, batch, jax.random.fold_in(key, i)))
         finally:
             batches.close()
-        return jax.device_get(joined(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(measured))))
-
-    @functools.cached_property
-    def _image_size(self) -> int:
-        return self._objective.model_config.image_size
+        means = jax.device_get(joined(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(measured))))
+        return {f"eval/{self._eval.kind}/{name}": value for name, value in means.items()}

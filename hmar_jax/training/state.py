@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ import optax
 from jax.sharding import Mesh
 
 from hmar_jax.config import TrainConfig
-from hmar_jax.parallel.sharding import replicated
+from hmar_jax.parallel.sharding import replicated, tree_shardings
 from hmar_jax.params import Tree
-from hmar_jax.training.objectives import Batch, Metrics, Objective, Parts, example_keys
+from hmar_jax.training.objectives.base import Batch, Metrics, Objective, Parts, example_keys, start_names
+from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.weights_and_masks import Mean, joined
 from hmar_jax.xla import COMPILER_OPTIONS
 
@@ -52,6 +54,32 @@ class TrainState:
     def best(self) -> Tree:
         """The averaged parameters where there are any, else the trained ones."""
         return self.ema or self.params
+
+
+def optimizer_of(config: TrainConfig, params: Tree) -> optax.GradientTransformation:
+    """The optimizer of a stage, for its trained parameters or their shapes."""
+    start = config.tokenizer_loss.adversarial_start
+    return make_optimizer(config.optimizer, config.steps, config.batch_size, params, start)
+
+
+def initial_state(config: TrainConfig, parts: Parts, mesh: Mesh) -> TrainState:
+    """The state at step 0, each array laid out on the mesh from the moment it exists."""
+    create = functools.partial(TrainState.create, config, optimizer=optimizer_of(config, parts.trained))
+    changing = parts._replace(frozen={})
+    layout = tree_shardings(jax.eval_shape(create, changing), mesh)
+    return jax.jit(create, out_shardings=layout)(changing)
+
+
+def state_shapes(config: TrainConfig, objective: Objective, mesh: Mesh) -> tuple[TrainState, Tree]:
+    """Shapes, dtypes and shardings of a stage's state and of its frozen parameters; nothing is read or computed."""
+
+    def create(start: Tree) -> tuple[TrainState, Tree]:
+        parts = objective.init(start, [])
+        return TrainState.create(config, parts, optimizer_of(config, parts.trained)), parts.frozen
+
+    shapes = jax.eval_shape(create, objective.start.abstract(start_names(objective)))
+    shardings = tree_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def of_model(trained: Tree) -> Tree:

@@ -21,9 +21,8 @@ from hmar_jax.files.lock import Lock
 from hmar_jax.parallel import processes
 from hmar_jax.params import flatten
 from hmar_jax.training.checkpoint import Checkpoints
-from hmar_jax.training.classes import check_same_classes
 from hmar_jax.training.objectives import Objective
-from hmar_jax.training.settings import used
+from hmar_jax.training.settings import check_same_classes, used
 
 logger = logging.getLogger(__name__)
 # What another stream of examples differs in.
@@ -88,7 +87,7 @@ def _open(workdir: Path, config: TrainConfig, origin: dict[str, Any]) -> Checkpo
 
 def origin_of(objective: Objective) -> dict[str, Any]:
     """What a run is begun from, as its checkpoints have it: class names, and the checksum of `init_from`'s weights."""
-    start = objective.start.meta["sha256"] if objective.start else ""
+    start = objective.start.meta.get("sha256", "")
     return {"class_names": objective.model_config.class_names, "start": start}
 
 

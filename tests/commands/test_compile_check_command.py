@@ -27,9 +27,7 @@ from hmar_jax.compile_check.hlo import Program
 from hmar_jax.compile_check.topology import CHIPS, Topology, open_topology
 from hmar_jax.config import MeshConfig
 from hmar_jax.formats.model_directory import read_config
-from hmar_jax.networks import init_params
-from hmar_jax.training import objectives
-from hmar_jax.training.objectives import OBJECTIVES
+from hmar_jax.training.objectives import OBJECTIVES, initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState
 
@@ -182,10 +180,9 @@ def starts(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", OBJECTIVES)
 def test_the_state_is_that_of_training_though_nothing_is_read(starts, stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(objectives, "init_params", init_params)  # the tests' own makes arrays, which are no shapes
     sizes = {"sides": tiny.LADDER.sides, "tokenizer": tiny.TOKENIZER, "transformer": tiny.TRANSFORMER}
     real, absent = (tiny.stage_config(stage, folder, mesh=MeshConfig(1), **sizes) for folder in (starts, tmp_path))
-    parts = OBJECTIVES[stage](real, tiny.CLASSES).init([])
+    parts = initial_parts(make_objective(real, tiny.CLASSES))
     optimizer = make_optimizer(real.optimizer, real.steps, real.batch_size, parts.trained)
     truth = TrainState.create(real, parts, optimizer), parts.frozen
     setup = programs.prepare(absent, Topology("here", CHIPS["v5e"], tuple(jax.devices()[:1])))

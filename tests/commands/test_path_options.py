@@ -24,7 +24,9 @@ from hmar_jax.model import from_pretrained
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
+from hmar_jax.training.loop import open_inputs
 from hmar_jax.training.metrics import MetricsWriter
+from hmar_jax.training.trained import load_trained
 
 COMMANDS = (
     ["train"],
@@ -153,7 +155,7 @@ def test_what_is_named_by_a_tilde_is_found(home, starts, capsys):
     from_pretrained("~/tokenizer").save("~/again", source="a test")
     assert locate("~/again") == home / "again"
     config = tiny.next_scale_config(home, init_from="~/next_scale", data=DataConfig("tokens", path="~/tokens"))
-    assert loop.make_objective(config).model_config.class_names == tiny.CLASSES
+    assert open_inputs(config)[1].model_config.class_names == tiny.CLASSES
     assert Checkpoints(Path("~/run")).folder == home / "run" / "checkpoints"
     assert not (home / "~").exists()
 
@@ -176,7 +178,7 @@ CALLS = {
     "train into": lambda: loop.train(tiny.tokenizer_config(), Path(URL)),
     "train from": lambda: loop.train(tiny.tokenizer_config(init_from=URL), Path("run")),
     "train on": lambda: loop.train(tiny.tokenizer_config(data=DataConfig("folder", path=URL)), Path("run")),
-    "load_trained": lambda: loop.load_trained(Path(URL)),
+    "load_trained": lambda: load_trained(Path(URL)),
 }
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from hmar_jax.config import DataConfig
 from hmar_jax.data.broken import broken
 from hmar_jax.data.folder import FolderSource
-from hmar_jax.data.pipeline import batches, example_indices, examples, open_source
+from hmar_jax.data.pipeline import batches, example_indices, examples
+from hmar_jax.data.sources import Sources
 from hmar_jax.errors import InputError, TransientError
 
 S, COUNT, BROKEN = 16, 12, (0, 5, 7)
@@ -77,7 +78,7 @@ def test_broken_pictures_are_left_out_listed_and_counted_once(config, caplog):
     kept = [i for i in [*range(0, COUNT, 2), *range(1, COUNT, 2)] if i not in BROKEN]
     assert (images[0, :, 0, 0, 0] // 20).tolist() == kept
     assert labels.tolist() == [i % 2 for i in kept]
-    assert open_source(skipping, S).class_names == ("class 0", "class 1")
+    assert Sources(skipping, S).open().class_names == ("class 0", "class 1")
     assert caplog.messages[0].startswith("3 of 12 pictures are left out")
     assert len(caplog.messages) == 1 + len(BROKEN)
     assert all_named(" ".join(caplog.messages))
@@ -100,14 +101,13 @@ def test_training_without_broken_pictures_is_that_on_a_folder_without_them(confi
     for given in (skipping, dataclasses.replace(skipping, workers=1)):
         for key, value in stream(given).items():
             np.testing.assert_array_equal(value, expected[key])
-    assert example_indices(skipping, start=0, count=9, image_size=S, seed=3) == example_indices(
-        clean, start=0, count=9, image_size=S, seed=3
-    )
+    named = [example_indices(Sources(c, S).open(), c, start=0, count=9, seed=3) for c in (skipping, clean)]
+    assert named[0] == named[1]
 
 
 def test_held_out_pictures_stay_held_out_where_some_are_broken(config):
     def names(part, skip):
-        source = open_source(dataclasses.replace(config, held_out=0.4, skip_broken=skip), S, part=part)
+        source = Sources(dataclasses.replace(config, held_out=0.4, skip_broken=skip), S).open(part)
         return {source.name(i) for i in range(len(source))}
 
     wrong = {f"class {i % 2}/{i:02}.png" for i in BROKEN}
@@ -124,4 +124,4 @@ def test_a_folder_without_a_whole_picture_is_refused(tmp_path):
 def test_a_disk_that_does_not_answer_is_no_broken_picture(config, monkeypatch):
     monkeypatch.setattr(FolderSource, "__getitem__", lambda *_: (_ for _ in ()).throw(TransientError("lost")))
     with pytest.raises(TransientError):
-        len(open_source(dataclasses.replace(config, skip_broken=True), S))
+        len(Sources(dataclasses.replace(config, skip_broken=True), S).open())

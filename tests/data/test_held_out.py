@@ -10,6 +10,7 @@ from PIL import Image
 from hmar_jax.config import DataConfig
 from hmar_jax.data import pipeline
 from hmar_jax.data.held_out import PartOfSource
+from hmar_jax.data.sources import Sources
 from hmar_jax.errors import InputError
 
 SHARE = 0.25
@@ -28,7 +29,8 @@ def names_of(source):
 
 def parts(folder, share=SHARE):
     config = DataConfig("folder", path=str(folder), held_out=share)
-    return [pipeline.open_source(config, 16, part=part) for part in ("train", "validation")]
+    sources = Sources(config, 16)
+    return [sources.open(part) for part in ("train", "validation")]
 
 
 @pytest.fixture
@@ -72,16 +74,16 @@ def test_a_folder_of_one_picture_cannot_be_parted(tmp_path):
 
 def test_without_a_share_the_stream_is_that_of_all_pictures_and_nothing_is_held_out(folder):
     config = DataConfig("folder", path=str(folder))
-    assert len(pipeline.open_source(config, 16)) == 40
-    assert not pipeline.has_validation(config)
+    assert len(Sources(config, 16).open()) == 40
+    assert not Sources(config, 16).has_validation()
     with pytest.raises(InputError, match=r"data\.held_out is 0, so that no picture of '.*' is held out"):
-        pipeline.open_source(config, 16, part="validation")
+        Sources(config, 16).open("validation")
 
 
 def test_held_out_glyphs_are_drawn_by_no_training_seed():
     config = DataConfig("glyphs", classes="AB")
     shown = [
-        {pipeline.open_source(config, 16, seed, part)[i]["image"].tobytes() for i in range(8)}
+        {Sources(config, 16).open(part, seed)[i]["image"].tobytes() for i in range(8)}
         for seed, part in ((0, "validation"), (0, "train"), (1, "train"), (2**32 - 1, "train"))
     ]
     assert all(not shown[0] & others for others in shown[1:])
@@ -89,10 +91,11 @@ def test_held_out_glyphs_are_drawn_by_no_training_seed():
 
 def test_training_and_held_out_batches_share_no_picture(folder):
     config = DataConfig("folder", path=str(folder), resize=1.0, held_out=SHARE)
-    seen = {}
+    sources, seen = Sources(config, 16), {}
     for part in ("train", "validation"):
-        size = len(pipeline.open_source(config, 16, part=part))
-        batches = pipeline.batches(config, batch_size=size, image_size=16, seed=0, part=part)
+        source = sources.open(part)
+        size = len(source)
+        batches = pipeline.batches(config, batch_size=size, image_size=16, seed=0, source=source)
         seen[part] = {tuple(image[0, 0]) for image in next(batches)["image"]}
         batches.close()
         assert len(seen[part]) == size  # an epoch

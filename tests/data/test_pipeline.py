@@ -20,7 +20,8 @@ from PIL import Image
 
 from hmar_jax.config import DataConfig
 from hmar_jax.data.glyphs import Glyphs
-from hmar_jax.data.pipeline import ahead, batches, example_indices, examples, open_source
+from hmar_jax.data.pipeline import ahead, batches, example_indices, examples
+from hmar_jax.data.sources import Sources
 from hmar_jax.data.tokens import write_token_cache
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleLadder
@@ -199,9 +200,9 @@ def test_the_examples_named_are_those_delivered(source, start, steps, batch_size
     config = {"glyphs": DataConfig(), "folder": dataclasses.replace(folder, crop="center"), "tokens": cache}[source]
     batch = take(config, steps, start=start, batch_size=batch_size, seed=seed)
     span = {"start": start * batch_size, "count": steps * batch_size}
-    indices = example_indices(config, **span, image_size=S, seed=seed)
+    opened = Sources(config, S).open(seed=seed)
+    indices = example_indices(opened, config, **span, seed=seed)
     assert all(type(i) is int for i in indices)
-    opened = open_source(config, S, seed)
     assert batch["label"].tolist() == [opened[i]["label"] for i in indices]
     match source:
         case "glyphs":
@@ -218,8 +219,10 @@ def test_the_examples_named_are_those_delivered(source, start, steps, batch_size
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_examples_named_in_any_part_of_the_stream_are_those_of_the_whole(seed, folder):
+    source = Sources(folder, S).open()
+
     def named(start, count):
-        return example_indices(folder, start=start, count=count, image_size=S, seed=seed)
+        return example_indices(source, folder, start=start, count=count, seed=seed)
 
     whole = named(0, 5 * COUNT)
     assert all(sorted(whole[at : at + COUNT]) == list(range(COUNT)) for at in range(0, 5 * COUNT, COUNT))
@@ -383,7 +386,7 @@ def test_one_pass_may_stop_early_and_use_workers(folder):
 )
 def test_a_bad_config_is_named(changes, message):
     with pytest.raises(InputError, match=message):
-        open_source(dataclasses.replace(DataConfig(), **changes), S)
+        Sources(dataclasses.replace(DataConfig(), **changes), S).open()
 
 
 @pytest.mark.parametrize(
@@ -424,9 +427,9 @@ def test_a_bad_pass_is_named_at_once(config, options, message):
         ({"start": -1}, "start=-1"),
         ({"count": -1}, "count=-1"),
         ({"seed": -1}, "seed is -1"),
-        ({"image_size": 8}, "8 pixels"),
     ],
 )
 def test_a_bad_part_of_the_stream_is_named(changes, message):
     with pytest.raises(InputError, match=message):
-        example_indices(DataConfig(), **({"start": 0, "count": 1, "image_size": S, "seed": 0} | changes))
+        config = DataConfig()
+        example_indices(Sources(config, S).open(), config, **({"start": 0, "count": 1, "seed": 0} | changes))

@@ -313,9 +313,9 @@ def test_a_label_a_code_or_a_size_that_is_out_of_range_is_refused(tmp_path, reco
 def test_a_cache_without_names_is_bounded_by_the_classes_that_are_trained(tmp_path):
     write(tmp_path / "cache")
     change(class_names=[])(tmp_path / "cache" / "cache.json")
-    assert len(list(TokenSource(tmp_path / "cache", classes=3))) == 9
+    assert len(list(TokenSource(tmp_path / "cache").with_classes(3))) == 9
     with pytest.raises(InputError, match="its label is 2, expected 0 to 1"):
-        list(TokenSource(tmp_path / "cache", classes=2))
+        list(TokenSource(tmp_path / "cache").with_classes(2))
 
 
 def test_a_cache_of_an_earlier_version_is_read(tmp_path):

@@ -43,7 +43,7 @@ from hmar_jax.formats.convert import convert, export_torch
 from hmar_jax.formats.model_directory import read_config
 from hmar_jax.labels import parse_labels
 from hmar_jax.scales import ScaleLadder
-from hmar_jax.training.objectives import OBJECTIVES
+from hmar_jax.training.objectives import initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState
 
@@ -352,7 +352,7 @@ def test_a_bfloat16_directory_gives_nearly_the_official_logits(half, golden):
 def test_training_from_a_bfloat16_directory_is_in_float32(half):
     data = DataConfig("tokens", path="unused")
     config = TrainConfig(stage="masked", init_from=str(half), data=data, sides=LADDER.sides)
-    parts = OBJECTIVES["masked"](config, ()).init([])
+    parts = initial_parts(make_objective(config, ()))
     assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(parts.trained))
     optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, parts.trained)
     state = TrainState.create(config, parts, optimizer)

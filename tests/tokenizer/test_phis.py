@@ -22,7 +22,7 @@ from hmar_jax.model import Model
 from hmar_jax.networks import networks
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import checkpoint
-from hmar_jax.training.objectives import OBJECTIVES
+from hmar_jax.training.objectives import make_objective
 from hmar_jax.training.state import TrainState
 
 # Of three phis and four scales: by VAR's rule, and as it was before it was recorded.
@@ -118,13 +118,13 @@ def test_a_stage_inherits_the_phi_of_each_scale(three_phis, stage):
     sizes = {"sides": LADDER.sides, "tokenizer": dataclasses.replace(model.config.tokenizer)}
     for directory, expected in ((new, ()), (old, UNRECORDED)):
         config = TrainConfig(stage=stage, init_from=str(directory), data=data, **sizes)
-        assert OBJECTIVES[stage](config, ()).model_config.tokenizer.phi_of_scale == expected
+        assert make_objective(config, ()).model_config.tokenizer.phi_of_scale == expected
 
 
 def test_a_tokenizer_for_another_number_of_scales_uses_the_rule(three_phis):
     model, _, old = three_phis
     config = TrainConfig(stage="tokenizer", init_from=str(old), sides=(1, 2, 4), tokenizer=model.config.tokenizer)
-    assert OBJECTIVES["tokenizer"](config, ()).model_config.tokenizer.phi_of_scale == ()
+    assert make_objective(config, ()).model_config.tokenizer.phi_of_scale == ()
 
 
 @pytest.mark.parametrize(("recorded", "expected"), [(True, ()), (False, UNRECORDED)])

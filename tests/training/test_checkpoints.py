@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import assert_bit_equal, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
+from tiny_training import assert_bit_equal, describe, idle_steps, next_scale_config, steps_on_disk, tokenizer_config
 
 from hmar_jax.commands import train
 from hmar_jax.commands.main import main
 from hmar_jax.errors import DivergedError, InputError, MachineError, TransientError
 from hmar_jax.training import digests, loop
-from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.state import TrainState
 
 # Of a read or write that failed, TensorStore and Orbax leave coroutines and futures behind that nobody waits for.
@@ -547,7 +547,7 @@ def test_a_step_is_saved_whatever_becomes_of_its_samples(starts, tmp_path, monke
         raise InputError("no room for samples")
 
     monkeypatch.setattr(loop, "make_train_step", idle_steps())
-    monkeypatch.setattr(loop, "_sample_writer", lambda *_: full)
+    monkeypatch.setattr(loop, "SampleWriter", lambda *_: full)
     with pytest.raises(InputError, match="no room for samples"):
         loop.train(next_scale_config(starts, sample_every=2, sample_labels=(0,)), tmp_path)
     assert Checkpoints(tmp_path).latest() == 2
@@ -557,12 +557,12 @@ def test_a_parameter_that_is_not_finite_stops_the_run(starts, tmp_path, monkeypa
     config = next_scale_config(starts)
     make = loop.make_objective
 
-    def poisoned(config):
-        objective = make(config)
+    def poisoned(*arguments):
+        objective = make(*arguments)
         init = objective.init
 
-        def init_with_nan(first):
-            parts = init(first)
+        def init_with_nan(start, first):
+            parts = init(start, first)
             word = parts.trained["transformer"]["word_bias"]
             parts.trained["transformer"]["word_bias"] = word.at[0].set(jnp.nan)
             return parts

@@ -41,7 +41,7 @@ from hmar_jax.sampling import program
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.training import loop
 from hmar_jax.training.metrics import read_metrics
-from hmar_jax.training.objectives import OBJECTIVES
+from hmar_jax.training.objectives import initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState
 
@@ -126,14 +126,14 @@ def spy(self, step, state, *rest):
     seen["state"] = jax.device_get(state)
 Checkpoints.save = spy
 
-whole, initial_state = [], loop._initial_state
+whole, initial_state = [], loop.initial_state
 def watched(*args, **kwargs):
     made = initial_state(*args, **kwargs)
     if not whole:
         live = [a for a in jax.live_arrays() if len(a.sharding.device_set) == 1 or a.is_fully_replicated]
         whole.append([list(a.shape) for a in live if a.size > 256])
     return made
-loop._initial_state = watched
+loop.initial_state = watched
 
 class StopError(Exception):
     pass
@@ -331,8 +331,7 @@ def test_one_device_takes_any_batch():
 
 def tree_of(config):
     """Shapes of all that a run of the config trains or reads, as its state and frozen parameters hold them."""
-    objective = OBJECTIVES[config.stage](config, CLASSES)
-    parts = objective.init([])
+    parts = initial_parts(make_objective(config, CLASSES))
     optimizer = make_optimizer(config.optimizer, 1, 1, parts.trained)
     return jax.eval_shape(lambda parts: (TrainState.create(config, parts, optimizer), parts.frozen), parts)
 

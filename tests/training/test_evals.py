@@ -11,13 +11,15 @@ from tiny_training import CLASSES, LADDER, LOSS, SIZE, idle_steps, stage_config,
 
 from hmar_jax.config import DataConfig, EvalConfig
 from hmar_jax.data import pipeline
+from hmar_jax.data.sources import Sources
 from hmar_jax.data.tokens import TokenSource, validation_of, write_token_cache
 from hmar_jax.errors import InputError
 from hmar_jax.model import from_pretrained
 from hmar_jax.parallel import sharding
 from hmar_jax.training import loop
-from hmar_jax.training.evals import Evals
+from hmar_jax.training.evals import make_evaluators
 from hmar_jax.training.metrics import read_metrics
+from hmar_jax.training.objectives import initial_parts, make_objective
 
 NAMES = {
     "tokenizer": {"loss", "pixel", "vq", "psnr"},
@@ -54,11 +56,13 @@ def test_held_out_losses_are_written_when_due_and_at_the_end(starts, tmp_path, s
 def test_the_loss_is_that_of_the_examples_without_dropout(starts):
     config = stage_config("next_scale", starts, evals=(EvalConfig(count=24),))
     model = from_pretrained(starts / "next_scale")
-    objective = loop.make_objective(dataclasses.replace(config, init_from=str(starts / "next_scale")), CLASSES)
+    objective = make_objective(dataclasses.replace(config, init_from=str(starts / "next_scale")), CLASSES)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        measured = Evals(config, objective, mesh)(config.steps, model.params, {})
-    batches = pipeline.batches(config.data, batch_size=24, image_size=SIZE, seed=config.seed, part="validation")
+        (evaluator,) = make_evaluators(config, objective, Sources(config.data), mesh)
+        measured = evaluator(config.steps, model.params, {})
+    source = Sources(config.data).open("validation")
+    batches = pipeline.batches(config.data, batch_size=24, image_size=SIZE, seed=config.seed, source=source)
     batch = next(batches)
     batches.close()
     logits = np.asarray(model.next_scale_logits(batch["label"], batch["tokens"]))
@@ -72,16 +76,16 @@ def test_the_loss_is_that_of_the_examples_without_dropout(starts):
 @pytest.mark.parametrize("stage", NAMES)
 def test_the_same_parameters_give_the_same_metrics_every_time(starts, stage):
     config = stage_config(stage, starts, evals=(EvalConfig(every=1, count=16),))
-    objective = loop.make_objective(config, CLASSES)
+    objective = make_objective(config, CLASSES)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         parts = (
-            objective.init([])
+            initial_parts(objective)
             if stage != "tokenizer"
-            else objective.init([sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)])
+            else initial_parts(objective, [sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)])
         )
-        evals = Evals(config, objective, mesh)
-        first, second = (evals(step, parts.trained, parts.frozen) for step in (1, 2))
+        (evaluator,) = make_evaluators(config, objective, Sources(config.data, SIZE), mesh)
+        first, second = (evaluator(step, parts.trained, parts.frozen) for step in (1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -90,11 +94,13 @@ def test_the_adversary_has_no_part_in_the_tokenizers_loss(starts):
     for adversarial in (0.0, 5.0):
         loss = dataclasses.replace(LOSS, adversarial=adversarial, adversarial_start=0)
         config = stage_config("tokenizer", starts, tokenizer_loss=loss, evals=(EvalConfig(count=8),))
-        objective = loop.make_objective(config, CLASSES)
+        objective = make_objective(config, CLASSES)
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            parts = objective.init([sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)])
-            found.append(Evals(config, objective, mesh)(config.steps, parts.trained, parts.frozen))
+            first = [sharding.put_batch({"image": np.zeros((8, SIZE, SIZE, 3), np.uint8)}, mesh)]
+            parts = initial_parts(objective, first)
+            (evaluator,) = make_evaluators(config, objective, Sources(config.data, SIZE), mesh)
+            found.append(evaluator(config.steps, parts.trained, parts.frozen))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
@@ -104,7 +110,7 @@ def test_sample_pictures_of_the_tokenizer_are_of_held_out_pictures(tmp_path):
     for name in names:
         Image.new("RGB", (SIZE, SIZE)).save(tmp_path / name)
     data = DataConfig("folder", path=str(tmp_path), resize=1.0, held_out=0.1)
-    held_out = pipeline.open_source(data, SIZE, part="validation")
+    held_out = Sources(data, SIZE).open("validation")
     for index in range(len(held_out)):
         Image.new("RGB", (SIZE, SIZE), "white").save(tmp_path / held_out.name(index))
     config = stage_config("tokenizer", tmp_path, steps=1, data=data, sample_every=1)

@@ -24,7 +24,7 @@ from hmar_jax.transformer.teacher_forcing import teacher_inputs
 B, RATE, DECAY, CLIP = 4, 1e-2, 0.1, 0.5
 NETWORK = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
 GOLDEN = {1: 2.7718, 40: 2.8928, 100: 2.7379, 200: 2.5083}  # step → loss, on a CPU
-START = Start(ModelConfig(LADDER, TOKENIZER, None, CLASSES), {}, lambda _: {})
+START = Start(ModelConfig(LADDER, TOKENIZER, None, CLASSES), {}, {}, lambda name: pytest.fail(f"{name} was read"))
 
 
 def norm(x):

@@ -103,8 +103,11 @@ def die():
 at_step(STEPS, die if process == 1 else lambda: None)
 loop.train(moved_config(starts, mesh=MESH), out / "moved")
 """
-# The same run goes on; process 1 alone is told to stop, by Ctrl-C, which it sends itself on as SIGTERM.
+# A callback of process 1 alone asks to stop. Then the run of before goes on, and process 1 alone gets Ctrl-C, which it
+# sends itself on as SIGTERM.
 SECOND = """
+callbacks = [lambda step, metrics: step == 2] if process == 1 else []
+assert loop.train(moved_config(starts, mesh=MESH, checkpoint_every=100), out / "asked", callbacks) is None
 at_step(1, (lambda: os.kill(os.getpid(), signal.SIGINT)) if process == 1 else lambda: None)
 try:
     assert loop.train(moved_config(starts, mesh=MESH, steps=100_000, checkpoint_every=100_000), out / "told") is None
@@ -284,6 +287,13 @@ def test_all_processes_stop_at_the_same_step_when_one_is_told_to(hosts):
     assert 4 < step < 100_000
     assert position["examples"] == 8 * step
     assert not (hosts / "told" / "model").exists()
+
+
+def test_a_callback_of_one_process_stops_all_at_its_step(hosts):
+    checkpoints = Checkpoints(hosts / "asked")
+    assert (checkpoints.latest(), checkpoints.position()["examples"]) == (2, 16)
+    checkpoints.close()
+    assert not (hosts / "asked" / "model").exists()
 
 
 def test_a_peer_that_dies_in_a_save_is_no_fault_of_the_user_nor_of_ours_and_all_get_the_same_refusal(starts, tmp_path):

@@ -19,8 +19,9 @@ import pytest
 from tiny_training import idle_steps, next_scale_config
 
 from hmar_jax.training import loop
-from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
+from hmar_jax.training.state import state_shapes
 
 HERE = Path(__file__).parent
 KILLS, EVERY = 50, 3
@@ -116,7 +117,7 @@ def state_of(config):
     """What its checkpoints are restored into."""
     mesh = loop.sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return describe(loop._initial_state(config, loop.make_objective(config), mesh, fresh=False)[0])
+        return state_shapes(config, loop.open_inputs(config)[1], mesh)[0]
 
 
 @pytest.mark.parametrize("moment", [7, 23, 41])

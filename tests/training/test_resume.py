@@ -25,6 +25,7 @@ from hmar_jax.tokenizer import codebook
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import MetricsWriter, read_metrics
+from hmar_jax.training.trained import load_trained
 from hmar_jax.training.workdir import check_same_run
 
 CHANGES = {
@@ -117,7 +118,7 @@ def test_the_tokenizer_run_has_all_that_could_go_astray(straight):
 
 def test_the_averages_are_what_a_run_exports(straight):
     _, workdir, end = straight("next_scale")
-    model = loop.load_trained(workdir)[0]
+    model = load_trained(workdir)
     assert_bit_equal(model.params["transformer"], end["state"].ema["transformer"])
     assert not np.array_equal(end["state"].ema["transformer"]["pos"], end["state"].params["transformer"]["pos"])
 
@@ -232,18 +233,18 @@ def test_the_adversarial_weight_may_change_but_the_discriminator_not_join_or_lea
 def test_a_run_starts_from_a_hub_id_and_its_model_is_exported(starts, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "download", lambda name, revision, files: starts / name.removeprefix("someone/"))
     monkeypatch.setattr(loop, "make_train_step", idle_steps())
-    model = loop.train(stage_config("next_scale", starts, steps=1, init_from="someone/tokenizer"), tmp_path)
+    loop.train(stage_config("next_scale", starts, steps=1, init_from="someone/tokenizer"), tmp_path)
     start = from_pretrained(starts / "tokenizer").params["tokenizer"]
-    assert_bit_equal(from_pretrained(model).params["tokenizer"], start)
-    assert_bit_equal(loop.load_trained(tmp_path)[0].params["tokenizer"], start)
+    assert_bit_equal(from_pretrained(tmp_path / "model").params["tokenizer"], start)
+    assert_bit_equal(load_trained(tmp_path).params["tokenizer"], start)
 
 
 def test_the_model_of_a_moved_run_is_exported_once_its_start_is_given(starts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "make_train_step", idle_steps())
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(starts / "tokenizer", here / "tokenizer")
-    model = loop.train(stage_config("next_scale", starts, steps=1, init_from=str(here / "tokenizer")), here / "run")
-    expected = from_pretrained(model)
+    loop.train(stage_config("next_scale", starts, steps=1, init_from=str(here / "tokenizer")), here / "run")
+    expected = from_pretrained(here / "run" / "model")
     here.rename(there)
     export = ["export", "model", f"--workdir={there / 'run'}", f"--output={tmp_path / 'out'}"]
     assert main(export) == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from tiny_training import LADDER, LOSS, SIZE, TOKENIZER, assert_bit_equal, differing, tokenizer_config
+from tiny_training import CLASSES, LADDER, LOSS, SIZE, TOKENIZER, assert_bit_equal, differing, tokenizer_config
 
 from hmar_jax import params as trees
 from hmar_jax.config import OptimizerConfig
@@ -19,8 +19,8 @@ from hmar_jax.errors import InputError
 from hmar_jax.model import from_pretrained
 from hmar_jax.tokenizer.perceptual import file_shapes
 from hmar_jax.training import loop
-from hmar_jax.training.loop import make_objective
 from hmar_jax.training.metrics import read_metrics
+from hmar_jax.training.objectives import initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, make_train_step
 
@@ -44,8 +44,12 @@ def forward(batch):
 
     def run(weights, key=KEY, parts=None, step=5):
         if weights not in compiled:
-            objective = make_objective(tokenizer_config(tokenizer_loss=weights))
-            compiled[weights] = objective, objective.init([batch] * objective.start_batches), jax.jit(objective.loss)
+            objective = make_objective(tokenizer_config(tokenizer_loss=weights), CLASSES)
+            compiled[weights] = (
+                objective,
+                initial_parts(objective, [batch] * objective.start_batches),
+                jax.jit(objective.loss),
+            )
         objective, own, loss = compiled[weights]
         parts = parts or own
         value, (metrics, _) = loss(parts.trained, parts, batch, key, jnp.int32(step))
@@ -105,7 +109,7 @@ def test_the_log_says_that_the_perceptual_term_is_off_and_lists_the_parameters(l
 
 def test_the_codebook_starts_from_the_latents(forward):
     _, random, untrained = forward(dataclasses.replace(PLAIN, kmeans_batches=0))
-    objective = make_objective(tokenizer_config(tokenizer_loss=PLAIN))
+    objective = make_objective(tokenizer_config(tokenizer_loss=PLAIN), CLASSES)
     assert objective.start_batches == 1
     _, started, parts = forward(PLAIN)
     assert differing(parts.trained, untrained.trained) == {"tokenizer.quantizer.codebook"}
@@ -128,8 +132,8 @@ def trained_at(batch):
     """(step, factor on the discriminator's initial parameters) → state before and after a step, and its metrics."""
     loss = dataclasses.replace(LOSS, scale_dropout=0.0, adversarial_start=2)
     config = tokenizer_config(tokenizer_loss=loss, optimizer=OptimizerConfig(base_lr=0.1, ema=0.9, clip=0.0))
-    objective = make_objective(config)
-    parts = objective.init([batch])
+    objective = make_objective(config, CLASSES)
+    parts = initial_parts(objective, [batch])
     optimizer = make_optimizer(config.optimizer, 5, 8, parts.trained, loss.adversarial_start)
     state = TrainState.create(config, parts, optimizer)
     run = jax.jit(make_train_step(config, objective, optimizer))
@@ -191,7 +195,7 @@ def test_perceptual_weights_from_a_file_turn_the_term_on(forward, tmp_path_facto
     safetensors.numpy.save_file({name: np.ascontiguousarray(v, np.float32) for name, v in entries.items()}, file)
     weights = dataclasses.replace(PLAIN, perceptual=0.5, perceptual_weights=str(file))
     loss, metrics, parts = forward(weights)
-    assert make_objective(tokenizer_config(tokenizer_loss=weights)).notes == []
+    assert make_objective(tokenizer_config(tokenizer_loss=weights), CLASSES).notes == []
     file.unlink()
     assert metrics["perceptual"] > 0
     plain = forward(PLAIN)[0]
@@ -203,27 +207,29 @@ def test_perceptual_weights_from_a_file_turn_the_term_on(forward, tmp_path_facto
 def test_a_missing_file_of_perceptual_weights_is_a_sentence():
     weights = dataclasses.replace(LOSS, perceptual_weights="/nowhere/vgg.safetensors")
     with pytest.raises(InputError, match=r"'/nowhere/vgg.safetensors' cannot be read"):
-        make_objective(tokenizer_config(tokenizer_loss=weights))
+        make_objective(tokenizer_config(tokenizer_loss=weights), CLASSES)
 
 
 def test_a_tokenizer_goes_on_from_another_with_the_sides_of_its_config(starts):
-    objective = make_objective(tokenizer_config(init_from=str(starts / "tokenizer"), sides=(1, 3, 4, 8)))
+    objective = make_objective(tokenizer_config(init_from=str(starts / "tokenizer"), sides=(1, 3, 4, 8)), CLASSES)
     assert objective.start_batches == 0
     assert objective.model_config.ladder.sides == (1, 3, 4, 8)
-    assert_bit_equal(objective.init([]).trained["tokenizer"], from_pretrained(starts / "tokenizer").params["tokenizer"])
+    assert_bit_equal(
+        initial_parts(objective).trained["tokenizer"], from_pretrained(starts / "tokenizer").params["tokenizer"]
+    )
 
 
 def test_a_start_with_another_tokenizer_than_the_config_is_refused(starts):
     other = dataclasses.replace(TOKENIZER, channels=12, phis=3)
     with pytest.raises(InputError, match=r"has tokenizer.channels=8, tokenizer.phis=2, unlike this config; set"):
-        make_objective(tokenizer_config(init_from=str(starts / "tokenizer"), tokenizer=other))
+        make_objective(tokenizer_config(init_from=str(starts / "tokenizer"), tokenizer=other), CLASSES)
 
 
 @pytest.fixture(scope="module")
 def updated():
     """step → codebooks, averages and metrics around `after_update` of a batch that draws codes 0 to 7 alone."""
     weights = dataclasses.replace(LOSS, revive_every=3, dead_below=0.5, usage_decay=0.5)
-    objective = make_objective(tokenizer_config(tokenizer_loss=weights))
+    objective = make_objective(tokenizer_config(tokenizer_loss=weights), CLASSES)
     rng = np.random.default_rng(0)
     codes, averages = rng.standard_normal((2, TOKENIZER.codebook_size, TOKENIZER.latent_channels)).astype(np.float32)
     tokens = jnp.asarray(np.arange(2 * LADDER.length).reshape(2, -1) % 8)

