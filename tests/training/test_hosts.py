@@ -120,7 +120,7 @@ except KeyboardInterrupt:
 # A work directory that another process holds, then one of their own, in which process 1 dies in its second save.
 THIRD = """
 from tiny_training import idle_steps
-from hmar_jax.commands import main, processes, train
+from hmar_jax.commands import main, options, train
 from hmar_jax.errors import HmarError
 from hmar_jax.training.checkpoint import Checkpoints
 loop.make_train_step = idle_steps()
@@ -139,7 +139,7 @@ def die(self, step, *rest):
 
 Checkpoints.save = die
 train.load = lambda *_: config
-processes.join = lambda args: None  # they have
+options.join_processes = lambda args: None  # they have
 sys.exit(main.main(["train", "--config=x", f"--workdir={out / 'dying'}"]))
 """
 
