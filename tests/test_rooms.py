@@ -1,4 +1,4 @@
-"""The import rule: rooms import from earlier rooms alone, without circles."""
+"""The import rule: rooms import from earlier rooms alone, without circles. Files and functions are short."""
 
 import ast
 import functools
@@ -99,3 +99,16 @@ def test_every_folder_is_a_package(package):
     """One without __init__.py can be imported from a checkout, and is missing from a wheel."""
     folders = {file.parent for file in (ROOT / package).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_files_have_400_lines_and_functions_60_at_most():
+    ours = {name: tree for name, tree in trees().items() if name.startswith("hmar_jax") and tree.body}
+    functions = {
+        f"{name}.{node.name}": node.end_lineno - node.lineno + 1
+        for name, tree in ours.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(functions) > 500
+    assert {name: tree.body[-1].end_lineno for name, tree in ours.items() if tree.body[-1].end_lineno > 400} == {}
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}
