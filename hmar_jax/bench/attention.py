@@ -16,9 +16,11 @@ from hmar_jax.bench.measurements import check_memory, device_name, versions
 from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import write_whole
 from hmar_jax.scales import Pattern, ScaleLadder
-from pallas_kernels.scale_attention import api, bench, bench_table, bench_tune
-from pallas_kernels.scale_attention.bench import Rates, Row, Setting
-from pallas_kernels.scale_attention.bench_peers import PEERS
+from pallas_kernels.scale_attention import api
+from pallas_kernels.scale_attention.bench import cases, table, times, tuning
+from pallas_kernels.scale_attention.bench.cases import Setting
+from pallas_kernels.scale_attention.bench.peers import PEERS
+from pallas_kernels.scale_attention.bench.times import Rates, Row
 
 PUBLISHED = {"256": (64, 16), "512": (16, 24), "1024": (2, 24)}  # sides → batch, heads
 ON_A_CPU = {"128": (2, 4)}
@@ -105,7 +107,7 @@ def measure_all(
     device = device_name()
     report: dict[str, Any] = {"device": device, "versions": versions(), "rates": vars(rates), "settings": []}
     said = speed(settings[0].dtype, rates)
-    pages = [f"# Scale attention on {device}\n\nIt {said}; the bounds follow from these. {bench_table.LEGEND}\n"]
+    pages = [f"# Scale attention on {device}\n\nIt {said}; the bounds follow from these. {table.LEGEND}\n"]
     panels: list[Any] = []
     with tqdm.tqdm(total=len(settings) * len([*ours, *peers]), desc="attention", disable=None, leave=False) as bar:
         for setting in settings:
@@ -113,14 +115,14 @@ def measure_all(
             report["settings"].append(None)
             pages.append("")
             with _preparing(setting):
-                for row in bench.measure_all(setting, ours, peers, repeats):
+                for row in times.measure_all(setting, ours, peers, repeats):
                     rows.append(row)
                     bar.update(row.name in ours or row.name in peers)
-                    report["settings"][-1] = bench_table.as_json(setting, rows, rates)
-                    pages[-1] = bench_table.table(setting, rows, rates, markdown=True)
+                    report["settings"][-1] = table.as_json(setting, rows, rates)
+                    pages[-1] = table.render(setting, rows, rates, markdown=True)
                     write_whole(folder / "attention.json", (json.dumps(report, indent=1) + "\n").encode())
                     write_whole(folder / "attention.md", "\n".join(pages).encode())
-            bar.write(bench_table.table(setting, rows, rates))
+            bar.write(table.render(setting, rows, rates))
             panels.extend(_panels(setting, rows, rates))
     return panels
 
@@ -154,15 +156,15 @@ def kernels_to_tune(setting: Setting, wanted: Sequence[Any] | None) -> list[str]
 def tune(name: str, setting: Setting, repeats: int) -> str:
     """Prints each size of tiles with its time as it is measured; returns an entry for the kernel's table, if better."""
     with _preparing(setting):  # blocks have an error of their own
-        case = bench.make_case(setting)
-    blocks, tried = bench_tune.candidates(name, setting), []
+        case = cases.make_case(setting)
+    blocks, tried = tuning.candidates(name, setting), []
     with tqdm.tqdm(total=len(blocks), desc=f"tuning {name}", disable=None, leave=False) as bar:
-        for trial in bench_tune.trials(name, case, blocks, repeats):
+        for trial in tuning.trials(name, case, blocks, repeats):
             tried.append(trial)
             bar.update()
-            bar.write(bench_tune.line(trial, tried[0]))
-        last = list(bench_tune.trials(name, case, bench_tune.finalists(tried), repeats))
-    return bench_tune.verdict(last, bench_tune.table_entry(name, setting))
+            bar.write(tuning.line(trial, tried[0]))
+        last = list(tuning.trials(name, case, tuning.finalists(tried), repeats))
+    return tuning.verdict(last, tuning.table_entry(name, setting))
 
 
 @contextlib.contextmanager

@@ -94,9 +94,9 @@ def measure_rates(repeats: int) -> Any:
     """What the devices here do in a second, in the dtype that models are measured in."""
     import jax
 
-    from pallas_kernels.scale_attention import bench
+    from pallas_kernels.scale_attention.bench import times
 
-    return bench.measure_rates(_dtype(jax.default_backend() == "cpu"), repeats)
+    return times.measure_rates(_dtype(jax.default_backend() == "cpu"), repeats)
 
 
 def title(rates: Any) -> str:

@@ -77,9 +77,9 @@ def matmul_rate(rows: Mapping[str, TrainConfig], repeats: int) -> float:
     """FLOP/s of matrix products on all devices here."""
     import jax
 
-    from pallas_kernels.scale_attention import bench
+    from pallas_kernels.scale_attention.bench import times
 
-    return bench.measure_rates(next(iter(rows.values())).dtype, repeats).matmul * jax.device_count()
+    return times.measure_rates(next(iter(rows.values())).dtype, repeats).matmul * jax.device_count()
 
 
 def title(rate: float) -> str:

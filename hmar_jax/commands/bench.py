@@ -108,7 +108,7 @@ def attention(args: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: PyTorch shares the card
 
     from hmar_jax.bench import attention, measurements
-    from pallas_kernels.scale_attention import bench, bench_table
+    from pallas_kernels.scale_attention.bench import table, times
 
     on_cpu = _is_cpu()
     settings = attention_settings(args, on_cpu)
@@ -125,9 +125,9 @@ def attention(args: argparse.Namespace) -> None:
     *files, plot = measurements.prepare_reports(args.output, "attention", "# Scale attention on", endings)
     if on_cpu and not args.pixels + args.sides:
         say("There is no accelerator here, hence a small setting; see --pixels, --sides, --batch and --heads.")
-    rates = bench.measure_rates(settings[0].dtype, args.repeats)
+    rates = times.measure_rates(settings[0].dtype, args.repeats)
     speed = attention.speed(settings[0].dtype, rates)
-    say(f"{measurements.device_name()}: {speed}\n{bench_table.LEGEND}\n", flush=True)
+    say(f"{measurements.device_name()}: {speed}\n{table.LEGEND}\n", flush=True)
     panels = attention.measure_all(settings, ours, peers, args.repeats, rates, args.output)
     _say_files([*files, *_draw(panels, plot)])
 

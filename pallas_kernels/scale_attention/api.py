@@ -174,14 +174,14 @@ def choose(
 def _kernel(name: Implementation, *, packed: bool) -> Callable[..., jax.Array]:
     """Imported when first used: each wants its own part of Pallas."""
     if name == "tpu":
-        from pallas_kernels.scale_attention.tpu import tpu_attention, tpu_attention_packed
+        from pallas_kernels.scale_attention.tpu.attention import tpu_attention, tpu_attention_packed
 
         return tpu_attention_packed if packed else tpu_attention
     if name == "triton":
-        from pallas_kernels.scale_attention.triton import triton_attention, triton_attention_packed
+        from pallas_kernels.scale_attention.triton.attention import triton_attention, triton_attention_packed
 
         return triton_attention_packed if packed else triton_attention
-    from pallas_kernels.scale_attention.hopper import hopper_attention, hopper_attention_packed
+    from pallas_kernels.scale_attention.hopper.attention import hopper_attention, hopper_attention_packed
 
     return hopper_attention_packed if packed else hopper_attention
 

@@ -15,7 +15,7 @@ from hmar_jax.bench import attention
 from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
 from pallas_kernels.scale_attention import api
-from pallas_kernels.scale_attention.bench_peers import PEERS
+from pallas_kernels.scale_attention.bench.peers import PEERS
 from pallas_kernels.scale_attention.xla import xla_attention
 
 TINY = ["--sides=1,2,3", "--batch=1", "--heads=2", "--head-size=8", "--repeats=1"]
@@ -146,7 +146,7 @@ def test_a_kernel_is_tuned(monkeypatch, capsys):
     kernel = types.SimpleNamespace(
         candidates=lambda *_: [Blocks(64), Blocks(128)], table_entry=lambda *_: "TUNED[0]", hopper_attention=attend
     )
-    monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper", kernel)
+    monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper.attention", kernel)
     monkeypatch.setattr(api, "choose", lambda *_: "hopper")
     assert main(["bench", "attention", "--tune", "--no-norm", *TINY]) == 0
     title, *lines = capsys.readouterr().out.strip().splitlines()
@@ -194,7 +194,7 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys, 
     def make_case(setting, seed=0):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwith a page of details")
 
-    monkeypatch.setattr("pallas_kernels.scale_attention.bench.make_case", make_case)
+    monkeypatch.setattr("pallas_kernels.scale_attention.bench.cases.make_case", make_case)
     monkeypatch.setattr(attention, "kernels_to_tune", lambda *_: ["hopper"])
     assert measured(tmp_path, *options) == 2
     [sentence] = capsys.readouterr().err.splitlines()

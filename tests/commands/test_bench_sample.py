@@ -17,7 +17,7 @@ from hmar_jax.commands import bench
 from hmar_jax.commands.main import main
 from hmar_jax.networks import held_dtypes
 from hmar_jax.sampling import program
-from pallas_kernels.scale_attention.bench import Rates
+from pallas_kernels.scale_attention.bench.times import Rates
 
 
 @pytest.fixture(scope="module")

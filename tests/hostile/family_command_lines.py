@@ -170,7 +170,7 @@ def _nothing_takes_long(home):
             "hmar_jax.training.loop.train",
             "hmar_jax.bulk.token_caches._write_missing",
             "hmar_jax.compile_check.programs.prepare",
-            "pallas_kernels.scale_attention.bench.measure_rates",
+            "pallas_kernels.scale_attention.bench.times.measure_rates",
             "hmar_jax.sampling.commitment.commitment",
             "hmar_jax.formats.hub.download",
         ):

@@ -9,7 +9,7 @@ import pytest
 from absent_devices import A100, H200, V5E, compiling_for, gpu
 
 from pallas_kernels import devices
-from pallas_kernels.scale_attention import triton_tiles
+from pallas_kernels.scale_attention.triton import tiles as triton_tiles
 
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
 ADA = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA RTX 4000 Ada", compute_capability="8.9")

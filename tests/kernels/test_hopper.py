@@ -9,10 +9,10 @@ import pytest
 from absent_devices import H200, compiling_for
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention.hopper import hopper_attention, hopper_attention_packed
-from pallas_kernels.scale_attention.hopper_blocks import NEEDS, Blocks, HopperBlocks, tuned_blocks
-from pallas_kernels.scale_attention.hopper_common import LOG2E
-from pallas_kernels.scale_attention.hopper_forward import SAFE_SCALE
+from pallas_kernels.scale_attention.hopper.attention import hopper_attention, hopper_attention_packed
+from pallas_kernels.scale_attention.hopper.blocks import NEEDS, Blocks, HopperBlocks, tuned_blocks
+from pallas_kernels.scale_attention.hopper.common import LOG2E
+from pallas_kernels.scale_attention.hopper.forward import SAFE_SCALE
 from pallas_kernels.scale_attention.reference import reference_attention, scale_queries_and_keys
 
 PATTERNS = ["block_diagonal", "block_causal"]

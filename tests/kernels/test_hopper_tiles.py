@@ -8,10 +8,10 @@ import pytest
 from absent_devices import compiling_for, gpu
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import hopper_blocks
-from pallas_kernels.scale_attention import hopper_tiles as tiles
-from pallas_kernels.scale_attention.hopper import candidates, hopper_attention
-from pallas_kernels.scale_attention.hopper_blocks import (
+from pallas_kernels.scale_attention.hopper import blocks as hopper_blocks
+from pallas_kernels.scale_attention.hopper import tiles
+from pallas_kernels.scale_attention.hopper.attention import candidates, hopper_attention
+from pallas_kernels.scale_attention.hopper.blocks import (
     DEFAULT_KIND,
     NEEDS,
     TUNED,

@@ -9,14 +9,11 @@ from hypothesis import strategies as st
 from ladders import ladders
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import (
-    hopper_tiles,
-    packed_scale_attention,
-    scale_attention,
-    tpu_tiles,
-    triton_tiles,
-)
+from pallas_kernels.scale_attention import packed_scale_attention, scale_attention
+from pallas_kernels.scale_attention.hopper import tiles as hopper_tiles
 from pallas_kernels.scale_attention.ranges import runs, transpose_ranges
+from pallas_kernels.scale_attention.tpu import tiles as tpu_tiles
+from pallas_kernels.scale_attention.triton import tiles as triton_tiles
 
 IMPLEMENTATIONS = ["reference", "xla"]
 PATTERNS = ["block_diagonal", "block_causal"]

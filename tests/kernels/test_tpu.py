@@ -26,9 +26,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import tpu_tiles
 from pallas_kernels.scale_attention.reference import reference_attention
-from pallas_kernels.scale_attention.tpu import TpuBlocks, candidates, tpu_attention, tpu_attention_packed
+from pallas_kernels.scale_attention.tpu import tiles as tpu_tiles
+from pallas_kernels.scale_attention.tpu.attention import TpuBlocks, candidates, tpu_attention, tpu_attention_packed
 
 PATTERNS = ["block_diagonal", "block_causal"]
 # Norm of the difference over norm of the truth: of the output, and of gradients.

@@ -20,7 +20,7 @@ from hmar_jax.scales import ScaleLadder
 from pallas_kernels import devices
 from pallas_kernels.scale_attention import api, packed_scale_attention, scale_attention
 from pallas_kernels.scale_attention.reference import reference_attention
-from pallas_kernels.scale_attention.triton_tiles import (
+from pallas_kernels.scale_attention.triton.tiles import (
     LEAST_SHARED_BYTES,
     NEEDS,
     Blocks,
@@ -30,8 +30,8 @@ from pallas_kernels.scale_attention.triton_tiles import (
 )
 
 pytest.importorskip("triton", reason="the extra test has Triton for Linux on x86-64 only")
-from pallas_kernels.scale_attention import triton as door
-from pallas_kernels.scale_attention.triton import triton_attention, triton_attention_packed
+from pallas_kernels.scale_attention.triton import kernels
+from pallas_kernels.scale_attention.triton.attention import triton_attention, triton_attention_packed
 
 PATTERNS = ["block_diagonal", "block_causal"]
 # Norm of the difference over norm of the truth, of outputs and of gradients.
@@ -221,7 +221,7 @@ OTHERS = {"limits": "int32", "table": "int32", **dict.fromkeys(["factors", "key_
 def compiled_kernel(name, capability, dtype, size, blocks, *, norm=True, packed=True):
     """One of the kernels, as `compile_kernel` gives it."""
     kernel, spec = (
-        getattr(door.kernels, f"{name}_kernel"),
+        getattr(kernels, f"{name}_kernel"),
         Spec(680, 16, size, packed, norm, blocks.rows, blocks.columns),
     )
     return compile_kernel(kernel, capability, dtype, spec, OTHERS, num_warps=blocks.warps, num_stages=blocks.stages)
@@ -256,7 +256,7 @@ def test_triton_has_no_tensor_cores_for_turing_which_is_why_xla_serves_it():
     assert "mma" not in compiled_kernel("forward", 75, "float16", 16, Blocks(16, 16, 4, 1)).asm["ptx"]
 
 
-# --- The door.
+# --- Who gets Triton.
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from hmar_jax.scales import ScaleLadder
 from pallas_kernels.scale_attention.ranges import transpose_ranges
-from pallas_kernels.scale_attention.triton_tiles import (
+from pallas_kernels.scale_attention.triton.tiles import (
     FIRST,
     FULL_FIRST,
     FULL_LAST,

@@ -57,7 +57,7 @@ def place(spec: tl.constexpr):
 
 @triton.jit
 def tile_of(table, limits, spec: tl.constexpr):
-    """The program's rows, which of them it stores, their [start, end), and its columns, see `triton_tiles`."""
+    """The program's rows, which of them it stores, their [start, end), and its columns, see `tiles`."""
     entry = table + tl.program_id(0) * 6
     row, stop = tl.load(entry), tl.load(entry + 1)
     rows = row + tl.arange(0, spec.rows)
@@ -163,7 +163,7 @@ def forward_kernel(q, k, v, factors, key_gains, limits, table, out, lse, spec: t
       factors: (H,) float32, the softmax scale; with QK-norm the learned one.
       key_gains: with QK-norm (B,H,L) float32, the inverse norms of keys with the signs of factors; else never read.
       limits: (2,L) int32, the first column that each row sees, and the one behind the last.
-      table: (tiles, 6) int32, see `triton_tiles`.
+      table: (tiles, 6) int32, see `tiles`.
     """
     operand, token, vector = place(spec)
     q, k, v = q + operand, k + operand + spec.part, v + operand + 2 * spec.part

@@ -54,8 +54,8 @@ class Blocks:
       columns: of a tile, a multiple of 64.
       stages: column tiles in flight.
       loader_registers: of each thread that loads; the other threads get what that leaves.
-      relay: whether computing warpgroups issue products one after the other, see `hopper_pipeline`.
-      paired: whether a tile's logits and the values of the tile before are multiplied together, see `hopper_forward`;
+      relay: whether computing warpgroups issue products one after the other, see `pipeline`.
+      paired: whether a tile's logits and the values of the tile before are multiplied together, see `forward`;
         no other kernel heeds it.
 
     Raises:

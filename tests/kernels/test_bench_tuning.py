@@ -8,11 +8,12 @@ import types
 import pytest
 
 from hmar_jax.scales import ScaleLadder
-from pallas_kernels.scale_attention import bench, bench_tune, scale_attention
+from pallas_kernels.scale_attention import scale_attention
+from pallas_kernels.scale_attention.bench import cases, times, tuning
 
 
 def setting(sides=(2,), size=8, dtype="float32"):
-    return bench.Setting(ScaleLadder(sides), 1, 1, size, dtype, "block_diagonal", norm=False)
+    return cases.Setting(ScaleLadder(sides), 1, 1, size, dtype, "block_diagonal", norm=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +41,21 @@ class TestTuning:
 
             def time_calls(call, wait, repeats):
                 seconds = 1e-3 * milliseconds[latest[0]]
-                return bench.Time(seconds, seconds * (1 - spread), seconds * (1 + spread))
+                return times.Time(seconds, seconds * (1 - spread), seconds * (1 + spread))
 
             kernel = types.SimpleNamespace(candidates=lambda *_: list(milliseconds), hopper_attention=attend)
-            monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper", kernel)
-            monkeypatch.setattr(bench, "time_calls", time_calls)
-            case = bench.make_case(chosen)
-            return lambda blocks: list(bench_tune.trials("hopper", case, blocks, 1))
+            monkeypatch.setitem(sys.modules, "pallas_kernels.scale_attention.hopper.attention", kernel)
+            monkeypatch.setattr(times, "time_calls", time_calls)
+            case = cases.make_case(chosen)
+            return lambda blocks: list(tuning.trials("hopper", case, blocks, 1))
 
         return try_all
 
     def verdict(self, trials, chosen, milliseconds, **options):
         """And the blocks that came to the final."""
         run = trials(chosen, milliseconds, **options)
-        last = bench_tune.finalists(run(list(bench_tune.candidates("hopper", chosen))[:4]))
-        return bench_tune.verdict(run(last), "TUNED[1]"), last
+        last = tuning.finalists(run(list(tuning.candidates("hopper", chosen))[:4]))
+        return tuning.verdict(run(last), "TUNED[1]"), last
 
     def test_the_best_of_each_kernel_are_joined_and_beat_what_is_in_use(self, trials):
         milliseconds = {Blocks(1, 1): 10, Blocks(2, 1): 9, Blocks(3, 1): 9.5, Blocks(1, 2): 8, Blocks(2, 2): 7}
@@ -74,7 +75,7 @@ class TestTuning:
         assert last == [Blocks(1, 1)]
         assert said == "Nothing right beats what is in use, Blocks(forward=1, backward=1)."
         tried = trials(setting(), milliseconds)(list(milliseconds))
-        lines = [" ".join(bench_tune.line(trial, tried[0]).split()) for trial in tried]
+        lines = [" ".join(tuning.line(trial, tried[0]).split()) for trial in tried]
         assert lines == [
             "1.000 10 ± 0.1 ms Blocks(forward=1, backward=1)",
             "wrong 1 ± 0.01 ms Blocks(forward=99, backward=1)",
@@ -86,7 +87,7 @@ class TestTuning:
     def test_candidates_are_distinct_and_can_be_pasted_as_they_are_printed(self, kernel):
         if kernel == "triton":
             pytest.importorskip("jax_triton")
-        found = bench_tune.candidates(kernel, setting((1, 2, 30), size=64, dtype="bfloat16"))
+        found = tuning.candidates(kernel, setting((1, 2, 30), size=64, dtype="bfloat16"))
         assert len(set(found)) == len(found) > 4
         for blocks in found:
             assert eval(repr(blocks), vars(sys.modules[type(blocks).__module__])) == blocks
@@ -97,14 +98,14 @@ class TestTuning:
         if kernel == "triton":
             pytest.importorskip("jax_triton")
         chosen = setting(sides, size=64, dtype="bfloat16")
-        used, other = bench_tune.candidates(kernel, chosen)[:2]
+        used, other = tuning.candidates(kernel, chosen)[:2]
         module = sys.modules[type(used).__module__]
         table = copy.deepcopy(module.TUNED)
         if hasattr(module, "DEFAULT_KIND"):
             table["cpu"] = dict(table[module.DEFAULT_KIND])
         monkeypatch.setattr(module, "TUNED", table)
-        exec(f"{bench_tune.table_entry(kernel, chosen)} = {other}", vars(module))
-        assert bench_tune.candidates(kernel, chosen)[0] == other
+        exec(f"{tuning.table_entry(kernel, chosen)} = {other}", vars(module))
+        assert tuning.candidates(kernel, chosen)[0] == other
 
     def test_what_is_in_use_and_fails_is_replaced(self, trials):
         said, _ = self.verdict(trials, setting(), {Blocks(1, 1): "broken", Blocks(2, 1): 9})

@@ -2,9 +2,9 @@
 
 Axis letters: B batch, L tokens, H heads, D head size.
 
-`hopper_blocks` says how large tiles are, `hopper_tiles` which to visit, `hopper_pipeline` how thread blocks are kept
-busy, `hopper_forward` and `hopper_backward` what is computed. All read and write the token-major layout directly. No
-sum is split between thread blocks, so results are bit-equal from run to run.
+`blocks` says how large tiles are, `tiles` which to visit, `pipeline` how thread blocks are kept busy, `forward` and
+`backward` what is computed. All read and write the token-major layout directly. No sum is split between thread blocks,
+so results are bit-equal from run to run.
 
 With QK-norm the loading warpgroup normalises column tiles in shared memory, and the inverse norm of a row is a factor
 of its logits: normalised q and k never go to global memory, but for keys with `Blocks.paired`.
@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.devices import vary_as
-from pallas_kernels.scale_attention.hopper_backward import grad_keys, grad_queries
-from pallas_kernels.scale_attention.hopper_blocks import HopperBlocks, candidates, table_entry, tuned_blocks
-from pallas_kernels.scale_attention.hopper_forward import forward
+from pallas_kernels.scale_attention.hopper.backward import grad_keys, grad_queries
+from pallas_kernels.scale_attention.hopper.blocks import HopperBlocks, candidates, table_entry, tuned_blocks
+from pallas_kernels.scale_attention.hopper.forward import forward
 from pallas_kernels.scale_attention.operands import Static, check_operands, ranges_for, say, sign_of
 
 __all__ = ["HopperBlocks", "candidates", "hopper_attention", "hopper_attention_packed", "table_entry"]
 
-HEAD_SIZES = (32, 64)  # whose vectors are as long as a swizzle, see `hopper_common`
+HEAD_SIZES = (32, 64)  # whose vectors are as long as a swizzle, see `common`
 
 
 def hopper_attention(

@@ -2,7 +2,7 @@
 
 Axis letters: B batch, L tokens, H heads, D head size, C = H·D channels.
 
-`tpu_tiles` says which pairs of tiles are visited, `tpu_kernels` what is computed of each.
+`tiles` says which pairs of tiles are visited, `kernels` what is computed of each.
 
 Layout. The kernels read (B,L,H,D) as (B,L,C), which is how a projection wrote it: no transpose (`tpu_attention_packed`
 says when XLA adds one), and no array in memory with half of its 128 lanes empty. A *group* of 128/D heads fills the
@@ -38,8 +38,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import vary_as
 from pallas_kernels.scale_attention.operands import check_operands, ranges_for, say
-from pallas_kernels.scale_attention.tpu_kernels import Problem, backward_kernel, forward_kernel
-from pallas_kernels.scale_attention.tpu_tiles import (
+from pallas_kernels.scale_attention.tpu.kernels import Problem, backward_kernel, forward_kernel
+from pallas_kernels.scale_attention.tpu.tiles import (
     KEY,
     QUERY,
     TpuBlocks,

@@ -21,8 +21,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.scale_attention import tpu_tiles as tiles
-from pallas_kernels.scale_attention.tpu_tiles import TpuBlocks
+from pallas_kernels.scale_attention.tpu import tiles
+from pallas_kernels.scale_attention.tpu.tiles import TpuBlocks
 
 LOG2E = math.log2(math.e)  # is folded into q, so that logits are in base 2 and exp2 gives weights
 LOWEST = -1e30  # where running maxima start: finite, so that a hidden logit, -inf, weighs exp2(-inf) = 0 from the start

@@ -2,7 +2,7 @@
 
 Axis letters: B batch, L tokens, H heads, D head size.
 
-`triton_tiles` says which tiles are visited and how large they are, `triton_kernels` what is computed of them. All read
+`tiles` says which tiles are visited and how large they are, `kernels` what is computed of them. All read
 and write the token-major layout directly, packed or not. `jax_triton` has no place for an estimate of their cost.
 
 With QK-norm XLA finds the inverse norms of keys beforehand, 1/D of their size; those of rows are found in the kernels.
@@ -36,10 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import devices
-from pallas_kernels.scale_attention import triton_kernels as kernels
 from pallas_kernels.scale_attention.operands import Static, check_operands, ranges_for, say, sign_of
 from pallas_kernels.scale_attention.ranges import transpose_ranges
-from pallas_kernels.scale_attention.triton_tiles import (
+from pallas_kernels.scale_attention.triton import kernels
+from pallas_kernels.scale_attention.triton.tiles import (
     Blocks,
     Spec,
     TritonBlocks,
@@ -178,7 +178,7 @@ def _launch(
     """Runs a kernel for every tile of rows, head and sequence.
 
     Args:
-      kernel: of `triton_kernels`.
+      kernel: of `kernels`.
       blocks: how it is cut.
       ranges: (L,2) int32, the columns that each of its rows sees.
       norm: whether q and k are normalised.

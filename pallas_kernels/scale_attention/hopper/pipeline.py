@@ -12,7 +12,7 @@ that its item loads, to work on it or to skip it, and passes the baton once at e
 A `Pipeline` is the schedule, known when tracing. A `Kernel` says what is loaded, its `Flow`, and what is done with it.
 
 Kernels use lane semantics: warpgroup semantics infer how shared memory is laid out, and would refuse the two views of
-`hopper_common.tile_memory`.
+`common.tile_memory`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.devices import core_count
-from pallas_kernels.scale_attention import hopper_tiles as tiles
-from pallas_kernels.scale_attention.hopper_blocks import Blocks
+from pallas_kernels.scale_attention.hopper import tiles
+from pallas_kernels.scale_attention.hopper.blocks import Blocks
 
 Ref = Any  # a Pallas reference
 Scalar = Any  # an int32 of the kernel

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.scale_attention.bench import PASSES, TOLERANCE, Rates, Row, Setting
+from pallas_kernels.scale_attention.bench.cases import Setting
+from pallas_kernels.scale_attention.bench.times import PASSES, TOLERANCE, Rates, Row
 
 LEGEND = (
     "* runs here by default; packed: of q, k and v as one projection gives them. Errors are norms of the difference to "
@@ -26,7 +27,7 @@ def ours_at_best(rows: Sequence[Row], name: str) -> float:
     return min((row.times[name].median for row in rows if row.ours and row.right), default=math.nan)
 
 
-def table(setting: Setting, rows: Sequence[Row], rates: Rates, markdown: bool = False) -> str:
+def render(setting: Setting, rows: Sequence[Row], rates: Rates, markdown: bool = False) -> str:
     """A setting's rows under its bounds, aligned for a terminal or as Markdown."""
     columns = {"forward": 4, "backward": 4, "both": 2}
     kinds = list(TOLERANCE[setting.dtype])[: 3 if setting.norm else 2]

@@ -8,16 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.scale_attention.bench.cases import Case, Setting
 from pallas_kernels.scale_attention.reference import scale_queries_and_keys
-
-if TYPE_CHECKING:
-    from pallas_kernels.scale_attention.bench import Case, Setting
 
 # How JAX and PyTorch run a pass. `attend` takes q, k, v, (B,N,H,D), with QK-norm also (H,) scales.
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.scale_attention import hopper_tiles as tiles
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Ref, Scalar
+from pallas_kernels.scale_attention.hopper import tiles
+from pallas_kernels.scale_attention.hopper.pipeline import Band, Ref, Scalar
 from pallas_kernels.scale_attention.operands import sign_of
 
 LOG2E = math.log2(math.e)

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.scale_attention import hopper_common as common
-from pallas_kernels.scale_attention.hopper_blocks import Blocks
-from pallas_kernels.scale_attention.hopper_common import TILED, along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper import common
+from pallas_kernels.scale_attention.hopper.blocks import Blocks
+from pallas_kernels.scale_attention.hopper.common import TILED, along_rows, filled, tile_memory
+from pallas_kernels.scale_attention.hopper.pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
 
 # A running maximum before the first visible key; finite, so that exp2(-inf - NOTHING_SEEN) is 0 and not NaN.
 NOTHING_SEEN = -1e30

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.scale_attention.bench import Case, Row, Setting, measure
-from pallas_kernels.scale_attention.bench_peers import JaxProgram
+from pallas_kernels.scale_attention.bench.cases import Case, Setting
+from pallas_kernels.scale_attention.bench.peers import JaxProgram
+from pallas_kernels.scale_attention.bench.times import Row, measure
 
 
 class Trial(NamedTuple):
@@ -58,7 +59,7 @@ def _start(name: str, blocks: Any, case: Case) -> JaxProgram:
 
 
 def _kernel(name: str) -> Any:
-    return importlib.import_module(f"pallas_kernels.scale_attention.{name}")
+    return importlib.import_module(f"pallas_kernels.scale_attention.{name}.attention")
 
 
 def finalists(tried: Sequence[Trial]) -> list[Any]:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.scale_attention import hopper_common as common
-from pallas_kernels.scale_attention.hopper_blocks import Blocks
-from pallas_kernels.scale_attention.hopper_common import TILED, along_columns, along_rows, filled, tile_memory
-from pallas_kernels.scale_attention.hopper_pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
+from pallas_kernels.scale_attention.hopper import common
+from pallas_kernels.scale_attention.hopper.blocks import Blocks
+from pallas_kernels.scale_attention.hopper.common import TILED, along_columns, along_rows, filled, tile_memory
+from pallas_kernels.scale_attention.hopper.pipeline import Band, Flow, Pipeline, Ref, Ring, Rows, Scalar
 from pallas_kernels.scale_attention.ranges import transpose_ranges
 
 
