@@ -38,7 +38,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import vary_as
 from pallas_kernels.scale_attention.operands import check_operands, ranges_for, say
-from pallas_kernels.scale_attention.tpu.kernels import Problem, backward_kernel, forward_kernel
+from pallas_kernels.scale_attention.tpu.kernels import backward_kernel, forward_kernel
+from pallas_kernels.scale_attention.tpu.problem import Problem
 from pallas_kernels.scale_attention.tpu.tiles import (
     KEY,
     QUERY,

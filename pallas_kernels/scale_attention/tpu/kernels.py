@@ -10,19 +10,17 @@ out of a sum: `_zero_beyond` does.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.scale_attention.tpu import tiles
-from pallas_kernels.scale_attention.tpu.tiles import TpuBlocks
+from pallas_kernels.scale_attention.tpu.problem import Problem
 
 LOG2E = math.log2(math.e)  # is folded into q, so that logits are in base 2 and exp2 gives weights
 LOWEST = -1e30  # where running maxima start: finite, so that a hidden logit, -inf, weighs exp2(-inf) = 0 from the start
@@ -30,84 +28,51 @@ LOWEST = -1e30  # where running maxima start: finite, so that a hidden logit, -i
 Ref = Any  # what Pallas passes to a kernel
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """All that is static of a call, and the sizes that follow.
+class _Pair(NamedTuple):
+    """The pair of tiles that a step of the grid works on: the step's number, two indices of tiles, and flags."""
 
-    Attributes:
-      ranges: the bytes of key_ranges, (L,2) int32.
-      heads, size: H, filled up to whole groups, and D.
-      dtype: of q, k, v and the operands of products.
-      normalize: whether q and k are L2-normalised.
-      blocks: sizes of the tiles.
-      interpret: for `pl.pallas_call`.
-    """
+    step: jax.Array
+    query: jax.Array
+    key: jax.Array
+    flags: jax.Array
 
-    ranges: bytes
-    heads: int
-    size: int
-    dtype: np.dtype
-    normalize: bool
-    blocks: TpuBlocks
-    interpret: Any
+    @classmethod
+    def of_this_step(cls, pairs: Ref) -> _Pair:
+        """From the list in SMEM, (3,T) int32, see `tile_list`."""
+        step = pl.program_id(2)
+        return cls(step, *(pairs[row, step] for row in (tiles.QUERY, tiles.KEY, tiles.FLAGS)))
 
-    @functools.cached_property
-    def key_ranges(self) -> np.ndarray:
-        return np.frombuffer(self.ranges, np.int32).reshape(-1, 2)
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return len(self.key_ranges)
-
-    @property
-    def padded(self) -> int:
-        """L up to whole tiles of queries."""
-        return -(-self.length // self.blocks.queries) * self.blocks.queries
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return max(self.size, 128)
-
-    @property
-    def per_group(self) -> int:
-        """P."""
-        return self.width // self.size
-
-    @property
-    def all_groups(self) -> int:
-        return self.heads // self.per_group
-
-    @property
-    def groups(self) -> int:
-        """G: as the blocks say, or the next smaller number that divides all groups."""
-        return max(n for n in range(1, min(self.blocks.groups, self.all_groups) + 1) if self.all_groups % n == 0)
-
-    def tile_list(self, order: tiles.Order) -> np.ndarray:
-        return tiles.tile_list(self.key_ranges, self.blocks.queries, self.blocks.keys, order)
+    def has(self, flag: int) -> jax.Array:
+        return self.flags & flag != 0
 
 
-def forward_kernel(
-    problem: Problem,
-    pairs: Ref,
-    factors: Ref,
-    ranges: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    out: Ref,
-    lse: Ref,
-    q_heads: Ref,
-    highest: Ref,
-    total: Ref,
-    values: Ref,
-) -> None:
-    """A running softmax over the key tiles of a query tile.
+def forward_kernel(problem: Problem, pairs: Ref, *refs: Ref) -> None:
+    """A running softmax over the key tiles of a query tile; pairs are listed by queries.
+
+    Steps, where queries 0 see keys 0 to 2 and queries 1 see keys 1 to 2:
+
+        pair       q0 k0   q0 k1   q0 k2   q1 k1   q1 k2
+        begin        x                       x             scale queries, clear sums
+        visit        x       x       x       x       x     logits → weights → sums
+        finish                       x               x     sums → out, lse
 
     Args:
       problem: the static rest.
-      pairs: (3,T) int32 in SMEM, see `tile_list`, by queries.
+      pairs: (3,T) int32 in SMEM, see `tile_list`.
+      refs: the references of `_Forward`, in its order.
+    """
+    pair = _Pair.of_this_step(pairs)
+    kernel = _Forward(problem, pair, *refs)
+    pl.when(pair.has(tiles.FIRST_OF_QUERIES))(kernel.begin)
+    _masked_if_needed(problem, kernel.visit, kernel.ranges, pair)
+    pl.when(pair.has(tiles.LAST_OF_QUERIES))(kernel.finish)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # JAX looks up bodies of loops by their hash
+class _Forward:
+    """The parts of a step of `forward_kernel`.
+
+    Attributes:
       factors: (1,C) float32, what q is multiplied by.
       ranges: (2,N) int32, first key of each query and the one after its last.
       q, out: (N,C).
@@ -117,31 +82,47 @@ def forward_kernel(
       highest, total: (G,P,N) float32 scratch, maximum of the logits and sum of weights so far.
       values: (G,W,N) float32 scratch, sum of weighted values so far.
     """
-    step = pl.program_id(2)
-    query, key, flags = (pairs[row, step] for row in (tiles.QUERY, tiles.KEY, tiles.FLAGS))
 
-    @pl.when(flags & tiles.FIRST_OF_QUERIES != 0)
-    def _() -> None:
+    problem: Problem
+    pair: _Pair
+    factors: Ref
+    ranges: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    out: Ref
+    lse: Ref
+    q_heads: Ref
+    highest: Ref
+    total: Ref
+    values: Ref
+
+    def begin(self) -> None:
+        """Scales the queries and clears the sums."""
+
+        @pl.loop(0, self.problem.groups)
+        def _(group: jax.Array) -> None:
+            scaled = _scaled_queries(self.problem, self.q, self.factors, group, self.pair.query)
+            for head in range(self.problem.per_group):
+                self.q_heads[group, head] = _only_head(scaled, head, self.problem.size)
+
+        self.highest[...] = jnp.full_like(self.highest, LOWEST)
+        self.total[...] = jnp.zeros_like(self.total)
+        self.values[...] = jnp.zeros_like(self.values)
+
+    def visit(self, hidden: jax.Array | None) -> None:
+        """Adds the keys and values of the pair to the sums; `hidden` is (M,N), None where all is visible."""
+        problem, highest, total, values = self.problem, self.highest, self.total, self.values
+
         @pl.loop(0, problem.groups)
         def _(group: jax.Array) -> None:
-            scaled = _scaled_queries(problem, q, factors, group, query)
-            for head in range(problem.per_group):
-                q_heads[group, head] = _only_head(scaled, head, problem.size)
-
-        highest[...] = jnp.full_like(highest, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        values[...] = jnp.zeros_like(values)
-
-    def visit(hidden: jax.Array | None) -> None:
-        @pl.loop(0, problem.groups)
-        def _(group: jax.Array) -> None:
-            k_group, v_group = _scaled_keys(problem, k, group), v[:, _lanes(problem, group)]
+            k_group, v_group = _scaled_keys(problem, self.k, group), self.v[:, _lanes(problem, group)]
             if hidden is not None:  # the tile with the last keys never goes without a mask
-                v_group = _zero_beyond(v_group, problem.length, key)
+                v_group = _zero_beyond(v_group, problem.length, self.pair.key)
             v_transposed = v_group.T
             for head in range(problem.per_group):
                 row, own = pl.ds(head, 1), slice(head * problem.size, (head + 1) * problem.size)
-                logits = _logits(k_group, q_heads[group, head], hidden)
+                logits = _logits(k_group, self.q_heads[group, head], hidden)
                 peak = jnp.maximum(highest[group, row], jnp.max(logits, axis=0, keepdims=True))
                 decay, weights = jnp.exp2(highest[group, row] - peak), jnp.exp2(logits - peak)
                 highest[group, row] = peak
@@ -149,43 +130,51 @@ def forward_kernel(
                 attended = _dot(v_transposed[own], weights.astype(problem.dtype), (1, 0))
                 values[group, own] = decay * values[group, own] + attended
 
-    _masked_if_needed(problem, visit, ranges, key, flags)
+    def finish(self) -> None:
+        """Stores the weighted means of values, and logsumexp."""
+        problem = self.problem
 
-    @pl.when(flags & tiles.LAST_OF_QUERIES != 0)
-    def _() -> None:
         @pl.loop(0, problem.groups)
         def _(group: jax.Array) -> None:
-            heads = values[group].reshape(problem.per_group, problem.size, -1) / total[group][:, None]
-            out[:, _lanes(problem, group)] = heads.reshape(problem.width, -1).T.astype(out.dtype)
-            lse[group] = highest[group] + jnp.log2(total[group])
+            heads = self.values[group].reshape(problem.per_group, problem.size, -1) / self.total[group][:, None]
+            self.out[:, _lanes(problem, group)] = heads.reshape(problem.width, -1).T.astype(self.out.dtype)
+            self.lse[group] = self.highest[group] + jnp.log2(self.total[group])
 
 
-def backward_kernel(
-    problem: Problem,
-    pairs: Ref,
-    factors: Ref,
-    ranges: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    dout: Ref,
-    lse: Ref,
-    delta: Ref,
-    dq: Ref,
-    dk: Ref,
-    dv: Ref,
-    dfactors: Ref,
-    k_scaled: Ref,
-    v_clean: Ref,
-    dq_sum: Ref,
-    dk_sum: Ref,
-    dv_sum: Ref,
-) -> None:
-    """Cotangents, key tile by key tile; those of all queries grow meanwhile.
+def backward_kernel(problem: Problem, pairs: Ref, *refs: Ref) -> None:
+    """Cotangents, key tile by key tile; those of all queries grow meanwhile. Pairs are listed by keys.
+
+    Steps, where queries 0 see keys 0, queries 1 see keys 0 to 1, and queries 2 see keys 0 to 2:
+
+        pair              q0 k0   q1 k0   q2 k0   q1 k1   q2 k1   q2 k2
+        begin               x                                             clear dfactors
+        begin_queries       x       x       x                             clear their part of dq_sum
+        begin_keys          x                       x               x     scale keys, clear dk_sum and dv_sum
+        visit               x       x       x       x       x       x     add to dq_sum, dk_sum, dv_sum
+        finish_queries      x                       x               x     dq_sum → dq, dfactors
+        finish_keys                         x               x       x     dk_sum, dv_sum → dk, dv
 
     Args:
-      problem, factors, ranges, q, k, v, lse: as forward.
-      pairs: (3,T) int32 in SMEM, see `tile_list`, by keys.
+      problem: the static rest.
+      pairs: (3,T) int32 in SMEM, see `tile_list`.
+      refs: the references of `_Backward`, in its order.
+    """
+    pair = _Pair.of_this_step(pairs)
+    kernel = _Backward(problem, pair, *refs)
+    pl.when(pair.step == 0)(kernel.begin)
+    pl.when(pair.has(tiles.FIRST_OF_QUERIES))(kernel.begin_queries)
+    pl.when(pair.has(tiles.FIRST_OF_KEYS))(kernel.begin_keys)
+    _masked_if_needed(problem, kernel.visit, kernel.ranges, pair)
+    pl.when(pair.has(tiles.LAST_OF_QUERIES))(kernel.finish_queries)
+    pl.when(pair.has(tiles.LAST_OF_KEYS))(kernel.finish_keys)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # JAX looks up bodies of loops by their hash
+class _Backward:
+    """The parts of a step of `backward_kernel`.
+
+    Attributes:
+      factors, ranges, q, k, v, lse: as in `_Forward`.
       dout: (N,C).
       delta: (G,P,N) float32, products of out and dout summed over D.
       dq: (L,C), all queries.
@@ -195,84 +184,105 @@ def backward_kernel(
       dq_sum: (tiles of queries, G, W, N) float32 scratch, cotangents of scaled queries.
       dk_sum, dv_sum: (M,C) float32 scratch, cotangents of scaled keys and of values.
     """
-    step = pl.program_id(2)
-    query, key, flags = (pairs[row, step] for row in (tiles.QUERY, tiles.KEY, tiles.FLAGS))
 
-    @pl.when(step == 0)
-    def _() -> None:
-        dfactors[...] = jnp.zeros_like(dfactors)
+    problem: Problem
+    pair: _Pair
+    factors: Ref
+    ranges: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    dout: Ref
+    lse: Ref
+    delta: Ref
+    dq: Ref
+    dk: Ref
+    dv: Ref
+    dfactors: Ref
+    k_scaled: Ref
+    v_clean: Ref
+    dq_sum: Ref
+    dk_sum: Ref
+    dv_sum: Ref
 
-    @pl.when(flags & tiles.FIRST_OF_QUERIES != 0)
-    def _() -> None:
-        dq_sum[query] = jnp.zeros(dq_sum.shape[1:], jnp.float32)
+    def begin(self) -> None:
+        self.dfactors[...] = jnp.zeros_like(self.dfactors)
 
-    @pl.when(flags & tiles.FIRST_OF_KEYS != 0)
-    def _() -> None:
+    def begin_queries(self) -> None:
+        self.dq_sum[self.pair.query] = jnp.zeros(self.dq_sum.shape[1:], jnp.float32)
+
+    def begin_keys(self) -> None:
+        """Scales the keys, cleans the values and clears their sums."""
+        problem, key = self.problem, self.pair.key
+
         @pl.loop(0, problem.groups)
         def _(group: jax.Array) -> None:
             lanes = _lanes(problem, group)
-            k_scaled[:, lanes] = _zero_beyond(_scaled_keys(problem, k, group), problem.length, key)
-            v_clean[:, lanes] = _zero_beyond(v[:, lanes], problem.length, key)
+            self.k_scaled[:, lanes] = _zero_beyond(_scaled_keys(problem, self.k, group), problem.length, key)
+            self.v_clean[:, lanes] = _zero_beyond(self.v[:, lanes], problem.length, key)
 
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
+        self.dk_sum[...] = jnp.zeros_like(self.dk_sum)
+        self.dv_sum[...] = jnp.zeros_like(self.dv_sum)
 
-    def visit(hidden: jax.Array | None) -> None:
+    def visit(self, hidden: jax.Array | None) -> None:
+        """Adds what the pair contributes to all sums; `hidden` is (M,N), None where all is visible."""
+        problem, query = self.problem, self.pair.query
+
         @pl.loop(0, problem.groups)
         def _(group: jax.Array) -> None:
             lanes = _lanes(problem, group)
-            q_group = _scaled_queries(problem, q, factors, group, query)
-            dout_group = _zero_beyond(dout[:, lanes], problem.length, query)
-            k_group, v_group = k_scaled[:, lanes], v_clean[:, lanes]
+            q_group = _scaled_queries(problem, self.q, self.factors, group, query)
+            dout_group = _zero_beyond(self.dout[:, lanes], problem.length, query)
+            k_group, v_group = self.k_scaled[:, lanes], self.v_clean[:, lanes]
             k_transposed = k_group.T
             for head in range(problem.per_group):
                 row, own = pl.ds(head, 1), slice(head * problem.size, (head + 1) * problem.size)
                 q_head, dout_head = (_only_head(x, head, problem.size) for x in (q_group, dout_group))
-                weights = jnp.exp2(_logits(k_group, q_head, hidden) - lse[group, row])
+                weights = jnp.exp2(_logits(k_group, q_head, hidden) - self.lse[group, row])
                 dweights = _dot(v_group, dout_head, (1, 1))
-                dlogits = (weights * (dweights - delta[group, row])).astype(problem.dtype)
+                dlogits = (weights * (dweights - self.delta[group, row])).astype(problem.dtype)
                 # Zeros in the lanes of other heads keep this head's sums in its own.
-                dv_sum[:, lanes] += _dot(weights.astype(problem.dtype), dout_head, (1, 0))
-                dk_sum[:, lanes] += _dot(dlogits, q_head, (1, 0))
-                dq_sum[query, group, own] += _dot(k_transposed[own], dlogits, (1, 0))
+                self.dv_sum[:, lanes] += _dot(weights.astype(problem.dtype), dout_head, (1, 0))
+                self.dk_sum[:, lanes] += _dot(dlogits, q_head, (1, 0))
+                self.dq_sum[query, group, own] += _dot(k_transposed[own], dlogits, (1, 0))
 
-    _masked_if_needed(problem, visit, ranges, key, flags)
+    def finish_queries(self) -> None:
+        """Stores the cotangents of queries, and adds theirs of the factors."""
+        problem, query = self.problem, self.pair.query
 
-    @pl.when(flags & tiles.LAST_OF_QUERIES != 0)
-    def _() -> None:
         @pl.loop(0, problem.groups)
         def _(group: jax.Array) -> None:
             lanes = _lanes(problem, group)
-            x = _zero_beyond(q[:, lanes], problem.length, query).astype(jnp.float32)
-            dscaled = dq_sum[query, group].T
-            unit, dx = _unscale(problem, x, dscaled, factors[:, lanes])
-            dfactors[:, lanes] += jnp.sum(unit * dscaled, axis=0, keepdims=True)
-            _store_queries(problem, dq, dx.astype(dq.dtype), query, lanes)
+            x = _zero_beyond(self.q[:, lanes], problem.length, query).astype(jnp.float32)
+            dscaled = self.dq_sum[query, group].T
+            unit, dx = _unscale(problem, x, dscaled, self.factors[:, lanes])
+            self.dfactors[:, lanes] += jnp.sum(unit * dscaled, axis=0, keepdims=True)
+            _store_queries(problem, self.dq, dx.astype(self.dq.dtype), query, lanes)
 
-    @pl.when(flags & tiles.LAST_OF_KEYS != 0)
-    def _() -> None:
-        @pl.loop(0, problem.groups)
+    def finish_keys(self) -> None:
+        """Stores the cotangents of keys and values."""
+
+        @pl.loop(0, self.problem.groups)
         def _(group: jax.Array) -> None:
-            lanes = _lanes(problem, group)
+            lanes = _lanes(self.problem, group)
             # The queries carried LOG2E, and the cotangents of logits are of base e.
-            _, dx = _unscale(problem, k[:, lanes].astype(jnp.float32), dk_sum[:, lanes], 1 / LOG2E)
-            dk[:, lanes] = dx.astype(dk.dtype)
+            x, dscaled = self.k[:, lanes].astype(jnp.float32), self.dk_sum[:, lanes]
+            _, dx = _unscale(self.problem, x, dscaled, 1 / LOG2E)
+            self.dk[:, lanes] = dx.astype(self.dk.dtype)
 
-        dv[...] = dv_sum[...].astype(dv.dtype)
+        self.dv[...] = self.dv_sum[...].astype(self.dv.dtype)
 
 
-def _masked_if_needed(
-    problem: Problem, visit: Callable[[jax.Array | None], None], ranges: Ref, key: jax.Array, flags: jax.Array
-) -> None:
+def _masked_if_needed(problem: Problem, visit: Callable[[jax.Array | None], None], ranges: Ref, pair: _Pair) -> None:
     """Runs `visit` on (M,N), which keys are hidden from which queries, or on None where none is."""
 
-    @pl.when(flags & tiles.MASKED != 0)
+    @pl.when(pair.has(tiles.MASKED))
     def _() -> None:
         shape = problem.blocks.keys, problem.blocks.queries
-        index = lax.broadcasted_iota(jnp.int32, shape, 0) + key * problem.blocks.keys
+        index = lax.broadcasted_iota(jnp.int32, shape, 0) + pair.key * problem.blocks.keys
         visit((index < ranges[pl.ds(0, 1)]) | (index >= ranges[pl.ds(1, 1)]))
 
-    @pl.when(flags & tiles.MASKED == 0)
+    @pl.when(pair.flags & tiles.MASKED == 0)
     def _() -> None:
         visit(None)
 
