@@ -1,4 +1,4 @@
-"""q, k, v of a token pyramid → attended values. The one door to every implementation.
+"""q, k, v of a token pyramid → attended values: the functions that choose among all implementations.
 
 Axis letters: B batch, L tokens, H heads, D head size.
 """

@@ -1,4 +1,4 @@
-"""What kernels are called with: checked, and what of it is known when tracing.
+"""The operands of kernels, checked, and the static (hashable) arguments of a kernel call.
 
 Axis letters: B batch, L tokens, H heads, D head size.
 """
@@ -17,7 +17,7 @@ from pallas_kernels.scale_attention.ranges import check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class Static[Blocks]:
-    """What of a call is known when tracing: the bytes of key_ranges, (L,2) int32, and sizes of tiles."""
+    """The static (hashable) arguments of a kernel call: the bytes of key_ranges, (L,2) int32, and sizes of tiles."""
 
     ranges: bytes
     blocks: Blocks

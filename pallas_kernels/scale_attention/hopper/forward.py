@@ -155,7 +155,19 @@ class _Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Visits:
-    """What a band of queries does with its tiles of keys and values.
+    """What a band of queries does with its tiles of keys and values: q·k logits, w weights, p·v weighted values.
+
+    `one_by_one`; the tensor cores are free while it turns logits into weights, for other warpgroups with a relay:
+
+        tensor cores  q·k0     p0·v0 q·k1     p1·v1 q·k2     p2·v2
+        other units       ─w0─           ─w1─           ─w2─
+        release                     0              1              2
+
+    `in_pairs`; one wait for both products of a step, and a tile's stage is kept for a step more:
+
+        tensor cores  q·k0     q·k1 p0·v0     q·k2 p1·v1     p2·v2
+        other units       ─w0─            ─w1─           ─w2─
+        release                          0              1         2
 
     Attributes:
       kernel: that attends to them.

@@ -201,6 +201,23 @@ class Kernel(Protocol):
 class Flow:
     """How tiles go through a thread block, and how its warpgroups wait for each other.
 
+    An item whose two bands visit tiles 0 to 3, with two consumers, a ring of two stages and a baton. `2>` is the copy
+    of tile 2, into stage 0; `[2   ]` what a consumer does from `await_tile` to `release`; `.` waiting:
+
+        loader      rows>0>1>.....2>...3>rows>0>      the next item's rows have a slot of their own
+        consumer 0  .......[0   ][1   ][2   ][3   ]out
+        consumer 1  .........[0   ][1   ][2   ][3   ]out
+
+        barrier      who waits                         who arrives
+        rows.free    loader, before it copies          the consumer of these rows, once it is done with them
+        rows.ready   consumer, when a band starts      the copies
+        ring.free    loader, before it copies          every consumer, by `release`
+        ring.landed  loader, before it prepares        the copies, where the ring has `prepare`
+        ring.ready   consumer, by `await_tile`         the copies, or the loader once it has prepared the tile
+        baton        consumer, by `await_tile`         the consumer before, by `pass_baton`
+
+    The loader prepares a tile once it has requested the next, so that copies are under way meanwhile.
+
     Attributes:
       pipeline: the schedule.
       table: the plan's, in global memory.

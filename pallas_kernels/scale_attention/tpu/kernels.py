@@ -1,7 +1,7 @@
 """What a TPU core computes of one pair of tiles, forward and backward.
 
 Axis letters: N queries and M keys of a tile, G groups of heads of a step, W lanes of a group, P heads of a group, D
-head size, C = G·W channels of a step. `tpu` says why things lie as they do.
+head size, C = G·W channels of a step. `attention` says why things lie as they do.
 
 A tile may reach beyond L. What was read there is undefined, NaN for all we know, which a zero weight does not keep
 out of a sum: `_zero_beyond` does.
