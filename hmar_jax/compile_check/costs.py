@@ -99,7 +99,7 @@ def group_size(collective: Instruction) -> int:
 
 def traffic(program: Program) -> int:
     """Bytes read from and written to HBM, every instruction or fusion reading its operands anew."""
-    moved = sum(run.times * _moved(program, run) for run in program.runs if not run.is_fused)
+    moved = sum(run.times * _bytes_moved(program, run) for run in program.runs if not run.is_fused)
     for run in _collective_runs(program):
         if run.is_fused:  # fusions are not charged for collectives, which several of them mention
             own = program.computations[run.computation]
@@ -108,7 +108,7 @@ def traffic(program: Program) -> int:
     return moved
 
 
-def _moved(program: Program, run: Run) -> int:
+def _bytes_moved(program: Program, run: Run) -> int:
     instruction, own = run.instruction, program.computations[run.computation]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode in _FREE or opcode.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.rest:
@@ -117,8 +117,8 @@ def _moved(program: Program, run: Run) -> int:
         called = instruction.attribute("calls")
         given, root = program.parameters(called), program.root(called)
         sizes = {i: _in_hbm(own[name]) for i, name in enumerate(operands) if name in own and i in given}
-        read = sum(_read(program, called, given[i], size) for i, size in sizes.items() if size)
-        return read + (_written(program, called, root, instruction.arrays) if root else 0)
+        read = sum(_bytes_read(program, called, given[i], size) for i, size in sizes.items() if size)
+        return read + (_bytes_written(program, called, root, instruction.arrays) if root else 0)
     if opcode in _SLICES:
         part = instruction.arrays[1 if opcode == "slice-start" else 0]
         read = part.padded if operands[0] in own and _in_hbm(own[operands[0]]) else 0
@@ -139,7 +139,7 @@ def _in_hbm(instruction: Instruction) -> int:
     return sum(array.padded for array in instruction.arrays if array.in_hbm)
 
 
-def _read(program: Program, computation: str, name: str, whole: int) -> int:
+def _bytes_read(program: Program, computation: str, name: str, whole: int) -> int:
     """Bytes that a fused computation reads of an operand of `whole` bytes: less, where it takes slices of it."""
     total = 0
     for user in program.inside(computation):
@@ -148,27 +148,29 @@ def _read(program: Program, computation: str, name: str, whole: int) -> int:
         if user.opcode in _SLICES and user.operands[0] == name:
             total += user.arrays[0].padded
         elif user.opcode == "bitcast":
-            total += _read(program, computation, user.name, whole)
+            total += _bytes_read(program, computation, user.name, whole)
         elif user.opcode == "fusion":
             called = user.attribute("calls")
             inner = program.parameters(called)
-            total += sum(_read(program, called, inner[i], whole) for i, n in enumerate(user.operands) if n == name)
+            total += sum(
+                _bytes_read(program, called, inner[i], whole) for i, n in enumerate(user.operands) if n == name
+            )
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return whole
     return min(total, whole)
 
 
-def _written(program: Program, computation: str, root: Instruction, arrays: tuple[Array, ...]) -> int:
+def _bytes_written(program: Program, computation: str, root: Instruction, arrays: tuple[Array, ...]) -> int:
     """Bytes that a fused computation writes: of arrays changed in place what changes, of those passed on nothing."""
     own = program.computations[computation]
     if root.opcode == "tuple" and len(root.operands) == len(arrays):
         pairs = [(own[name], array) for name, array in zip(root.operands, arrays, strict=True)]
-        return sum(_written(program, computation, maker, (array,)) for maker, array in pairs)
+        return sum(_bytes_written(program, computation, producer, (array,)) for producer, array in pairs)
     while root.opcode == "bitcast" and root.operands[0] in own:
         root = own[root.operands[0]]
     inner = program.root(root.attribute("calls")) if root.opcode == "fusion" else None
     if inner is not None:
-        return _written(program, root.attribute("calls"), inner, arrays)
+        return _bytes_written(program, root.attribute("calls"), inner, arrays)
     if root.opcode == "parameter" or _is_collective(root) or not any(array.in_hbm for array in arrays):
         return 0
     if root.opcode == "dynamic-update-slice":
@@ -251,7 +253,7 @@ class LargeArray:
 def largest(program: Program, count: int) -> list[LargeArray]:
     """The largest arrays that a program makes, one of each shape; they need not all be there at once."""
     sizes: dict[str, int] = collections.defaultdict(int)
-    makers: dict[str, list[Instruction]] = collections.defaultdict(list)
+    producers: dict[str, list[Instruction]] = collections.defaultdict(list)
     for run in program.runs:
         opcode = run.instruction.opcode
         if run.is_fused or opcode in _FREE or opcode.endswith("-start"):
@@ -259,17 +261,17 @@ def largest(program: Program, count: int) -> list[LargeArray]:
         for i, array in enumerate(run.instruction.arrays):
             if array.in_hbm:
                 sizes[str(array)] = max(sizes[str(array)], array.padded)
-            makers[str(array)].append(_maker(program, run, i))
+            producers[str(array)].append(_producer_of(program, run, i))
     rows = []
     for shape in sorted(sizes, key=lambda shape: -sizes[shape])[:count]:
-        named = {(shorten(maker.op_name), program.source(maker)) for maker in makers[shape]}
+        named = {(shorten(producer.op_name), program.source(producer)) for producer in producers[shape]}
         # What computes it says more than what keeps it, and a line of ours more than none.
         name, source = max(sorted(named), key=lambda it: (bool(it[1]), not it[0].endswith(_KEEPING), bool(it[0])))
         rows.append(LargeArray(sizes[shape], shape, name, source))
     return rows
 
 
-def _maker(program: Program, run: Run, index: int) -> Instruction:
+def _producer_of(program: Program, run: Run, index: int) -> Instruction:
     """What computed an output: seen through in-place updates, fusions and changes of form."""
     own, found = program.computations[run.computation], run.instruction
     if found.opcode == "fusion":
@@ -278,15 +280,15 @@ def _maker(program: Program, run: Run, index: int) -> Instruction:
         if root is None:
             return found
         inner = inside.get(root.operands[index], root) if root.opcode == "tuple" else root
-        inner = _beneath(inside, inner)
+        inner = _operand_below(inside, inner)
         if inner.opcode != "parameter":
             return inner if inner.op_name else found
         outside = found.operands[int(inner.rest)] if int(inner.rest) < len(found.operands) else ""
-        return _beneath(own, own.get(outside, found))
-    return _beneath(own, found)
+        return _operand_below(own, own.get(outside, found))
+    return _operand_below(own, found)
 
 
-def _beneath(own: dict[str, Instruction], instruction: Instruction) -> Instruction:
+def _operand_below(own: dict[str, Instruction], instruction: Instruction) -> Instruction:
     """The instruction whose result this one only keeps or gives another form."""
     while True:
         at = 1 if instruction.opcode == "dynamic-update-slice" else 0
