@@ -12,7 +12,10 @@ from hmar_jax.sampling.presets import ORDERS
 if TYPE_CHECKING:
     from hmar_jax.sampling.schedule import Changes
 
-SCHEDULE = "name of a preset, a .json file, or a curve and its steps such as cosine:4@5-9 (scales from 1)"
+SCHEDULE = (
+    "name of a schedule that the model itself recommends, or else of a preset; a .json file; or a curve and its steps "
+    "such as cosine:4@5-9 (scales from 1)"
+)
 SIDES = "of the token maps, coarse to fine, such as 1,2,3,4; or 256, the published ladder for so many pixels"
 CONFIG = "config file, or the name of an installed config such as glyphs_tokenizer or imagenet256_d16:masked"
 MODEL = "model directory, or id on the Hugging Face hub"
@@ -73,8 +76,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_schedule(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds a schedule, and what changes it. default: what the help says of a command without `--schedule`."""
-    parser.add_argument("--schedule", action=PathOrName, help=f"{SCHEDULE} (default: {default})")
+    """Adds a schedule, and what changes it. default: the schedule where neither user nor model says one."""
+    what = f"{SCHEDULE} (default: the model's own `default`, or else {default})"
+    parser.add_argument("--schedule", action=PathOrName, help=what)
     add_changes(parser)
 
 

@@ -90,6 +90,7 @@ def _sample_classes(args: argparse.Namespace) -> None:
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
         opened = open_model(args.model, args.revision)
         model = Model(opened.config, read_params(opened, put=sharding.put), args.dtype)
+        model.sampling = opened.sampling
         settings = samples.Settings(
             weights=opened.meta["sha256"],
             model=opened.config,

@@ -31,7 +31,9 @@ curves, as CURVE:STEPS or CURVE:STEPS@FIRST-LAST for some scales, from 1; masked
   arccos:4@7     2/π·arccos(r)
   power2:4@5-9   1 - r^2, or any other exponent
 files
-  F.json         as `hmar-jax schedule show SCHEDULE --json=F.json` writes it"""
+  F.json         as `hmar-jax schedule show SCHEDULE --json=F.json` writes it
+a model's own, in the config.json of its directory; they go before presets of the same name
+  default        what is sampled by where nothing else is said; others have names of their own"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -74,9 +76,9 @@ def _show(args: argparse.Namespace) -> None:
         check_kind("--json", args.json, _is_schedule, "a schedule")
     if args.output is not None:
         check_pictures("--output", [args.output])
-    model = _model(args)
+    model, recommended = _model(args)
     assert model.transformer is not None
-    schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, **options.changes(args))
+    schedule = Schedule.resolve(args.schedule, model.ladder, model.transformer, recommended, **options.changes(args))
     say(report(schedule, model))
     note_replaced(file for file in (args.json, args.output) if file is not None)
     if args.json is not None:
@@ -95,18 +97,20 @@ def _is_schedule(content: bytes) -> bool:
     return True
 
 
-def _model(args: argparse.Namespace) -> ModelConfig:
-    """The config of the model directory, or of a published transformer on the ladder asked for."""
+def _model(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Schedule]]:
+    """The config of the model directory, or of a published transformer on the ladder asked for; the schedules that the
+    directory recommends.
+    """  # fmt: skip
     if args.model is not None:
-        from hmar_jax.formats.model_directory import locate, read_config
+        from hmar_jax.formats.model_directory import locate, read_config, sampling_of
 
-        config, _ = read_config(locate(args.model))
+        config, meta = read_config(locate(args.model))
         if config.transformer is None:
             raise InputError(f"{args.model} is a tokenizer alone; give a model directory that has a transformer.")
-        return config
+        return config, sampling_of(config, meta)
     ladder = ScaleLadder.preset(args.pixels) if args.sides is None else ScaleLadder.parse(args.sides)
     name = f"d{args.depth}" if args.depth.isdecimal() else args.depth
-    return ModelConfig(ladder, TokenizerConfig(), TransformerConfig.preset(name))
+    return ModelConfig(ladder, TokenizerConfig(), TransformerConfig.preset(name)), {}
 
 
 def report(schedule: Schedule, model: ModelConfig) -> str:

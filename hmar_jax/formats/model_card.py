@@ -11,17 +11,25 @@ from hmar_jax.config import ModelConfig, TransformerConfig
 from hmar_jax.errors import printable
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.labels import written
-from hmar_jax.sampling.presets import preset_for
+from hmar_jax.sampling import presets
+from hmar_jax.sampling.schedule import DEFAULT, Schedule
 
 
 def write(
-    name: str, config: ModelConfig, parameters: Mapping[str, Tensor], *, source: str, licences: Sequence[str]
+    name: str,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    *,
+    source: str,
+    licences: Sequence[str],
+    sampling: Mapping[str, Schedule],
 ) -> str:
     """The text of a model card.
 
     Args:
       name: of the model directory.
       source: one line on where the weights come from. licences: sentences on those they are bound to; perhaps none.
+      sampling: the schedules that the model recommends, by name; perhaps none.
     """
     what = "Tokenizer" if config.transformer is None else _family(config.transformer)
     bound = printable(" ".join(licences)) or "None is stated: whoever trained these weights decides."
@@ -47,8 +55,9 @@ def write(
         "",
         "## Use",
         "",
-        *_usage(name, config),
+        *_usage(name, config, sampling),
         "",
+        *(_sampling(config.transformer, sampling) if config.transformer else []),
     ]
     return "\n".join(parts)
 
@@ -91,7 +100,27 @@ def _count(parameters: Mapping[str, Tensor], prefix: str) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e5 else str(number)
 
 
-def _usage(name: str, config: ModelConfig) -> list[str]:
+def _sampling(transformer: TransformerConfig, sampling: Mapping[str, Schedule]) -> list[str]:
+    """The schedules that are recommended, and the guidance of all others."""
+    rows = [
+        f"| `{name}` | {sum(map(len, schedule.counts))} | {sum(len(steps) - 1 for steps in schedule.counts)} | "
+        f"{max(map(max, schedule.cfg)):g} | {schedule.order} | `{schedule.digest}` |"
+        for name, schedule in sampling.items()
+    ]
+    table = [
+        "This model recommends these schedules, by name; `default` is used where nothing else is said.",
+        "",
+        "| schedule | passes | masked | highest cfg | order | digest |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    var = " `var` has the guidance published for VAR of any depth." if transformer.is_var else ""
+    others = f"Names of presets and curves bring guidance: {presets.guidance_origin(transformer.depth)}{var}"
+    return ["## Sampling", "", *(table if sampling else []), others, ""]
+
+
+def _usage(name: str, config: ModelConfig, sampling: Mapping[str, Schedule]) -> list[str]:
     """Commands that run in the folder that the model directory lies in."""
     load = f"model = hmar_jax.from_pretrained({json.dumps(name, ensure_ascii=False)})"
     size = config.image_size
@@ -108,7 +137,8 @@ def _usage(name: str, config: ModelConfig) -> list[str]:
             "images = model.tokenizer.decode(tokens)",
             "```",
         ]
-    schedule = preset_for(config.ladder, config.transformer)
+    schedule = "" if DEFAULT in sampling else presets.preset_for(config.ladder, config.transformer)
+    argument, option = (f', schedule="{schedule}"', f" --schedule={schedule}") if schedule else ("", "")
     labels = [0, config.num_classes - 1]
     listed = shlex.quote(written(labels, config.class_names))
     return [
@@ -116,11 +146,11 @@ def _usage(name: str, config: ModelConfig) -> list[str]:
         "import hmar_jax",
         "",
         load,
-        f'out = model.sample({labels}, schedule="{schedule}", seed=0)',
+        f"out = model.sample({labels}{argument}, seed=0)",
         f"out.images  # (2,{size},{size},3) float32 in [0,1]",
         "```",
         "",
         "```bash",
-        f"hmar-jax sample --model={shlex.quote(name)} --labels={listed} --schedule={schedule} --output=samples",
+        f"hmar-jax sample --model={shlex.quote(name)} --labels={listed}{option} --output=samples",
         "```",
     ]

@@ -39,6 +39,8 @@ from hmar_jax.files import (
 from hmar_jax.formats import hub, model_card, safetensors_files
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.networks import Layout, shapes_of
+from hmar_jax.sampling import recommended
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.tokenizer.quantizer import phi_of_scale, recorded_phis, unrecorded_phi_of_scale
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class _Description(Checked):
       model: the `ModelConfig`. source: one line on where the weights come from.
       licences: sentences on those the weights are bound to. layout: the official one that they came in, if any.
       sha256: of the weights file.
+      sampling: schedules that the model recommends, by name (`sampling.recommended`); absent where there are none.
       tokenizer_sha256: of the tokenizer's weights alone (`_fingerprint`), by which a token cache is known as its own.
     """
 
@@ -70,6 +73,7 @@ class _Description(Checked):
     sha256: str
     tokenizer_sha256: str
     digest: str = ""
+    sampling: object = None
 
 
 def _digest(meta: Mapping[str, Any]) -> str:
@@ -90,7 +94,11 @@ class About(Checked):
 
 
 class Opened(NamedTuple):
-    """A model directory, checked: its config, all of its `config.json`, and the weights to be read one by one."""
+    """A model directory, checked.
+
+    Attributes:
+      config, meta: as `read_config` gives them. file: the weights, to be read one by one.
+    """
 
     config: ModelConfig
     meta: dict[str, Any]
@@ -99,6 +107,10 @@ class Opened(NamedTuple):
     @property
     def about(self) -> About:
         return About(self.meta["source"], tuple(self.meta["licences"]), self.meta["layout"])
+
+    @property
+    def sampling(self) -> dict[str, Schedule]:
+        return sampling_of(self.config, self.meta)
 
 
 def open_model(path: str | Path, revision: str | None = None) -> Opened:
@@ -186,7 +198,14 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"{file} has format {shown(found)}; this version reads {FORMAT}.")
     with saying(f"{file} describes no model"):
         config = _with_phis(from_plain(_Description, meta).model, meta)
+    with saying(str(file)):
+        sampling_of(config, meta)
     return config, meta
+
+
+def sampling_of(config: ModelConfig, meta: dict[str, Any]) -> dict[str, Schedule]:
+    """The schedules that a model directory recommends, from what `read_config` gives."""
+    return recommended.read(meta.get("sampling", {}), config)
 
 
 def _other_than_model(path: Path, meta: Any) -> str:
@@ -266,6 +285,7 @@ def write_model(
     source: str,
     licences: Sequence[str] = (),
     layout: str = "",
+    sampling: Mapping[str, Schedule] | None = None,
     replace: bool = False,
 ) -> Path:
     """Writes a model directory, whole or not at all, holding one part of one parameter in memory at a time.
@@ -276,9 +296,10 @@ def write_model(
       source: one line on where the weights come from.
       licences: sentences on those they are bound to; empty where they are the user's own.
       layout: the official one that the transformer, or a tokenizer alone, was converted from.
+      sampling: schedules that the model recommends, by name; `default` is used where nothing else is said.
 
     Raises:
-      InputError: the path exists, or the disk refused. MachineError: it is full.
+      InputError: the path exists, a schedule is not for this model, or the disk refused. MachineError: it is full.
     """
     path = local_path(path, "The model's path")
     with writing(path):
@@ -286,13 +307,15 @@ def write_model(
     if is_there(path, "Directory") and not replace:
         raise InputError(f"{path} exists already; remove it, or choose another output directory.")
     check_entries(config, {name: tensor.shape for name, tensor in parameters.items()}, "The model")
+    sampling = sampling or {}
+    recommended.check(sampling, config)
     partial = path.with_name(f".{path.name}.partial")
     try:
         remove(partial)  # what a killed run left
         partial.mkdir(parents=True)
         name = printable(path.name)  # names of folders and files may hold line ends, or be no UTF-8
         digests = safetensors_files.write(partial / WEIGHTS, parameters, label=name)
-        card = model_card.write(name, config, parameters, source=source, licences=licences)
+        card = model_card.write(name, config, parameters, source=source, licences=licences, sampling=sampling)
         (partial / CARD).write_text(card, encoding="utf-8")
         recorded = dataclasses.replace(config.tokenizer, phi_of_scale=_phis(config))
         meta = {
@@ -303,6 +326,7 @@ def write_model(
             "layout": layout,
             "sha256": digests.file,
             "tokenizer_sha256": _fingerprint(config, digests.tensors),
+            **({"sampling": recommended.to_plain(sampling)} if sampling else {}),
         }
         # Before the other fields, so that its line may be deleted and leave JSON.
         described = {"digest": _digest(meta)} | meta

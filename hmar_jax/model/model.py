@@ -29,7 +29,7 @@ from hmar_jax.model.tokenizer import TokenizerDoor, check_tokens
 from hmar_jax.networks import Layout, held_dtypes, hold, networks
 from hmar_jax.sampling import editing, program, progress
 from hmar_jax.sampling.sampler import Kept
-from hmar_jax.sampling.schedule import Changes, Schedule, ScheduleLike
+from hmar_jax.sampling.schedule import DEFAULT, Changes, Schedule, ScheduleLike
 from hmar_jax.transformer import fused, teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
 from hmar_jax.xla import use_compilation_cache
@@ -68,6 +68,7 @@ class Model:
         products in bfloat16 read them; on GPUs in the layout for them (`networks.Layout.unpack` undoes that).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
       about: what its model directory says beside the config, for `save`.
+      sampling: schedules that it recommends, by name, for `save` too; `default` is used where nothing else is said.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
@@ -81,15 +82,17 @@ class Model:
         self.tokenizer = TokenizerDoor(config, self.params, dtype)
         self._placed: tuple[Mesh, list[Any], Any] | None = None
         self.about = About()
+        self.sampling: dict[str, Schedule] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy holds: config, dtype, `about`, and the parameters in host memory."""
+        """What a pickle or a copy holds: config, dtype, `about`, `sampling`, and the parameters in host memory."""
         params = jax.tree.map(on_host, Layout.unpack(self.params))
-        return {"config": self.config, "params": params, "dtype": self.dtype, "about": self.about}
+        kept = {"about": self.about, "sampling": self.sampling}
+        return {"config": self.config, "params": params, "dtype": self.dtype} | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"], jax.tree.map(jnp.asarray, state["params"]), state["dtype"])  # type: ignore[misc]
-        self.about = state["about"]
+        self.about, self.sampling = state["about"], state["sampling"]
 
     @property
     def transformer(self) -> HMAR | None:
@@ -133,7 +136,8 @@ class Model:
           labels: (B,) int in [0, num_classes).
           schedule: a `Schedule`, the `Path` of a .json file, or text as `Schedule.parse` takes it: a preset's name, a
             file, or a curve and steps such as `cosine:4@5-9`; names and curves bring the published guidance of the
-            model's depth. By default `next-scale`, for VAR `var`.
+            model's depth. A name in `sampling` goes before all of these. By default the model's own `default`, or
+            `next-scale`, for VAR `var`.
           seed: of the random numbers, in [0, 2³²). numbers: (B,) int, likewise, which of the seed's samples each is; 0
             to B-1 by default. greedy: argmax of the guided logits, no filters. record: give every pass's draw.
           on_scale: called with each scale, from 0, and its tokens (B,N) int32 once they are final, in order and in the
@@ -173,7 +177,7 @@ class Model:
           labels: (B,) int in [0, num_classes], the last being the null class, or one for all. None is the null class,
             pure in- or out-painting; guidance is left out where it would guide by nothing.
           schedule: as in `sample`, each scale's counts shared out in proportion to its tokens to draw. By default
-            `small` for a model with a mask branch, whose passes see the kept tokens.
+            the model's own `default`, or `small` where it has a mask branch, whose passes see the kept tokens.
           variants: results for each picture, 10,000 at most, one after the other: B·variants pictures, each with its
             number.
           composite: outside the mask give the input's pixels, bit for bit, and inside it blend them in, over `feather`
@@ -190,7 +194,9 @@ class Model:
         asked = changes.copy()
         if (labels == self.config.num_classes).all():
             changes["cfg"] = changes["refine_cfg"] = 0
-        schedule = self.schedule("small" if schedule is None and transformer.masked else schedule, **changes)
+        if schedule is None and transformer.masked and DEFAULT not in self.sampling:
+            schedule = "small"
+        schedule = self.schedule(schedule, **changes)
         schedule.replace(**asked)  # guidance that is left out is checked all the same
         tokens = on_host(self.tokenizer.encode(to_signed(pictures)))
         keep = editing.keep_tokens(masks, self.config.ladder)
@@ -203,7 +209,7 @@ class Model:
 
     def schedule(self, schedule: ScheduleLike | None = None, **changes: Unpack[Changes]) -> Schedule:
         """The schedule that `sample` follows, given this one and these changes (`Schedule.replace`), checked."""
-        return Schedule.resolve(schedule, self.config.ladder, self._check_transformer(), **changes)
+        return Schedule.resolve(schedule, self.config.ladder, self._check_transformer(), self.sampling, **changes)
 
     def save(
         self,
@@ -236,7 +242,7 @@ class Model:
             name: Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(parts, leaf))
             for name, leaf in trees.flatten(Layout.unpack(self.params)).items()
         }
-        return write_model(path, self.config, flat, **vars(about), replace=replace)
+        return write_model(path, self.config, flat, **vars(about), sampling=self.sampling, replace=replace)
 
     def placed(self, mesh: Mesh) -> Any:
         """The parameters, whole on each device of a mesh, if nobody has said where they are to be.
@@ -386,5 +392,5 @@ def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | No
     use_compilation_cache()
     held = held_dtypes(opened.config, dtype)
     model = Model(opened.config, read_params(opened, put=lambda name, x: jnp.asarray(x, held.get(name))), dtype)
-    model.about = opened.about
+    model.about, model.sampling = opened.about, opened.sampling
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from hmar_jax.config import TransformerConfig
@@ -43,8 +43,14 @@ def counts(name: str, ladder: ScaleLadder) -> Counts:
             return tuple((length,) for length in ladder.lengths)
         case published if published in _COUNTS:
             return _COUNTS[published]
-    raise InputError(
-        f"Schedule {shown(name)} is unknown; choose {', '.join(NAMES)}, a .json file, or a curve and its steps, "
+    raise unknown(name)
+
+
+def unknown(name: Any, recommended: Collection[str] = ()) -> InputError:
+    """What to raise where no schedule has this name; it lists all, the model's own first."""
+    own = f"{', '.join(recommended)} of this model, or " if recommended else ""
+    return InputError(
+        f"Schedule {shown(name)} is unknown; choose {own}{', '.join(NAMES)}, a .json file, or a curve and its steps, "
         "such as cosine:4, equal:2@7 or power2:4@5-9."
     )
 
@@ -70,15 +76,18 @@ def note_unpublished(depth: int, given: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _note(depth: int) -> None:
+    logger.info("%s", guidance_origin(depth))
+
+
+def guidance_origin(depth: int) -> str:
+    """Where `guidance` of a depth is from, as a sentence."""
     nearest = _published(depth)
     cfg, top_k = _GUIDANCE[nearest]
-    logger.info(
-        "No guidance was published for depth %d; cfg %g and top-k %d are those of depth %d, the nearest. Other values "
-        "may give better pictures (cfg, top_k).",
-        depth,
-        cfg,
-        top_k,
-        nearest,
+    if depth == nearest:
+        return f"cfg {cfg:g} and top-k {top_k} are those published for depth {depth}."
+    return (
+        f"No guidance was published for depth {depth}; cfg {cfg:g} and top-k {top_k} are those of depth {nearest}, the "
+        "nearest. Other values may give better pictures (cfg, top_k)."
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -31,6 +31,7 @@ from hmar_jax.scales import ScaleLadder
 
 type ScheduleLike = str | os.PathLike[str] | Schedule  # as `Schedule.resolve` takes it
 
+DEFAULT = "default"  # the name of what a model recommends where nothing else is said
 _SCHEDULES = "a Schedule, the name of one, a curve and steps such as cosine:4@5-9, or a .json file"
 
 
@@ -132,15 +133,20 @@ class Schedule:
         refine_cfg: float | None = None,
         order: Order = "confidence",
     ) -> Schedule:
-        """A schedule from counts, with the official guidance unless told otherwise.
+        """A schedule from counts, by default with the guidance published for d16.
+
+        Guidance of the passes of scale k, from 0, of K scales; the ramps are those published:
+
+            cfg      refine_cfg   next-scale pass   masked passes
+            t        None         t·k/(K-1)         0
+            t        u            t·k/(K-1)         u·k/(K-1)
+            nested   None         as nested         as nested
+            nested   u            as nested         u·k/(K-1)
 
         Args:
           counts: per scale, the tokens that each of its steps commits.
-          cfg: a number t, ramped as published: t·k/(K-1) on the next-scale pass of scale k (from 0), none on masked
-            passes; or nested like `counts` and taken as it is.
+          cfg: a number t, or numbers nested like `counts`. refine_cfg: None, or a number u: guided refinement.
           temperature, top_k, top_p, noise: a number for all passes, or nested like `counts`.
-          refine_cfg: guided refinement, a number t ramped alike over the masked passes, whatever `cfg` says of them;
-            None leaves them to `cfg`, which is the official way where that is a number.
           order: as in the class.
 
         Raises:
@@ -195,14 +201,28 @@ class Schedule:
         return cls.from_counts(generators.generate(ladder, curve, steps, scales, exponent), **scalars)
 
     @classmethod
-    def parse(cls, text: str | os.PathLike[str], ladder: ScaleLadder, depth: int = 16) -> Schedule:
-        """A schedule for a ladder in one line: a preset's name, a `.json` file, or a curve such as `cosine:4@5-9`.
+    def parse(
+        cls,
+        text: str | os.PathLike[str],
+        ladder: ScaleLadder,
+        depth: int = 16,
+        recommended: Mapping[str, Schedule] | None = None,
+    ) -> Schedule:
+        """A schedule for a ladder in one line: a name, a `.json` file, or a curve such as `cosine:4@5-9`.
 
         A `Path` is a file, whatever its name. Curves are `curve:steps@first-last`, as in `generate`: `single`,
         `equal:2`, `power2:4@3-10`, `arccos:8@10`. They have, like the presets, the published guidance of the given
         transformer depth.
+
+        Args:
+          recommended: schedules of a model, by name, which win over presets and curves of the same name.
         """
         _check_ladder(ladder)
+        recommended = recommended or {}
+        if isinstance(text, str) and text in recommended:
+            if not isinstance(schedule := recommended[text], Schedule):
+                raise InputError(f"The model's schedule {shown(text)} is {shown(schedule)}; expected a Schedule.")
+            return schedule
         if not isinstance(text, str | os.PathLike):
             raise InputError(f"The schedule is {shown(text)}; expected {_SCHEDULES}.")
         if not isinstance(text, str) or text.lower().endswith(".json"):
@@ -218,43 +238,56 @@ class Schedule:
             return schedule
         generated = generators.parse(text)
         if generated is None:
+            if text not in presets.NAMES:
+                raise presets.unknown(text, recommended)
             return cls.preset(text, ladder, depth)
         return cls.generate(ladder, **generated, **presets.guidance(depth))
 
     @classmethod
     def resolve(
-        cls, schedule: ScheduleLike | None, ladder: ScaleLadder, model: TransformerConfig, **changes: Unpack[Changes]
+        cls,
+        schedule: ScheduleLike | None,
+        ladder: ScaleLadder,
+        model: TransformerConfig,
+        recommended: Mapping[str, Schedule] | None = None,
+        **changes: Unpack[Changes],
     ) -> Schedule:
         """The schedule that a transformer samples by, given this one and these changes (`replace`), checked.
 
         Args:
-          schedule: itself, or text or a path as `parse` takes it. None is the preset of one step a scale: `var` for
-            VAR, which has guidance of its own, else `next-scale`.
+          schedule: itself, or text or a path as `parse` takes it. None is the model's `default`; where it has none, the
+            preset of one step a scale: `var` for VAR, which has guidance of its own, else `next-scale`.
+          recommended: the model's own schedules by name, as for `parse`.
 
         Raises:
           InputError: it is for another ladder, or has masked steps where the transformer has no mask branch.
         """
         if not isinstance(model, TransformerConfig):
             raise InputError(f"The model is {shown(model)}; expected a TransformerConfig.")
-        if schedule is None:
+        recommended = recommended or {}
+        if schedule is None and DEFAULT in recommended:
+            schedule = DEFAULT
+        elif schedule is None:
             schedule = "var" if model.is_var else "next-scale"
         if not isinstance(schedule, Schedule):
-            if isinstance(schedule, str) and schedule != "var" and not schedule.lower().endswith(".json"):
+            named = isinstance(schedule, str) and not schedule.lower().endswith(".json")
+            if named and schedule != "var" and schedule not in recommended:
                 presets.note_unpublished(model.depth, changes)
-            schedule = cls.parse(schedule, ladder, model.depth)
+            schedule = cls.parse(schedule, ladder, model.depth, recommended)
         schedule = schedule.replace(**changes)
-        schedule.check_ladder(ladder)
-        if schedule.has_masked_steps and not model.masked:
-            raise InputError(
-                "A schedule with masked steps needs a mask branch, which this model has not; train stage `masked`, or "
-                "use 'next-scale'."
-            )
+        schedule.check_model(ladder, model)
         return schedule
 
     def replace(self, **changes: Unpack[Changes]) -> Schedule:
         """The schedule with other scalars or another order, given as in `from_counts`; None leaves one as it is.
 
-        A number for `cfg` changes next-scale passes alone, as `refine_cfg` does masked ones, so each keeps the other.
+        Guidance, ramped as there:
+
+            change           next-scale passes   masked passes
+            cfg=t            t·k/(K-1)           as they are
+            refine_cfg=u     as they are         u·k/(K-1)
+            cfg=nested       as nested           as nested
+            both             cfg's               refine_cfg's
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if isinstance(given.get("cfg"), Real):
@@ -269,6 +302,15 @@ class Schedule:
             raise InputError(
                 f"{name} is for the sides {_joined(self.sides)}, but the model was built for {_joined(ladder.sides)}; "
                 "choose a schedule for those, such as 'next-scale'."
+            )
+
+    def check_model(self, ladder: ScaleLadder, model: TransformerConfig) -> None:
+        """Raises InputError where it is for another ladder, or has masked steps and the transformer no mask branch."""
+        self.check_ladder(ladder)
+        if self.has_masked_steps and not model.masked:
+            raise InputError(
+                "A schedule with masked steps needs a mask branch, which this model has not; train stage `masked`, or "
+                "use 'next-scale'."
             )
 
     @property
@@ -313,11 +355,15 @@ class Schedule:
         """What `to_json` wrote, or written by hand: `counts`, and anything else that `from_counts` takes."""
         if not isinstance(text, str | bytes):
             raise InputError(f"The schedule is {shown(text)}; expected JSON as Schedule.to_json writes it.")
-        fields = json_files.parse(text, "The schedule", "write it with Schedule.to_json")
+        return cls.from_fields(json_files.parse(text, "The schedule", "write it with Schedule.to_json"))
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Schedule:
+        """The same of JSON that is a part of a larger text and has been read."""
         others = (*SCALARS, "refine_cfg", "order")
         if not isinstance(fields, dict) or "counts" not in fields or set(fields) - {"counts", *others}:
-            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {shown(text)}.")
-        return cls.from_counts(fields.pop("counts"), **fields)
+            raise InputError(f"A schedule's JSON has 'counts' and perhaps {', '.join(others)}; got {shown(fields)}.")
+        return cls.from_counts(**fields)
 
     def _flat(self) -> dict[str, np.ndarray]:
         """Each scalar as the sampler takes it: one number a pass, (P,) float32, top_k int32."""

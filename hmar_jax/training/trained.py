@@ -11,7 +11,7 @@ from hmar_jax.arrays import on_host
 from hmar_jax.config import MeshConfig, TrainConfig
 from hmar_jax.errors import InputError
 from hmar_jax.files import is_there, local_path
-from hmar_jax.formats.model_directory import About
+from hmar_jax.formats.model_directory import About, sampling_of
 from hmar_jax.model import Model
 from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree, flatten
@@ -21,11 +21,15 @@ from hmar_jax.training.state import TrainState, state_shapes
 
 
 def trained_model(config: TrainConfig, objective: Objective, state: TrainState, frozen: Tree) -> Model:
-    """The model that a state holds, with averaged parameters where there are any, all in host memory."""
+    """The model that a state holds, with averaged parameters where there are any, all in host memory. It recommends the
+    schedules of the model that the run started from where that is the same network.
+    """  # fmt: skip
     model = Model(objective.model_config, jax.tree.map(on_host, objective.model_params(state.best, frozen)))
     run = f"stage {config.stage}, {int(state.step)} steps of {config.batch_size}, seed {config.seed}"
     licences = tuple(objective.start.meta.get("licences", ()))  # a start binds what comes of it
     model.about = About(source=f"trained by hmar-jax, {run}", licences=licences)
+    if objective.start.config == model.config:  # another network, with a mask branch say, is sampled otherwise
+        model.sampling = sampling_of(model.config, objective.start.meta)
     return model
 
 

@@ -151,7 +151,8 @@ def test_the_list_has_all_there_are_and_they_parse(said):
     lines = said("list").splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names[: len(presets.NAMES)] == list(presets.NAMES)
-    curves = names[len(presets.NAMES) : -1]
+    curves = names[len(presets.NAMES) : -2]
+    assert names[-2:] == ["F.json", "default"]
     assert [name.rstrip("0123456789:@-") for name in curves] == list(CURVES)
     for name in curves:
         Schedule.parse(name, LADDER)

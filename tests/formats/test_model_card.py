@@ -17,6 +17,7 @@ from hmar_jax.config import ModelConfig
 from hmar_jax.formats import model_card
 from hmar_jax.formats.model_directory import read_config
 from hmar_jax.formats.safetensors_files import File, Tensor
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 
 # As small as they come: the code in their cards compiles them.
@@ -87,7 +88,7 @@ def words(command):
 
 def described(config, tensors, **options):
     """The card of a model that is not there."""
-    return model_card.write("x", config, tensors, **({"source": "a test", "licences": []} | options))
+    return model_card.write("x", config, tensors, **({"source": "a test", "licences": [], "sampling": {}} | options))
 
 
 # --- what is stated
@@ -209,7 +210,7 @@ def test_the_command_gives_pictures(directories, in_their_folder, capsys):
 
 @pytest.mark.parametrize("name", ["two words", "d16's", '"best"', "a$HOME;b", "schön\\"])
 def test_the_code_fits_directories_of_any_name(name):
-    card = model_card.write(name, SMALL, {}, source="a test", licences=[])
+    card = model_card.write(name, SMALL, {}, source="a test", licences=[], sampling={})
     assert ast.literal_eval(re.search(r"from_pretrained\((.+)\)$", code(card, "python"), re.MULTILINE)[1]) == name
     assert f"--model={name}" in words(code(card, "bash"))
 
@@ -237,6 +238,36 @@ def test_the_schedule_shown_is_the_one_for_the_model(config, schedule):
 
 
 def test_what_the_card_quotes_takes_one_line_each():
-    card = model_card.write("a\nb", SMALL, {}, source="x\n| y | z |", licences=["Not for sale.\n# Free"])
+    card = model_card.write("a\nb", SMALL, {}, source="x\n| y | z |", licences=["Not for sale.\n# Free"], sampling={})
     lines = card.splitlines()
     assert {"# a\\nb", "| source | x\\n| y | z | |", "Not for sale.\\n# Free"} <= set(lines)
+
+
+# --- how to sample
+
+
+def test_recommended_schedules_are_listed_and_the_code_leaves_the_default_out():
+    fast, default = (Schedule.preset(name, SMALL.ladder) for name in ("next-scale", "small"))
+    card = described(SMALL, {}, sampling={"fast": fast})
+    assert 'schedule="small"' in code(card, "python")
+    assert f"| `fast` | 2 | 0 | 1.7 | confidence | `{fast.digest}` |\n" in card
+    card = described(SMALL, {}, sampling={"fast": fast, "default": default.replace(order="halton", refine_cfg=2)})
+    assert "schedule" not in code(card, "python") + code(card, "bash")
+    assert "| `default` | 3 | 1 | 2 | halton | `" in card
+
+
+@pytest.mark.parametrize(
+    ("depth", "stated"),
+    [
+        (16, "cfg 1.7 and top-k 1000 are those published for depth 16."),
+        (2, "No guidance was published for depth 2; cfg 1.7 and top-k 1000 are those of depth 16, the nearest."),
+        (28, "No guidance was published for depth 28; cfg 1.6 and top-k 650 are those of depth 30, the nearest."),
+    ],
+)
+def test_a_card_states_whose_guidance_schedules_bring(depth, stated):
+    sampling = described(small(depth=depth), {}).partition("## Sampling\n")[2]
+    assert sampling.startswith(f"\nNames of presets and curves bring guidance: {stated}")
+    assert "VAR" not in sampling
+    var = described(small(depth=depth, masked=False, pattern="block_causal"), {})
+    assert "`var` has the guidance published for VAR of any depth.\n" in var
+    assert "## Sampling" not in described(KINDS["tokenizer"][0], {})

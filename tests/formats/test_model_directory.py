@@ -18,9 +18,10 @@ from tiny_models import TINY, fingerprint, lively_model, tiny
 
 import hmar_jax.formats.model_card
 import hmar_jax.formats.safetensors_files
-from hmar_jax import InputError, files, from_pretrained
+from hmar_jax import InputError, from_pretrained
 from hmar_jax import params as trees
 from hmar_jax.errors import MachineError, TransientError
+from hmar_jax.files import whole_files
 from hmar_jax.formats.model_directory import open_model, read_config, write_model
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.model import Model
@@ -38,7 +39,7 @@ def saved(model, tmp_path):
 def exchanges(request, monkeypatch):
     """Whether the file system has two folders change places in one step."""
     if not request.param:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(whole_files, "_exchange", lambda one, other: False)
     return request.param
 
 
@@ -312,7 +313,7 @@ def write_config(text):
         (configure(licences=[1]), r"Config field 'licences' is 1; expected str\."),
         (configure(layout="../x"), r"Config field 'layout' is '\.\./x'; expected 'vae' or "),
         (configure(layout=None), r"Config field 'layout' is None; expected 'vae' or "),
-        (configure(sampling={"cfg": 2}), r"Config field 'sampling' does not exist; "),
+        (configure(schedules={"cfg": 2}), r"Config field 'schedules' does not exist; "),
         (of_model("phi_layout", 3), r"Config field 'model\.phi_layout' is 3; expected '' or 'qresi_ls' or 'each'\."),
         (of_model("tokenizer", []), r"Config field 'model\.tokenizer' is \[\]; expected TokenizerConfig\."),
         (of_model("ladder.sides", [1, 30000]), r"Sides \(1, 30000\) have 900000001 tokens; expected 262144 at most\."),
@@ -479,7 +480,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(model, tmp_path, monkeypatch, at
 @pytest.mark.parametrize("replace", [False, True], ids=["anew", "over another"])
 def test_an_interrupted_save_leaves_what_was_there(model, tmp_path, monkeypatch, at, error, replace):
     if at == RENAME:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(whole_files, "_exchange", lambda one, other: False)
     if replace:
         model.save(tmp_path / "model", source="first")
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path) if (tmp_path / name).is_file()}
@@ -501,7 +502,7 @@ def test_an_interrupted_replacement_keeps_the_old_model(saved, monkeypatch):
             raise OSError("no")
         rename(source, target)
 
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(whole_files, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fail_second)
     with pytest.raises(InputError, match="Could not write the model"):
         lively_model(TINY, seed=1).save(saved, source="second", replace=True)
