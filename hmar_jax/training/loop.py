@@ -94,12 +94,12 @@ class Run:
 
     After a step come, each where it is due and always in this order:
 
-    1. `check`: loss and gradient are finite. Nothing of a step is logged or saved before.
+    1. `check`: loss and gradient are finite. Nothing of a step is logged or saved before. A step that is to be saved also
+       waits here until the save before is on disk, so that a kill never loses two.
     2. `evaluate`: metrics of held-out examples, for the log.
     3. `log`: the metrics, to `metrics.jsonl` and the callbacks, which may ask to save and stop. Before `save`, as a run
        that is killed between the two and goes on from that step would never write its line.
-    4. `save`: only while the work directory is still this run's, and only once the save before is on disk, so that a
-       kill never loses two.
+    4. `save`: only while the work directory is still this run's.
     5. `sample`: pictures, for which there may be no room, in memory or on disk; the step is saved by then.
     """
 
@@ -124,8 +124,7 @@ class Run:
                 for step in self.steps:
                     if stopped := self.step(step):
                         break
-                with self.goodput.spent("checkpoint"):
-                    self.checkpoints.wait()
+                self.wait_for_save()
                 if self.steps:
                     self.writer.write_goodput(self.goodput.summary())
             model = None if stopped else self.save_model()
@@ -185,6 +184,8 @@ class Run:
         self.writer.advance()
         if self.profiler.ends(step):
             self.profiler.close()
+        if save:
+            self.wait_for_save()
         if log:
             stop |= self.log(step, metrics, self.evaluate(step, evaluators)) and not last
         if save or stop:
@@ -198,6 +199,11 @@ class Run:
         self.finite(step, metrics, position["examples"])
         if wait:
             self.finite.finish()
+
+    def wait_for_save(self) -> None:
+        """Returns when the save under way, if any, is on disk."""
+        with self.goodput.spent("checkpoint"):
+            self.checkpoints.wait()
 
     def evaluate(self, step: int, evaluators: list[Evaluator]) -> dict[str, np.ndarray]:
         """The metrics of evaluators, on averaged parameters where there are any."""
@@ -218,11 +224,10 @@ class Run:
         return processes.any_of_all(any(isinstance(answer, bool | np.bool_) and bool(answer) for answer in answers))
 
     def save(self, step: int, position: dict[str, int]) -> None:
-        """Starts to save the step, when the save before is on disk."""
+        """Starts to save the step."""
         if processes.is_first():
             self.lock.check()
         with self.goodput.spent("checkpoint"):
-            self.checkpoints.wait()
             self.checkpoints.save(step, self.state, position | self.origin, self.config)
 
     def sample(self, step: int) -> None:

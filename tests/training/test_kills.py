@@ -21,7 +21,7 @@ from tiny_training import idle_steps, next_scale_config
 from hmar_jax.training import loop
 from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
-from hmar_jax.training.state import state_shapes
+from hmar_jax.training.state import TrainState, state_shapes
 
 HERE = Path(__file__).parent
 KILLS, EVERY = 50, 3
@@ -50,7 +50,7 @@ def marked_steps(config, objective, optimizer):
         def mark(tree):
             return jax.tree.map(lambda leaf: 0 * leaf + state.step.astype(leaf.dtype), tree)
 
-        return loop.TrainState(state.step, state.key, mark(state.params), state.ema, mark(state.opt), {}), metrics
+        return TrainState(state.step, state.key, mark(state.params), state.ema, mark(state.opt), {}), metrics
 
     return step
 
