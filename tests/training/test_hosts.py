@@ -389,7 +389,7 @@ HALF = ValueError("Number of processes must be defined.")
 
 
 @pytest.mark.parametrize(
-    ("processes", "failure", "environment", "count", "expected"),
+    ("given", "failure", "environment", "count", "expected"),
     [
         (None, NO_CLUSTER, {}, 1, None),
         (1, NO_CLUSTER, {}, 1, None),
@@ -409,7 +409,7 @@ HALF = ValueError("Number of processes must be defined.")
         (4, None, {}, 1, (TransientError, "--processes=4, and 1 joined")),
     ],
 )
-def test_a_cluster_that_is_half_there_is_told_from_none(monkeypatch, processes, failure, environment, count, expected):
+def test_a_cluster_that_is_half_there_is_told_from_none(monkeypatch, given, failure, environment, count, expected):
     def initialize(**options):
         assert not {"num_processes", "process_id"} & options.keys()
         if failure is not None:
@@ -423,10 +423,10 @@ def test_a_cluster_that_is_half_there_is_told_from_none(monkeypatch, processes, 
     monkeypatch.setattr(processes.jax, "process_count", lambda: count)
     monkeypatch.setattr(processes, "leave_compilation_cache", lambda: None)
     if expected is None:
-        processes.join(processes=processes)
+        processes.join(processes=given)
         return
     with pytest.raises(expected[0], match=expected[1]) as caught:
-        processes.join(processes=processes)
+        processes.join(processes=given)
     assert type(caught.value) is expected[0]
     assert "\n" not in str(caught.value)
 
