@@ -94,8 +94,8 @@ class Run:
 
     After a step come, each where it is due and always in this order:
 
-    1. `check`: loss and gradient are finite. Nothing of a step is logged or saved before. A step that is to be saved also
-       waits here until the save before is on disk, so that a kill never loses two.
+    1. `check`: loss and gradient are finite. Nothing of a step is logged or saved before. A step that is to be saved
+       waits here, too, until the save before is on disk, so that a kill never loses two.
     2. `evaluate`: metrics of held-out examples, for the log.
     3. `log`: the metrics, to `metrics.jsonl` and the callbacks, which may ask to save and stop. Before `save`, as a run
        that is killed between the two and goes on from that step would never write its line.
