@@ -200,3 +200,8 @@ def refusal(folder, work):
         work()
     assert sorted(folder.rglob("*")) == before
     return assert_one_sentence(str(error.value).replace(f"{folder}/", ""))
+
+
+def listing(folder):
+    """All that lies in a folder, by its path there, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

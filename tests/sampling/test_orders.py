@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_models import TINY
 
-from hmar_jax.commands.schedule import commitment
 from hmar_jax.sampling import filters, orders, program
+from hmar_jax.sampling.commitment import commitment
 from hmar_jax.sampling.sampler import Kept, pass_keys, sample_tokens
 from hmar_jax.sampling.schedule import Schedule
 
