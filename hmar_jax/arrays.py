@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -91,3 +92,14 @@ def over_devices(array: ArrayLike, mesh: Mesh) -> jax.Array:
     padded = np.resize(array, (-(-array.shape[0] // ways) * ways, *array.shape[1:]))
     sharding = NamedSharding(mesh, PartitionSpec(axes))
     return jax.make_array_from_callback(padded.shape, sharding, lambda index: padded[index])
+
+
+def one_ahead[C, T](dispatch: Callable[[C], T], chunks: Iterable[C]) -> Iterator[tuple[C, T]]:
+    """Each chunk with what is dispatched for it, once the next is under way: devices don't wait for the caller."""
+    ahead = None
+    for chunk in chunks:
+        this, ahead = ahead, (chunk, dispatch(chunk))
+        if this is not None:
+            yield this
+    if ahead is not None:
+        yield ahead

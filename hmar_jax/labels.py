@@ -15,6 +15,7 @@ What can be read in two ways is refused.
 from __future__ import annotations
 
 import csv
+import difflib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -74,6 +75,18 @@ def parse_label(text: str, class_names: Sequence[str], num_classes: int) -> Labe
     return labels[0]
 
 
+def class_numbers(names: Sequence[str], class_names: Sequence[str], num_classes: int) -> list[int]:
+    """The number of each class, which a Python call gives by name, or in digits where no class has a number for a name.
+
+    Neither commas nor dashes are read: each is one class.
+
+    Raises:
+      InputError: what is no class, with the names that are nearest; or one of several.
+    """
+    classes = _Classes(class_names, num_classes)
+    return [classes.one(name).number for name in names]
+
+
 def every_class(class_names: Sequence[str], num_classes: int) -> list[Label]:
     """All classes of a model, in its order."""
     names = class_names or [str(number) for number in range(num_classes)]
@@ -91,16 +104,25 @@ class _Classes:
         self._whole = {name: int(name) for name in names if _is_whole(name)}
         self._longest = 2 * max(map(len, names), default=0) + 100  # letters of a range, spaces and all
 
+    def one(self, word: str) -> Label:
+        """The class that a word stands for."""
+        if label := self._named_or_numbered(word):
+            return label
+        near = self._near(word) or [name for name in self._names if len(name) <= 40][:3]
+        expected = f"its name, such as {', '.join(map(shown, near))}" if near else "its name or number"
+        if near and not self._whole:
+            expected = f"its number, or {expected}"
+        elif self._whole and _is_whole(word.strip()):
+            expected += "; as some names are numbers, a class's number is an int, not a str"
+        raise InputError(f"Label {shown(word)} is not a class of this model; expected {expected}.")
+
     def read(self, word: str) -> list[Label]:
         """The classes that a word stands for: one, or those of a range."""
         if not word.isascii() and not word.isprintable():  # UTF-8 of a command line whose locale is ASCII
             word = word.encode(errors="surrogateescape").decode(errors="surrogateescape")
-        for text in (word, word.strip()):
-            if text in self._numbers_of:
-                return [Label(self._number(text), text)]
+        if label := self._named_or_numbered(word):
+            return [label]
         word = word.strip()
-        if not self._whole and _is_whole(word.removeprefix("-")):
-            return self._numbers(int(word), int(word))
         readings = [ends for at in re.finditer("-", word[: self._longest]) if (ends := self._ends(word, at.start()))]
         if len(readings) > 1:
             ways = " or ".join(f"{shown(first)} to {shown(last)}" for first, last in readings[:3])
@@ -111,6 +133,16 @@ class _Classes:
         if first not in self._numbers_of:
             return self._numbers(int(first), int(last))
         return self._counted(first, last) if {first, last} <= self._whole.keys() else self._between(first, last)
+
+    def _named_or_numbered(self, word: str) -> Label | None:
+        """The class of a name, with or without the spaces around it, or of a number; None where it is neither."""
+        for text in (word, word.strip()):
+            if text in self._numbers_of:
+                return Label(self._number(text), text)
+        word = word.strip()
+        if not self._whole and _is_whole(word.removeprefix("-")):
+            return self._numbers(int(word), int(word))[0]
+        return None
 
     def _ends(self, word: str, at: int) -> tuple[str, str] | None:
         """The ends of a range whose dash is at a place of a word: two names, or two numbers; None where it is none."""
@@ -163,6 +195,15 @@ class _Classes:
             )
         return [Label(number, self._names[number]) for number in range(start, end + 1)]
 
+    def _near(self, word: str) -> list[str]:
+        """Names, three at most, that have the word in them or are like it, whatever their letters' case."""
+        word = word.strip().casefold()
+        if _is_whole(word) or len(word) > self._longest:
+            return []
+        folded = {name.casefold(): name for name in self._names if len(name) <= 40}
+        inside = [name for name in folded if word in name] if len(word) > 2 else []
+        return [folded[name] for name in dict.fromkeys(inside + difflib.get_close_matches(word, folded))][:3]
+
     def _expected(self, word: str) -> str:
         """What a word that is no class could have been, as a part of a sentence."""
         few = [name for name in self._names[:12] if len(name) <= 40] or ["its names"]
@@ -171,6 +212,8 @@ class _Classes:
             some += " (names and ranges that have a comma in double quotes)"
         if not self._names:
             return "a number"
+        if near := self._near(word):
+            some += f", the nearest being {' and '.join(map(_quoted, near))}"
         if not self._whole:
             return f"a number or one of {some}"
         called = ""

@@ -50,7 +50,7 @@ LONG = (
     "commands/test_demo.py",
     "training/test_resume.py",
     "sampling/test_orders.py",
-    "test_model.py",
+    "model/test_model.py",
     "test_notebook.py",
     "training/test_tokenizer_objective.py",
     "commands/test_bench_train.py",

@@ -172,7 +172,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     import jax
     import numpy as np
 
-    from hmar_jax.arrays import mesh_in_use, over_devices
+    from hmar_jax.arrays import mesh_in_use
     from hmar_jax.sampling import program
     from hmar_jax.sampling.presets import preset_for
 
@@ -180,19 +180,16 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
     if model.config.transformer is None:
         raise InputError("The model is a tokenizer alone; bench sample needs one that has a transformer.")
     schedule = model.schedule(preset_for(model.config.ladder, model.config.transformer))
-    numbers = np.arange(setting.batch, dtype=np.uint32)
-    labels = (numbers % model.config.num_classes).astype(np.int32)
+    labels = np.arange(setting.batch) % model.config.num_classes
     with jax.set_mesh(mesh := mesh_in_use()):
-        placed = [over_devices(array, mesh) for array in (labels, numbers)]
-        options = program.Options(model.config, model.dtype, schedule.plan)
+        request = program.Request.of(model.config, model.dtype, schedule, model.placed(mesh), labels).on(mesh)
         start = time.perf_counter()
-        given = (model.placed(mesh), *placed, schedule.controls, np.uint32(0), None, None)
-        compiled = program.sample.lower(options, *given).compile()
+        compiled = program.sample.lower(request).compile()
         compile_seconds = time.perf_counter() - start
 
         def once() -> float:
             start = time.perf_counter()
-            jax.block_until_ready(compiled(*given))
+            jax.block_until_ready(compiled(request))
             return time.perf_counter() - start
 
         def whole() -> float:
@@ -206,7 +203,7 @@ def measure(setting: Setting, rates: Any, repeats: int) -> Measured:
         whole()
         wholes = tuple(whole() for _ in range(repeats))
         parts = by_part(measurements.profile(once), compiled.as_text() or "")
-    bound = least_seconds(model, schedule.plan, len(placed[0]) / mesh.size, rates)
+    bound = least_seconds(model, schedule.plan, len(request.labels) / mesh.size, rates)
     return Measured(setting, seconds, wholes, compile_seconds, bound, measurements.program_bytes(compiled), parts)
 
 

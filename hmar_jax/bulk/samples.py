@@ -37,6 +37,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
+from hmar_jax.arrays import one_ahead
 from hmar_jax.bulk import sample_parts
 from hmar_jax.config import ModelConfig
 from hmar_jax.config.plain import to_plain
@@ -44,10 +45,11 @@ from hmar_jax.errors import InputError, printable, shown
 from hmar_jax.files import is_there, json_files, local_path, put_in_place, read_bytes, write_whole, writing
 from hmar_jax.images import to_uint8
 from hmar_jax.model import Model
-from hmar_jax.parallel import processes, sharding
+from hmar_jax.parallel import processes
 from hmar_jax.progress_bar import progress
 from hmar_jax.sampling import program
-from hmar_jax.sampling.schedule import Controls, Schedule
+from hmar_jax.sampling.program import Request
+from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.xla import COMPILER_OPTIONS
 from pallas_kernels.scale_attention import BATCH_AXES
 
@@ -173,16 +175,16 @@ def _check_all_there(folder: _Folder, wanted: np.ndarray) -> None:
 def _draw(model: Model, settings: Settings, numbers: np.ndarray, size: int) -> Iterator[tuple[int, Part]]:
     """Samples of these numbers, `size` at a time: how many there are of each batch, and this process's part of it."""
     mesh = jax.sharding.get_mesh()
-    options = program.Options(model.config, settings.dtype, settings.schedule.plan, settings.greedy)
-    controls, seed = settings.schedule.controls, np.uint32(settings.seed)
+    params, options = model.placed(mesh), {"seed": settings.seed, "greedy": settings.greedy}
 
     def dispatch(numbers: np.ndarray) -> tuple[jax.Array, jax.Array]:
         padded = np.resize(numbers, size)  # repeats at the end of the last batch, so that nothing compiles for it
-        labels = (padded % model.config.num_classes).astype(np.int32)
-        return _sample(options, mesh, model.params, _spread(labels, mesh), _spread(padded, mesh), controls, seed)
+        labels, schedule = padded % model.config.num_classes, settings.schedule
+        request = Request.of(model.config, settings.dtype, schedule, params, labels, numbers=padded, **options)
+        return _sample(request.on(mesh), mesh)
 
     chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    for chunk, (images, tokens) in _one_ahead(dispatch, chunks):
+    for chunk, (images, tokens) in one_ahead(dispatch, chunks):
         rows, own_images = _own_rows(images)
         _, own_tokens = _own_rows(tokens)
         real = rows < len(chunk)
@@ -202,50 +204,22 @@ def _numbers(num_classes: int, labels: Sequence[int], per_class: int) -> np.ndar
     return np.add.outer(np.arange(per_class) * num_classes, np.unique(labels)).ravel().astype(np.uint32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
-def _sample(
-    options: program.Options,
-    mesh: Mesh,
-    params: Any,
-    labels: jax.Array,
-    numbers: jax.Array,
-    controls: Controls,
-    seed: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILER_OPTIONS)
+def _sample(request: Request, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """`program.sample` by every device for its own rows, none asking another for anything.
 
     Returns:
       Images (B,S,S,3) uint8 and tokens (B,L) uint16: a quarter and a half of the bytes to copy to the host.
     """
 
-    def own(
-        params: Any, labels: jax.Array, numbers: jax.Array, controls: Controls, seed: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def own(request: Request) -> tuple[jax.Array, jax.Array]:
         sample = inspect.unwrap(program.sample)  # not jitted: options of the compiler are the outermost function's
-        images, tokens, _ = sample(options, params, labels, numbers, controls, seed)
+        images, tokens, _ = sample(request)
         return to_uint8(images), tokens.astype(jnp.uint16)
 
-    rows = PartitionSpec(BATCH_AXES)
-    everywhere = PartitionSpec()
-    specs = (everywhere, rows, rows, everywhere, everywhere)
-    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return spread(params, labels, numbers, controls, seed)
-
-
-def _one_ahead[T](dispatch: Callable[[np.ndarray], T], chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, T]]:
-    """Each chunk with what is dispatched for it, once the next is under way: devices don't wait for the caller."""
-    ahead = None
-    for chunk in chunks:
-        this, ahead = ahead, (chunk, dispatch(chunk))
-        if this is not None:
-            yield this
-    if ahead is not None:
-        yield ahead
-
-
-def _spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array (B,) that every process has whole, split by sample."""
-    return jax.make_array_from_callback(array.shape, sharding.batch_sharding(mesh), lambda index: array[index])
+    rows, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
+    specs = dataclasses.replace(request.mapped(lambda _: rows, lambda _: everywhere), params=everywhere)
+    return jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=rows, check_vma=False)(request)
 
 
 def _own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     from hmar_jax import images
     from hmar_jax.model import from_pretrained
 
-    model = from_pretrained(args.model, args.dtype, args.revision)
+    model = from_pretrained(args.model, args.dtype, revision=args.revision)
     image, mask = to_square(image, mask, model.config.image_size)
     config, labels = model.config, None
     if args.label is not None:
@@ -48,10 +48,10 @@ def run(argv: Sequence[str]) -> None:
     with device_memory("choose fewer --variants"):
         out = model.edit(image, mask, labels, args.schedule, **settings, **options.changes(args))
     note_replaced(files)
-    for file, result in zip(results, out.images, strict=True):
+    for file, result in zip(results, out.pil(), strict=True):
         images.save_png(result, file)
-    given = images.to_unit(image)
-    stacked = np.stack([given, np.where(mask[..., None], _GREY, given), *out.images])
+    given = images.to_unit(image)[None]
+    stacked = np.concatenate([given, np.where(mask[..., None], _GREY, given), out.images])
     images.save_png(images.grid(stacked, min(len(stacked), _COLUMNS)), grid)
     say(f"{' '.join(file.name for file in results)} and {grid.name} (input, mask, results) are in {grid.parent}")
 

@@ -53,7 +53,7 @@ def _sample_labels(args: argparse.Namespace) -> None:
     from hmar_jax.bulk import traces
     from hmar_jax.model import from_pretrained
 
-    model = from_pretrained(args.model, args.dtype, args.revision)
+    model = from_pretrained(args.model, args.dtype, revision=args.revision)
     labels = parse_labels(args.labels, model.config.class_names, model.config.num_classes)
     names = [f"{i:05d}-class{_in_file_names(label.name)}-seed{args.seed}" for i, label in enumerate(labels)]
     endings = (".png", "-trace.png", "-trace.gif") if args.trace else (".png",)
@@ -64,13 +64,13 @@ def _sample_labels(args: argparse.Namespace) -> None:
     with device_memory("choose fewer labels"):
         out = model.sample([label.number for label in labels], args.schedule, **settings, **options.changes(args))
     note_replaced(files)
-    for i, (name, image) in enumerate(zip(names, out.images, strict=True)):
-        images.save_png(image, args.output / f"{name}.png")
+    for i, (name, picture) in enumerate(zip(names, out.pil(), strict=True)):
+        images.save_png(picture, args.output / f"{name}.png")
         if args.trace:
             frames = traces.frames(model, out, i)
             images.save_png(plots.trace(frames), args.output / f"{name}-trace.png")
             write_whole(args.output / f"{name}-trace.gif", plots.animation(frames))
-    images.save_png(images.grid(out.images, min(8, len(labels))), args.output / "grid.png")
+    images.save_png(out.grid(), args.output / "grid.png")
     number = f"{len(labels)} picture{'s' * (len(labels) > 1)}"
     say(f"{number} and grid.png are in {args.output}")
 

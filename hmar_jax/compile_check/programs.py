@@ -8,6 +8,7 @@ stage `masked` `transformer`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 import time
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from hmar_jax import params as trees
 from hmar_jax.compile_check.topology import Topology
@@ -25,7 +27,7 @@ from hmar_jax.formats.model_directory import read_config
 from hmar_jax.networks import held_dtypes, shapes_of
 from hmar_jax.parallel import sharding
 from hmar_jax.params import Tree
-from hmar_jax.sampling.program import Options, sample
+from hmar_jax.sampling.program import Request, sample
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.scales import ScaleLadder
 from hmar_jax.tokenizer import perceptual
@@ -126,20 +128,19 @@ def lower_train_step(setup: Setup) -> jax.stages.Lowered:
 
 def lower_sampler(setup: Setup, batch: int) -> jax.stages.Lowered:
     """Label to picture in one program, with the config's schedule and the parameters laid out as in training."""
-    schedule = schedule_of(setup)
-    options = Options(setup.model, setup.config.dtype, schedule.plan)
     held = held_dtypes(setup.model, setup.config.dtype)
     flat = trees.flatten(setup.objective.model_params(setup.state.best, setup.frozen))
     params = trees.unflatten({name: leaf.update(dtype=held.get(name, leaf.dtype)) for name, leaf in flat.items()})
-    everywhere = sharding.replicated(setup.mesh)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(setup.mesh))
-    numbers = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=labels.sharding)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)
-    controls = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), schedule.controls
+
+    def shape(array: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    request = Request.of(setup.model, setup.config.dtype, schedule_of(setup), params, np.zeros(batch)).mapped(
+        functools.partial(shape, where=sharding.batch_sharding(setup.mesh)),
+        functools.partial(shape, where=sharding.replicated(setup.mesh)),
     )
     with jax.set_mesh(setup.mesh):
-        return sample.lower(options, params, labels, numbers, controls, seed)
+        return sample.lower(request)
 
 
 def schedule_of(setup: Setup) -> Schedule:

@@ -8,81 +8,87 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
 from hmar_jax import params as trees
-from hmar_jax.arrays import flag, host_array, mesh_in_use, on_host, over_devices, whole
+from hmar_jax.arrays import flag, host_array, mesh_in_use, on_host, whole
 from hmar_jax.config import ModelConfig, TransformerConfig
-from hmar_jax.errors import InputError, check_choice, shown
-from hmar_jax.formats.model_directory import About, open_model, read_params, write_model
+from hmar_jax.errors import InputError, shown
+from hmar_jax.formats.model_directory import About, write_model
 from hmar_jax.formats.safetensors_files import Tensor
-from hmar_jax.images import to_signed
-from hmar_jax.model.tokenizer import TokenizerDoor, check_tokens
-from hmar_jax.networks import Layout, held_dtypes, hold, networks
-from hmar_jax.sampling import editing, program, progress
+from hmar_jax.images import from_signed, to_signed
+from hmar_jax.model import drawing
+from hmar_jax.model.arguments import check_mesh, compute_dtype, read_labels, read_numbers
+from hmar_jax.model.drawing import Event
+from hmar_jax.model.sample import Sample
+from hmar_jax.model.tokenizer import ModelTokenizer, check_tokens
+from hmar_jax.networks import Layout, hold, networks
+from hmar_jax.parallel.sharding import replicated
+from hmar_jax.sampling import editing
+from hmar_jax.sampling.program import Request
 from hmar_jax.sampling.sampler import Kept
 from hmar_jax.sampling.schedule import DEFAULT, Changes, Schedule, ScheduleLike
 from hmar_jax.transformer import fused, teacher_forcing
 from hmar_jax.transformer.hmar import HMAR
-from hmar_jax.xla import use_compilation_cache
-
-
-class DrawRecord(NamedTuple):
-    """One pass as `Sample.draws` lists it: scale and step from 0, the others (B,N) as in `sampler.Draw`."""
-
-    scale: int
-    step: int
-    tokens: np.ndarray
-    masked: np.ndarray
-    confidence: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What `Model.sample` and `Model.edit` give.
-
-    Attributes:
-      images: (B,S,S,3) float32 in [0,1]. tokens: (B,L) int32, final.
-      draws: with `record=True` every pass's draw, in order; else None.
-    """
-
-    images: np.ndarray
-    tokens: np.ndarray
-    draws: list[DrawRecord] | None = None
 
 
 class Model:
     """A tokenizer with or without a transformer, ready to use.
 
+    A model can be pickled and copied at any time; the copy has its parameters on the default device, and no mesh.
+
+    Args:
+      config: what it is. params: nested dicts of arrays, `tokenizer` and perhaps `transformer`.
+      dtype: compute dtype, float32 or bfloat16, as NumPy or JAX take one.
+      mesh: devices to hold the parameters, whole on each, and to split batches of samples over. None leaves them where
+        they are, and splits batches over the mesh in use (`jax.set_mesh`), or else over all local devices. Where both
+        are given, this one holds.
+
     Attributes:
-      config: what it is.
-      params: nested dicts of arrays, `tokenizer` and perhaps `transformer`: float32, or bfloat16 if stored so or if
-        products in bfloat16 read them; on GPUs in the layout for them (`networks.Layout.unpack` undoes that).
+      config, mesh: as given. dtype: `float32` or `bfloat16`.
+      params: as given, in float32, or bfloat16 if stored so or if products in bfloat16 read them; on GPUs in the
+        layout for them (`networks.Layout.unpack` undoes that).
       tokenizer: `encode` and `decode`. transformer: the HMAR or VAR module, None in a tokenizer's model directory.
       about: what its model directory says beside the config, for `save`.
       sampling: schedules that it recommends, by name, for `save` too; `default` is used where nothing else is said.
     """
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any], dtype: str = "float32"):
+    def __init__(
+        self, config: ModelConfig, params: dict[str, Any], dtype: DTypeLike = "float32", mesh: Mesh | None = None
+    ):
         if not isinstance(config, ModelConfig):
             raise InputError(f"config is {shown(config)}; expected a ModelConfig.")
-        check_choice("dtype", dtype, ("float32", "bfloat16"))
         networks_here = {"tokenizer", "transformer"} if config.transformer else {"tokenizer"}
         if not isinstance(params, dict) or params.keys() != networks_here:
             raise InputError(f"params is {shown(params)}; expected a dict of {' and '.join(sorted(networks_here))}.")
-        self.config, self.params, self.dtype = config, hold(config, params, dtype), dtype
-        self.tokenizer = TokenizerDoor(config, self.params, dtype)
+        self.config, self.dtype, self.mesh, self.about = config, compute_dtype(dtype), check_mesh(mesh), About()
+        held = hold(config, params, self.dtype)
+        self.params = held if mesh is None else jax.device_put(held, replicated(mesh))
+        self.tokenizer = ModelTokenizer(config, self.params, self.dtype)
         self._placed: tuple[Mesh, list[Any], Any] | None = None
-        self.about = About()
         self.sampling: dict[str, Schedule] = {}
+
+    def __repr__(self) -> str:
+        kind = "tokenizer"
+        if (transformer := self.config.transformer) is not None:
+            family = "VAR" if transformer.is_var else "HMAR" if transformer.masked else "HMAR without masked steps,"
+            kind = f"{family} d{transformer.depth}"
+        count: float = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        for unit in ("", "K", "M", "B"):
+            if count < 1000 or unit == "B":
+                break
+            count /= 1000
+        number = f"{count:.0f}" if count >= 100 else f"{count:.3g}"
+        return f"Model({kind}, {self.config.image_size} px, {number}{unit} parameters, {self.dtype})"
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: config, dtype, `about`, `sampling`, and the parameters in host memory."""
@@ -99,8 +105,8 @@ class Model:
         return networks(self.config, self.params, self.dtype).transformer if self.config.transformer else None
 
     def next_scale_logits(self, labels: ArrayLike, tokens: ArrayLike) -> jax.Array:
-        """Teacher-forced logits: labels (B,) in [0, num_classes] (the last is the null class), tokens (B,L) →
-        (B,L,V) float32; no class dropout.
+        """Teacher-forced logits: labels (B,) as in `sample`, or num_classes, the null class; tokens (B,L) → (B,L,V)
+        float32; no class dropout.
         """  # fmt: skip
         labels, tokens = self._check(labels, tokens)
         return _logits(self.config, self.dtype, self.params, labels, tokens, None)
@@ -124,7 +130,9 @@ class Model:
         numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
-        on_scale: progress.OnScale | None = None,
+        per_label: int = 1,
+        batch_size: int | None = None,
+        decode: bool = True,
         **changes: Unpack[Changes],
     ) -> Sample:
         """Samples pictures; each depends on (seed, its number, its label) alone, whatever the batch and the devices.
@@ -133,21 +141,64 @@ class Model:
         then a near-tie between tokens falls otherwise.
 
         Args:
-          labels: (B,) int in [0, num_classes).
+          labels: classes, one or a list or array of them. A str is one class's name, or failing that its number in
+            digits; an int is a class's number, in [0, num_classes). Where classes have numbers for names, a str is
+            always a name: "3" is the class called 3, and 3 the fourth class.
           schedule: a `Schedule`, the `Path` of a .json file, or text as `Schedule.parse` takes it: a preset's name, a
             file, or a curve and steps such as `cosine:4@5-9`; names and curves bring the published guidance of the
             model's depth. A name in `sampling` goes before all of these. By default the model's own `default`, or
             `next-scale`, for VAR `var`.
-          seed: of the random numbers, in [0, 2³²). numbers: (B,) int, likewise, which of the seed's samples each is; 0
-            to B-1 by default. greedy: argmax of the guided logits, no filters. record: give every pass's draw.
-          on_scale: called with each scale, from 0, and its tokens (B,N) int32 once they are final, in order and in the
-            caller's thread, while the sampling goes on. Another function compiles nothing.
+          seed: of the random numbers, in [0, 2³²).
+          numbers: (B,) int, likewise, which of the seed's samples each is; 0 to B-1 by default.
+          greedy: argmax of the guided logits, no filters. record: give every pass's draw.
+          per_label: pictures of each label, 10,000 at most, one label after the other: B = labels · per_label.
+          batch_size: how many are drawn at a time, with one program for all batches; by default all at once.
+          decode: False gives the tokens without images.
           changes: cfg, temperature, top_k, top_p, noise, refine_cfg, order: override the schedule's, as in
             `Schedule.replace`. They compile nothing, but for the order, or where guidance appears or vanishes.
+
+        Returns:
+          B pictures, their arrays in host memory.
         """
-        labels = self._check_labels(labels, self.config.num_classes - 1)
-        schedule = self.schedule(schedule, **changes)
-        return self._sample(labels, schedule, seed, numbers, greedy=greedy, record=record, on_scale=on_scale)
+        options: dict[str, Any] = {"seed": seed, "numbers": numbers, "greedy": greedy, "record": record}
+        labels = self._repeated(labels, per_label)
+        request = self._request(labels, self.schedule(schedule, **changes), decode=decode, **options)
+        return self._draw(request, batch_size)
+
+    def stream(
+        self,
+        labels: ArrayLike,
+        schedule: ScheduleLike | None = None,
+        *,
+        seed: int = 0,
+        numbers: ArrayLike | None = None,
+        greedy: bool = False,
+        per_label: int = 1,
+        decode: bool = True,
+        **changes: Unpack[Changes],
+    ) -> Iterator[Event]:
+        """Samples pictures and yields an `Event` for each scale once it is finished, while the sampling goes on.
+
+            for event in model.stream("fox"):
+                show(event.images)
+
+        The tokens are those that `sample` draws with the same arguments. `images` are decoded from the tokens so far
+        when an event is read, in the reader's thread; the last ones are those of `sample` but for rounding. Arguments
+        are checked and the program is compiled by the call itself. A loop that is left early waits for the program's
+        end. With several processes, that of the first device alone reads events.
+
+        Args:
+          As in `sample`.
+        """
+        options: dict[str, Any] = {"seed": seed, "numbers": numbers, "greedy": greedy, "decode": False}
+        decode = flag("decode", decode)
+        request = self._request(self._repeated(labels, per_label), self.schedule(schedule, **changes), **options)
+        tokenizer = self.tokenizer.here()
+
+        def grown(tokens: np.ndarray, scale: int) -> np.ndarray:
+            return from_signed(on_host(tokenizer.decode_until(tokens[None], [scale])[0]))
+
+        return drawing.stream(request, self._mesh(), grown if decode else None)
 
     def edit(
         self,
@@ -163,6 +214,8 @@ class Model:
         numbers: ArrayLike | None = None,
         greedy: bool = False,
         record: bool = False,
+        batch_size: int | None = None,
+        decode: bool = True,
         **changes: Unpack[Changes],
     ) -> Sample:
         """Draws a part of pictures anew (zero-shot editing): their other tokens are kept, whatever is drawn.
@@ -174,35 +227,32 @@ class Model:
         Args:
           images: (B,S,S,3) uint8 or float in [0,1], or one of them.
           mask: bool (S,S) or (B,S,S), True where to draw anew, or a box (left, top, right, bottom) in pixels.
-          labels: (B,) int in [0, num_classes], the last being the null class, or one for all. None is the null class,
-            pure in- or out-painting; guidance is left out where it would guide by nothing.
+          labels: one for all or (B,), as in `sample`, or num_classes, the null class. None is the null class too, pure
+            in- or out-painting; guidance is left out where it would guide by nothing.
           schedule: as in `sample`, each scale's counts shared out in proportion to its tokens to draw. By default
             the model's own `default`, or `small` where it has a mask branch, whose passes see the kept tokens.
           variants: results for each picture, 10,000 at most, one after the other: B·variants pictures, each with its
             number.
           composite: outside the mask give the input's pixels, bit for bit, and inside it blend them in, over `feather`
             pixels from its rim; half a token by default.
-          seed, greedy, record, changes: as in `sample`.
+          seed, greedy, record, batch_size, decode, changes: as in `sample`.
         """
-        transformer, size = self._check_transformer(), self.config.image_size
-        composite = flag("composite", composite)
+        self._check_transformer()
+        size, ladder = self.config.image_size, self.config.ladder
+        if (composite := flag("composite", composite)) and not flag("decode", decode):
+            raise InputError("composite blends pictures, which decode=False leaves out; leave one of the two out.")
         feather = self.config.tokenizer.downsampling // 2 if feather is None else whole("feather", feather, 0)
-        several = functools.partial(np.repeat, repeats=whole("variants", variants, 1, 10_000), axis=0)
+        several: Any = functools.partial(np.repeat, repeats=whole("variants", variants, 1, 10_000), axis=0)
         pictures = editing.check_pictures(images, size)
         masks = editing.check_mask(mask, len(pictures), size)
         labels = self._label_each(labels, len(pictures))
-        asked = changes.copy()
-        if (labels == self.config.num_classes).all():
-            changes["cfg"] = changes["refine_cfg"] = 0
-        if schedule is None and transformer.masked and DEFAULT not in self.sampling:
-            schedule = "small"
-        schedule = self.schedule(schedule, **changes)
-        schedule.replace(**asked)  # guidance that is left out is checked all the same
+        schedule = self._edit_schedule(schedule, labels, changes)
         tokens = on_host(self.tokenizer.encode(to_signed(pictures)))
-        keep = editing.keep_tokens(masks, self.config.ladder)
-        kept = Kept(*(jnp.asarray(several(array)) for array in (tokens, keep)))
-        out = self._sample(several(labels), schedule, seed, numbers, greedy=greedy, record=record, kept=kept)
-        if not composite:
+        kept = Kept(several(tokens), several(editing.keep_tokens(masks, ladder)))
+        options: dict[str, Any] = {"seed": seed, "numbers": numbers, "greedy": greedy, "record": record, "kept": kept}
+        request = self._request(several(labels), schedule, decode=decode, **options)
+        out = self._draw(request, batch_size)
+        if not composite or out.images is None:
             return out
         blended = editing.composite(out.images, several(pictures), several(masks), feather)
         return dataclasses.replace(out, images=blended)
@@ -257,102 +307,67 @@ class Model:
             there, were, placed = self._placed
             if there == mesh and len(were) == len(leaves) and all(map(operator.is_, were, leaves)):
                 return placed
-        placed = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        placed = jax.device_put(self.params, replicated(mesh))
         self._placed = mesh, leaves, placed
         return placed
 
-    def _sample(
-        self,
-        labels: ArrayLike,
-        schedule: Schedule,
-        seed: int,
-        numbers: ArrayLike | None,
-        *,
-        greedy: bool,
-        record: bool,
-        kept: Kept | None = None,
-        on_scale: progress.OnScale | None = None,
-    ) -> Sample:
-        """`sample` with checked labels and schedule, perhaps with tokens that are kept."""
-        labels, seed = np.asarray(labels), whole("seed", seed, 0, 2**32 - 1)
-        greedy, record = flag("greedy", greedy), flag("record", record)
-        if on_scale is not None and not callable(on_scale):
-            raise InputError(f"on_scale is {shown(on_scale)}; expected a function of a scale and its tokens.")
-        number = labels.shape[0]
-        numbers = np.arange(number, dtype=np.uint32) if numbers is None else _check_numbers(numbers, number)
-        options = program.Options(self.config, self.dtype, schedule.plan, greedy, record)
-        mesh = mesh_in_use()
-        labels, numbers, kept = jax.tree.map(lambda array: over_devices(array, mesh), (labels, numbers, kept))
-        arguments = (self.placed(mesh), labels, numbers, schedule.controls, np.uint32(seed), kept)
-        if on_scale is None:
-            with jax.set_mesh(mesh):
-                images, tokens, draws = program.sample(options, *arguments, None)
-        else:
-            images, tokens, draws = _sample_telling(
-                mesh, options, arguments, lambda scale, tokens: on_scale(scale, tokens[:number])
-            )
-        records = None
-        if record:
-            passes = [at for scale in range(len(schedule.counts)) for at in schedule.plan.passes(scale)]
-            records = [
-                DrawRecord(at.scale, at.step, *(on_host(array)[:number] for array in draw))
-                for at, draw in zip(passes, draws, strict=True)
-            ]
-        return Sample(on_host(images)[:number], on_host(tokens)[:number], records)
+    def _mesh(self) -> Mesh:
+        """The devices that samples are split over."""
+        return mesh_in_use() if self.mesh is None else self.mesh
 
-    def _check(self, labels: ArrayLike, tokens: ArrayLike) -> tuple[np.ndarray, jax.Array]:
-        """Labels up to the null class, and as many rows of tokens, as int32."""
-        labels, tokens = self._check_labels(labels, self.config.num_classes), check_tokens(self.config, tokens)
-        if tokens.shape[0] != labels.shape[0]:
-            raise InputError(f"There are {labels.shape[0]} labels but tokens of {tokens.shape[0]} pictures.")
-        return labels, tokens
+    def _request(
+        self, labels: np.ndarray, schedule: Schedule, *, seed: int, numbers: ArrayLike | None, **options: Any
+    ) -> Request:
+        """A request of NumPy arrays, given checked labels (B,) and schedule; other arguments are checked."""
+        seed = whole("seed", seed, 0, 2**32 - 1)
+        options |= {name: flag(name, value) for name, value in options.items() if name != "kept"}
+        if numbers is not None:
+            numbers = read_numbers(numbers, len(labels))
+        params = self.placed(self._mesh())
+        return Request.of(self.config, self.dtype, schedule, params, labels, numbers=numbers, seed=seed, **options)
 
-    def _check_labels(self, labels: ArrayLike, highest: int) -> np.ndarray:
-        """Labels from 0 to `highest` as int32."""
+    def _draw(self, request: Request, batch_size: int | None) -> Sample:
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, 1)
+        return drawing.draw(request, self._mesh(), batch_size)
+
+    def _repeated(self, labels: ArrayLike, per_label: int) -> np.ndarray:
+        """Labels to sample by as (B,) int32, each `per_label` times."""
         self._check_transformer()
-        given, expected = labels, f"a list of integers from 0 to {highest}"
-        labels = host_array("Labels are", given, expected)
-        if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"Labels are {shown(given)}; expected {expected}.")
-        if labels.min() < 0 or labels.max() > highest:
-            wrong = labels[(labels < 0) | (labels > highest)][0]
-            raise InputError(
-                f"Label {wrong} is out of range; this model has classes 0 to {self.config.num_classes - 1}."
-            )
-        return labels.astype(np.int32)
+        once = np.atleast_1d(read_labels(self.config, labels))
+        return np.repeat(once, whole("per_label", per_label, 1, 10_000))
+
+    def _edit_schedule(self, schedule: ScheduleLike | None, labels: np.ndarray, changes: Changes) -> Schedule:
+        """The schedule of an edit, without guidance where all labels are the null class."""
+        if schedule is None and self._check_transformer().masked and DEFAULT not in self.sampling:
+            schedule = "small"
+        if (labels != self.config.num_classes).any():
+            return self.schedule(schedule, **changes)
+        unguided = self.schedule(schedule, **changes | Changes(cfg=0, refine_cfg=0))
+        unguided.replace(**changes)  # guidance that is left out is checked all the same
+        return unguided
 
     def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
         """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
         null = self.config.num_classes
-        array = host_array(
-            "Labels are", null if labels is None else labels, f"a list of integers from 0 to {null}, or one"
-        )
-        checked = self._check_labels(np.full(pictures, array) if array.ndim == 0 else array, null)
-        if len(checked) != pictures:
-            raise InputError(f"There are {len(checked)} labels for {pictures} pictures; give one each, or one.")
-        return checked
+        read = read_labels(self.config, null if labels is None else labels, null=True)
+        if read.ndim and len(read) != pictures:
+            raise InputError(f"There are {len(read)} labels for {pictures} pictures; give one each, or one.")
+        return np.broadcast_to(read, (pictures,))
+
+    def _check(self, labels: ArrayLike, tokens: ArrayLike) -> tuple[np.ndarray, jax.Array]:
+        """Labels up to the null class, and as many rows of tokens, as int32."""
+        self._check_transformer()
+        labels = np.atleast_1d(read_labels(self.config, labels, null=True))
+        tokens = check_tokens(self.config, tokens)
+        if tokens.shape[0] != labels.shape[0]:
+            raise InputError(f"There are {labels.shape[0]} labels but tokens of {tokens.shape[0]} pictures.")
+        return labels, tokens
 
     def _check_transformer(self) -> TransformerConfig:
         if self.config.transformer is None:
             raise InputError("This model is a tokenizer alone; give a model directory that has a transformer.")
         return self.config.transformer
-
-
-def _sample_telling(
-    mesh: Mesh, options: program.Options, arguments: tuple[Any, ...], on_scale: progress.OnScale
-) -> tuple[jax.Array, jax.Array, Any]:
-    """`program.sample` of the options and arguments, calling `on_scale` meanwhile.
-
-    The program runs in a thread of its own, where what a caller has set by JAX's context managers (the precision of
-    products, the default device, checks for NaN) does not hold. So it is compiled here, once for all calls as JAX keeps
-    what it compiles, and its results are checked here.
-    """
-    with jax.set_mesh(mesh):
-        compiled = program.sample.lower(options, *arguments, np.uint32(0)).compile()
-    out = progress.relay(lambda ticket: jax.block_until_ready(compiled(*arguments, ticket)), on_scale)
-    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
-        jax.tree.map(jnp.copy, out)  # JAX looks at the results of what runs here
-    return out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -365,32 +380,3 @@ def _logits(
     return teacher_forcing.predict(
         nets.transformer, nets.tokenizer.quantizer, labels, tokens, fused.logits, masked, leak_free=leak_free
     )
-
-
-def _check_numbers(numbers: ArrayLike, batch: int) -> np.ndarray:
-    """Numbers of samples as uint32."""
-    expected = f"{batch} integers from 0 to {2**32 - 1}, one a label"
-    array = host_array("numbers are", numbers, expected)
-    if array.shape != (batch,) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= 2**32:
-        raise InputError(f"numbers are {shown(numbers)}; expected {expected}.")
-    return array.astype(np.uint32)
-
-
-def from_pretrained(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Model:
-    """Loads a model directory, and has JAX keep what it compiles (`xla.use_compilation_cache`).
-
-    Args:
-      path: of the directory, or a Hugging Face hub id such as `someone/hmar-d16`, which is downloaded once and cached.
-      dtype: compute dtype, `float32` or `bfloat16`; with the latter, what products read is held in it too.
-      revision: branch, tag or commit of the hub repository.
-
-    Raises:
-      InputError: no model there, damaged weights, or entries that don't fit the config, by name.
-    """
-    check_choice("dtype", dtype, ("float32", "bfloat16"))
-    opened = open_model(path, revision)
-    use_compilation_cache()
-    held = held_dtypes(opened.config, dtype)
-    model = Model(opened.config, read_params(opened, put=lambda name, x: jnp.asarray(x, held.get(name))), dtype)
-    model.about, model.sampling = opened.about, opened.sampling
-    return model

@@ -19,7 +19,7 @@ from hmar_jax.errors import InputError, shown
 from hmar_jax.networks import networks
 
 
-class TokenizerDoor:
+class ModelTokenizer:
     """image ⇄ tokens of a `Model`."""
 
     def __init__(self, config: ModelConfig, params: Any, dtype: str):
@@ -77,6 +77,22 @@ class TokenizerDoor:
             )
         checked = check_tokens(self._config, tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
         return _decode_until(self._config, self._dtype, self._params, checked, jnp.asarray(until, jnp.int32))
+
+    def here(self) -> ModelTokenizer:
+        """The same for calls of this process alone: of parameters that several processes hold, with its own copies.
+
+        Raises:
+          InputError: each process holds a part of them.
+        """
+
+        def own(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+                return leaf
+            if not leaf.is_fully_replicated:
+                raise InputError("Several processes share the parameters; place them whole on each, or stream tokens.")
+            return leaf.addressable_data(0)
+
+        return ModelTokenizer(self._config, jax.tree.map(own, self._params), self._dtype)
 
 
 def check_tokens(config: ModelConfig, tokens: ArrayLike) -> jax.Array:

@@ -1,22 +1,22 @@
-"""tokens of each scale, as soon as it is finished → a function of the caller's, while the compiled program runs on.
+"""tokens of each scale, as soon as it is finished → the caller, while the compiled program runs on.
 
-The program knows no function, but a ticket, which is an argument: another function compiles nothing. The function is
-called in the caller's thread, so that it may raise, draw and use JAX. It might not in XLA's host callback: what it
-computed there would wait for a device that waits for the callback.
+The program calls no function of the caller's. It posts under a ticket, which is one of its arguments, into the mailbox
+of that number, so that one program serves all callers. The caller reads the mailbox in a thread of its own choice,
+where it may use JAX. It might not in XLA's host callback: what it computed there would wait for a device that waits for
+the callback.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import jax
 import numpy as np
 from jax.experimental import io_callback
-
-OnScale = Callable[[int, np.ndarray], object]  # (scale from 0, its tokens (B,N) int32)
 
 _mailboxes: dict[int, SimpleQueue] = {}
 _tickets = itertools.count()
@@ -35,26 +35,28 @@ def _post(ticket: jax.Array, scale: jax.Array, tokens: jax.Array) -> np.ndarray:
     return np.asarray(True)
 
 
-def relay[Result](run: Callable[[np.uint32], Result], on_scale: OnScale) -> Result:
-    """Runs a program that tells, given its ticket, in a thread; calls `on_scale`, in order, in this one.
+def posts(run: Callable[[np.uint32], object]) -> Generator[tuple[int, np.ndarray]]:
+    """Runs a program that posts, given its ticket, in a thread; yields each scale and its tokens (B,N), in order.
 
-    With several processes, the scales reach that of the first device alone.
-
-    Returns:
-      What `run` gives, which is to wait for the program's end.
+    With several processes, the scales reach that of the first device alone. The iterator ends once the program has
+    ended, also where it is closed early: two programs that exchange arrays between devices are not to run at once.
 
     Raises:
-      Whatever `on_scale` or `run` raises, once the program has ended.
+      Whatever `run` raises.
     """
-    ticket = next(_tickets) % 2**32
-    mailbox: SimpleQueue = SimpleQueue()
+    ticket, mailbox, reader = (
+        next(_tickets) % 2**32,
+        SimpleQueue[tuple[int, np.ndarray] | None](),
+        threading.get_ident(),
+    )
     _mailboxes[ticket] = mailbox
+    pool = ThreadPoolExecutor(1, "sampling")
     try:
-        with ThreadPoolExecutor(1, "sampling") as pool:
-            running = pool.submit(run, np.uint32(ticket))
-            running.add_done_callback(lambda _: mailbox.put(None))
-            for scale, tokens in iter(mailbox.get, None):
-                on_scale(scale, tokens)
-        return running.result()
+        running = pool.submit(run, np.uint32(ticket))
+        running.add_done_callback(lambda _: mailbox.put(None))
+        yield from iter(mailbox.get, None)
+        running.result()
     finally:
         del _mailboxes[ticket]
+        # The garbage collector may close this in any thread, such as that of the program's callback.
+        pool.shutdown(wait=threading.get_ident() == reader)

@@ -18,7 +18,6 @@ from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hmar_jax.config import TransformerConfig
@@ -329,7 +328,8 @@ class Schedule:
 
     @property
     def controls(self) -> Controls:
-        return Controls(**{name: jnp.asarray(values) for name, values in self._flat().items()})
+        values: dict[str, Any] = self._flat()  # in host memory, so that they may go to any mesh
+        return Controls(**values)
 
     @property
     def digest(self) -> str:

@@ -67,7 +67,7 @@ def draw(folder: Path, model_path: Path, configs: dict[str, TrainConfig]) -> dic
         ),
         "losses.png": (plots.loss_curves(curves, model.config.ladder.sides), "loss of each scale while training"),
         "samples.png": (
-            images.grid(out.images, 17, 3),
+            out.grid(17, 3),
             f"two samples of each class: {''.join(model.config.class_names)}",
         ),
         "growth.png": (

@@ -54,7 +54,7 @@ class SampleWriter:
         if config.stage == "tokenizer":
             picture = plots.reconstructions(model.tokenizer, self._originals, enlarge=self._enlarge)
         else:
-            drawn = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed).images
-            picture = images.grid(drawn, 8, self._enlarge)
+            drawn = model.sample(config.sample_labels, config.sample_schedule, seed=config.seed)
+            picture = drawn.grid(8, self._enlarge)
         if processes.is_first():
             images.save_png(picture, self._folder / f"{step:08d}.png")

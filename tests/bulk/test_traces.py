@@ -1,27 +1,19 @@
-"""Seeing a sample come about: frames of its passes, their pictures, and a call for each finished scale."""
+"""Seeing a sample come about: frames of its passes, and their pictures."""
 
-import dataclasses
 import io
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import TINY, lively_model, random_tokens, tiny
+from tiny_models import TINY, random_tokens
 
 from hmar_jax import InputError, Sample, plots
 from hmar_jax.bulk import traces
 from hmar_jax.commands.main import main
 from hmar_jax.images import to_uint8
-from hmar_jax.model import DrawRecord, Model
+from hmar_jax.model import DrawRecord
 from hmar_jax.networks import networks
-from hmar_jax.sampling import program, progress
-from hmar_jax.sampling.schedule import Schedule
-from hmar_jax.scales import ScaleLadder
 
 LABELS, SCHEDULE = [0, 3, 4], "cosine:2"
 SLICES, SIDES = TINY.ladder.slices, TINY.ladder.sides
@@ -223,164 +215,3 @@ def test_the_command_writes_a_figure_and_an_animation_beside_each_picture(model,
             enlarged = np.asarray(animation.convert("RGB"), int)[8:-8, 8:266]
         each = enlarged.shape[0] // 6
         assert np.abs(enlarged[each // 2 :: each, each // 2 :: each][:6, :6] - pixels).max() <= 8  # of the palette
-
-
-# --- a call for each scale
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A model of two scales, which compiles soon."""
-    return lively_model(dataclasses.replace(tiny(depth=2), ladder=ScaleLadder((1, 3))))
-
-
-class Told(list):
-    """A function that remembers what it was told."""
-
-    def __call__(self, scale, tokens):
-        self.append((scale, tokens))
-
-
-def test_each_scale_is_told_in_order_and_with_its_tokens(small):
-    plain = small.sample(LABELS, seed=2)
-    told = Told()
-    out = small.sample(LABELS, seed=2, on_scale=told)
-    np.testing.assert_array_equal(out.tokens, plain.tokens)
-    np.testing.assert_allclose(out.images, plain.images, atol=1e-5)
-    assert [scale for scale, _ in told] == [0, 1]
-    assert all(type(tokens) is np.ndarray and tokens.dtype == np.int32 for _, tokens in told)
-    np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
-
-
-@pytest.fixture
-def compiled():
-    """The samplers that are compiled meanwhile, in any thread."""
-    found = []
-
-    def listen(event, _, fun_name="", **__):
-        if event.endswith("backend_compile_duration") and fun_name == "jit(sample)":
-            found.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_other_functions_compile_nothing_and_are_told_their_own_samples(small, compiled):
-    first = Told()
-    small.sample(LABELS, seed=2, on_scale=first)
-    compiled.clear()
-    others = [Told() for _ in range(3)]
-    outs = [small.sample(LABELS, seed=seed, on_scale=told) for seed, told in enumerate(others)]
-    assert not compiled
-    for told, out in zip(others, outs, strict=True):
-        np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
-
-
-def test_what_jax_is_told_in_the_callers_thread_holds_for_the_program(small, compiled):
-    """A precision is part of a program, so that without it another is compiled, and with it again none."""
-    small.sample(LABELS, seed=2, on_scale=Told())
-    compiled.clear()
-    for programs in (1, 0):
-        with jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[-1]):
-            told = Told()
-            out = small.sample(LABELS, seed=2, on_scale=told)
-        assert len(compiled) == programs
-        compiled.clear()
-    small.sample(LABELS, seed=2, on_scale=Told())
-    assert not compiled
-    with jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[-1]):
-        plain = small.sample(LABELS, seed=2)
-    np.testing.assert_array_equal(out.tokens, plain.tokens)
-    np.testing.assert_allclose(out.images, plain.images, atol=1e-5)
-    np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
-
-
-def test_a_check_for_nan_in_the_callers_thread_sees_the_program(small):
-    broken = Model(small.config, jax.tree.map(lambda x: x * np.nan, small.params))
-    for calls in ({}, {"on_scale": Told()}):
-        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
-            broken.sample(LABELS, seed=2, **calls)
-
-
-def test_the_function_may_use_the_model(small):
-    drawn, shown = np.zeros((len(LABELS), small.config.ladder.length), np.int32), []
-
-    def preview(scale, tokens):
-        drawn[:, small.config.ladder.slices[scale]] = tokens
-        shown.append(np.asarray(small.tokenizer.decode_until([drawn], [scale])[0]))
-
-    out = small.sample(LABELS, seed=2, on_scale=preview)
-    np.testing.assert_allclose(shown, small.tokenizer.growth(out.tokens), atol=1e-5)
-
-
-@pytest.mark.parametrize("scale", [0, 1])
-def test_an_error_in_the_function_is_the_callers(small, scale):
-    told = Told()
-
-    def stumble(at, tokens):
-        told(at, tokens)
-        if at == scale:
-            raise LookupError("no place to draw")
-
-    with pytest.raises(LookupError, match="no place to draw"):
-        small.sample(LABELS, seed=2, on_scale=stumble)
-    assert len(told) == scale + 1
-    assert not progress._mailboxes
-    again = Told()
-    small.sample(LABELS, seed=2, on_scale=again)
-    assert len(again) == 2
-
-
-def test_an_error_of_the_program_is_the_callers():
-    def run(ticket):
-        raise LookupError("out of memory")
-
-    with pytest.raises(LookupError, match="out of memory"):
-        progress.relay(run, Told())
-    assert not progress._mailboxes
-
-
-def test_without_a_function_the_program_has_no_callback(small):
-    schedule = Schedule.preset("next-scale", small.config.ladder)
-    options = program.Options(small.config, "float32", schedule.plan)
-    labels, numbers = np.zeros(2, np.int32), np.arange(2, dtype=np.uint32)
-    arguments = (options, small.params, labels, numbers, schedule.controls, np.uint32(0), None)
-    without, within = (program.sample.lower(*arguments, ticket).as_text() for ticket in (None, np.uint32(0)))
-    assert len(re.findall("callback", without)) == 0
-    assert len(re.findall("custom_call.*callback", within)) == 2
-
-
-_ON_EIGHT_DEVICES = """
-import sys
-import jax, numpy as np
-import hmar_jax
-assert jax.device_count() == 8
-model = hmar_jax.from_pretrained(sys.argv[1])
-told = []
-for seed in range(3):
-    out = model.sample(np.arange(11) % 5, seed=seed, on_scale=lambda *pair: told.append(pair))
-    assert [scale for scale, _ in told] == [0, 1], told
-    np.testing.assert_array_equal(np.concatenate([tokens for _, tokens in told], axis=1), out.tokens)
-    told.clear()
-def preview(scale, tokens):
-    told.append(np.asarray(model.tokenizer.growth(out.tokens)))
-    raise LookupError("no place to draw")
-try:
-    model.sample(np.arange(11) % 5, on_scale=preview)
-except LookupError as error:
-    print(error, len(told))
-again = model.sample(np.arange(11) % 5, seed=2, on_scale=lambda *pair: told.append(pair))
-np.testing.assert_array_equal(again.tokens, out.tokens)
-assert len(told) == 3
-"""
-
-
-def test_eight_devices_tell_as_one_does(small, tmp_path):
-    small.save(tmp_path / "model", source="a test")
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-W", "error", "-c", _ON_EIGHT_DEVICES, tmp_path / "model"]
-    finished = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert (finished.returncode, finished.stdout) == (0, "no place to draw 1\n"), finished.stderr

@@ -112,10 +112,8 @@ def test_random_weights_are_held_as_a_models_are(var):
 
 def test_every_product_of_a_sampler_is_of_a_part_and_so_are_its_filters():
     model = sample._tiny(2, False).build()
-    schedule = model.schedule("small")
-    options = program.Options(model.config, model.dtype, schedule.plan)
-    ids = np.zeros(2, np.int32), np.zeros(2, np.uint32)
-    lowered = program.sample.lower(options, model.params, *ids, schedule.controls, np.uint32(0))
+    request = program.Request.of(model.config, model.dtype, model.schedule("small"), model.params, np.zeros(2))
+    lowered = program.sample.lower(request)
     traced = re.findall(r'loc\("([^"]+)"', lowered.as_text(debug_info=True))
     products = [where for where in traced if where.endswith(("dot_general", "conv_general_dilated"))]
     assert {part_of(where) for where in products} == {"transformer", "quantizer", "decoder"}

@@ -144,7 +144,10 @@ def test_a_run_that_is_told_to_stop_finishes_its_batch_and_leaves(command, tmp_p
 
 @pytest.mark.parametrize(
     ("which", "function", "remedy"),
-    [("--labels=0", "program.sample", "fewer labels"), ("--classes=0", "bulk._sample", "a smaller --batch")],
+    [
+        ("--labels=0", "sampling.program.sample", "fewer labels"),
+        ("--classes=0", "bulk.samples._sample", "a smaller --batch"),
+    ],
 )
 def test_too_little_memory_is_a_sentence_with_the_remedy(
     command, tmp_path, capsys, monkeypatch, which, function, remedy
@@ -154,7 +157,7 @@ def test_too_little_memory_is_a_sentence_with_the_remedy(
     def fail(*_):
         raise jax.errors.JaxRuntimeError(f"{said}\nBufferAssignment: …")
 
-    monkeypatch.setattr(f"hmar_jax.sampling.{function}", fail)
+    monkeypatch.setattr(f"hmar_jax.{function}", fail)
     assert command(which, "--output", tmp_path) == 2
     expected = f"hmar-jax sample: The device has too little memory ({said[:-1]}); choose {remedy}.\n"
     assert capsys.readouterr().err == expected

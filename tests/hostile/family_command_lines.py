@@ -165,7 +165,7 @@ def _nothing_takes_long(home):
 
     with pytest.MonkeyPatch.context() as patch:
         for long in (
-            "hmar_jax.model.Model._sample",
+            "hmar_jax.model.Model._draw",
             "hmar_jax.bulk.samples._write_missing",
             "hmar_jax.training.loop.train",
             "hmar_jax.bulk.token_caches._write_missing",

@@ -165,6 +165,8 @@ MODELS = {
 DRAWN = {
     "sample of labels": lambda model, value: model.sample(value, seed=-1),
     "sample by a schedule": lambda model, value: model.sample([0], value, seed=-1),
+    "stream of labels": lambda model, value: model.stream(value, seed=-1),
+    "sample in batches": lambda model, value: model.sample([0], batch_size=value, seed=-1),
     "edit of pictures": lambda model, value: model.edit(value, BOX, seed=-1),
     "edit of a mask": lambda model, value: model.edit(IMAGE, value, seed=-1),
     "edit of labels": lambda model, value: model.edit(IMAGE, BOX, value, seed=-1),
@@ -173,8 +175,8 @@ DRAWN = {
         *([[0]] if what == "sample" else [IMAGE, BOX]), **{wrong: "wrong", name: value}
     )
     for what, wrong, names in (
-        ("sample", "numbers", ("seed", "greedy", "record", "on_scale", "cfg", "top_k", "order")),
-        ("sample", "seed", ("numbers",)),
+        ("sample", "numbers", ("seed", "greedy", "record", "decode", "cfg", "top_k", "order")),
+        ("sample", "seed", ("numbers", "per_label")),
         ("edit", "numbers", ("variants", "composite", "feather", "seed", "greedy", "refine_cfg")),
     )
     for name in names

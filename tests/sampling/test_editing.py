@@ -1,7 +1,6 @@
 """Editing: what is kept stays bit for bit, for any mask; drawn is the rest, by passes that see what is kept."""
 
 import dataclasses
-from collections import namedtuple
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -161,7 +160,8 @@ def test_kept_tokens_stay_bit_for_bit_for_any_mask(request, kind):
 def keeping(network, tokens, keep, schedule, seed=0, greedy=False):
     """A sample in which `keep` (B,L) is any, not made from a mask."""
     kept = Kept(jnp.asarray(tokens), jnp.asarray(keep))
-    return network._sample(LABELS, schedule, seed, None, greedy=greedy, record=True, kept=kept)
+    options = {"seed": seed, "numbers": None, "greedy": greedy, "record": True, "decode": True, "kept": kept}
+    return network._draw(network._request(np.array(LABELS), schedule, **options), None)
 
 
 @pytest.mark.parametrize("kind", COUNTS)
@@ -248,17 +248,12 @@ def test_every_control_changes_the_result_and_one_program_serves_them(model):
     assert program.sample._cache_size() == compiled
 
 
-# The arguments of `program.sample`.
-Request = namedtuple("Request", "options params labels numbers controls seed kept ticket")
-
-
 @pytest.fixture
 def requests(monkeypatch):
     """What the program is asked for from here on; it draws nothing but grey."""
     asked = []
 
-    def draw_grey(*arguments):
-        request = Request(*arguments)
+    def draw_grey(request):
         asked.append(request)
         return jnp.full((len(request.labels), 6, 6, 3), 0.5), request.kept.tokens, []
 
@@ -282,14 +277,14 @@ def test_without_a_label_it_is_the_null_class_without_its_half(model, requests, 
     model.edit(IMAGES, MASK, labels, cfg=3.0, refine_cfg=2.0)
     model.edit(IMAGES, MASK, [NULL, 2, NULL], cfg=3.0)
     np.testing.assert_array_equal(requests[0].labels, [NULL] * 3)
-    assert [any(map(any, request.options.plan.guided)) for request in requests] == [False, True]
+    assert [any(map(any, request.plan.guided)) for request in requests] == [False, True]
 
 
 @pytest.mark.parametrize("kind", DEFAULT)
 def test_the_schedule_is_by_default_what_the_model_can_best_do(request, requests, kind):
     request.getfixturevalue(kind).edit(IMAGES, MASK, LABELS)
     expected = Schedule.preset(DEFAULT[kind], TINY.ladder)
-    assert requests[0].options.plan == expected.plan
+    assert requests[0].plan == expected.plan
     np.testing.assert_array_equal(requests[0].controls.top_p, expected.controls.top_p)
 
 
@@ -297,7 +292,9 @@ def test_schedules_and_what_changes_them_go_through(model, requests):
     changes = {"refine_cfg": 6.0, "order": "halton", "noise": 0.5, "temperature": 0.2, "top_p": 0.9, "top_k": 3}
     model.edit(IMAGES, MASK, LABELS, "cosine:3@3", cfg=2.0, greedy=True, seed=9, **changes)
     expected = Schedule.parse("cosine:3@3", TINY.ladder).replace(cfg=2.0, **changes)
-    assert requests[0].options == program.Options(TINY, "float32", expected.plan, greedy=True, record=False)
+    asked = requests[0]
+    assert (asked.config, asked.dtype, asked.plan) == (TINY, "float32", expected.plan)
+    assert (asked.greedy, asked.record, asked.decode) == (True, False, True)
     assert requests[0].seed == 9
     np.testing.assert_array_equal(np.stack(requests[0].controls), np.stack(expected.controls))
 
@@ -373,7 +370,7 @@ def test_the_feather_is_half_a_token_unless_it_is_given(model):
         (lambda edit: edit(IMAGES, (-1, 0, 3, 4)), r"Box -1,0,3,4 is not"),
         (lambda edit: edit(IMAGES, MASK, 6), r"Label 6 is out of range; this model has classes 0 to 4\."),
         (lambda edit: edit(IMAGES, MASK, -1), r"Label -1 is out of range"),
-        (lambda edit: edit(IMAGES, MASK, "A"), r"Labels are .*; expected a list of integers"),
+        (lambda edit: edit(IMAGES, MASK, "A"), r"Label 'A' is not a class .* its name, such as 'a'\."),
         (lambda edit: edit(IMAGES, MASK, [1, 2]), r"There are 2 labels for 3 pictures; give one each, or one\."),
         (lambda edit: edit(IMAGES, MASK, variants=0), r"variants is 0; expected a whole number, 1 to 10000\."),
         (lambda edit: edit(IMAGES, MASK, variants=1.5), r"variants is 1\.5; expected a whole number"),

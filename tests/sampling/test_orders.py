@@ -251,8 +251,8 @@ def test_order_and_guided_refinement_change_the_picture_and_an_order_compiles_on
 def test_guidance_is_refined_only_where_there_is_a_label(model, monkeypatch):
     guided = []
 
-    def capture(options, *_):
-        guided.append(options.plan.guided)
+    def capture(request):
+        guided.append(request.plan.guided)
         raise InterruptedError
 
     monkeypatch.setattr(program, "sample", capture)

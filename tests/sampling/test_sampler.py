@@ -297,10 +297,8 @@ def test_scalars_change_the_picture_and_compile_nothing(model):
 def test_the_null_half_costs_nothing_where_there_is_no_guidance(model):
     def flops(cfg):
         schedule = Schedule.from_counts([[1], [4], [1, 8]], cfg=cfg)
-        options = program.Options(TINY, "float32", schedule.plan)
-        labels = jnp.zeros(4, jnp.int32)
-        lowered = program.sample.lower(options, model.params, labels, labels, schedule.controls, 0)
-        return lowered.cost_analysis()["flops"]
+        request = program.Request.of(TINY, "float32", schedule, model.params, np.zeros(4))
+        return program.sample.lower(request).cost_analysis()["flops"]
 
     none, last, everywhere = (
         flops(cfg) for cfg in ([[0.0], [0.0], [0.0, 0.0]], [[0.0], [0.0], [0.0, 1.0]], [[1.0], [1.0], [1.0, 1.0]])

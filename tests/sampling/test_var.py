@@ -123,9 +123,8 @@ def test_scalars_compile_nothing(var_model):
 def test_the_null_half_costs_nothing_where_there_is_no_guidance(var_model):
     def flops(cfg):
         schedule = Schedule.preset("var", LADDER).replace(cfg=cfg)
-        options = program.Options(var_model.config, "float32", schedule.plan)
-        arguments = (var_model.params, *[jnp.zeros(4, jnp.int32)] * 2, schedule.controls, 0)
-        return program.sample.lower(options, *arguments).cost_analysis()["flops"]
+        request = program.Request.of(var_model.config, "float32", schedule, var_model.params, np.zeros(4))
+        return program.sample.lower(request).cost_analysis()["flops"]
 
     assert flops(0) < 0.8 * flops(1.5)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from tiny_training import (
     CLASSES,
@@ -77,12 +77,10 @@ def sent_by(mesh):
 def sent_by_sampling(model):
     """Bytes that eight devices exchange when they share a guided batch."""
     schedule = model.schedule("next-scale", cfg=2.0)
-    options = program.Options(model.config, model.dtype, schedule.plan)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    request = program.Request.of(model.config, model.dtype, schedule, model.params, np.arange(8) % 3).on(mesh)
     with jax.set_mesh(mesh):
-        rows = jax.device_put(np.arange(8), NamedSharding(mesh, P("data")))
-        given = rows.astype(np.int32) % 3, rows.astype(np.uint32), schedule.controls, np.uint32(0)
-        text = program.sample.lower(options, model.params, *given).compile().as_text()
+        text = program.sample.lower(request).compile().as_text()
     return sum(sums.payload for sums in costs.collectives(Program(text)).values())
 
 
