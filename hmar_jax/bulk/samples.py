@@ -42,7 +42,7 @@ from hmar_jax.bulk import sample_parts
 from hmar_jax.config import ModelConfig
 from hmar_jax.config.plain import to_plain
 from hmar_jax.errors import InputError, printable, shown
-from hmar_jax.files import is_there, json_files, local_path, put_in_place, read_bytes, write_whole, writing
+from hmar_jax.files import is_there, json_files, local_path, read_bytes, write_whole, writing, written_whole
 from hmar_jax.images import to_uint8
 from hmar_jax.model import Model
 from hmar_jax.parallel import processes
@@ -338,16 +338,10 @@ def _png(image: np.ndarray) -> bytes:
 
 def _write_records(path: Path, records: Iterable[bytes]) -> None:
     """Writes an array_record file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
         try:
-            writer: Any = ArrayRecordWriter(str(partial), "group_size:1")
-            try:
-                for record in records:
-                    writer.write(record)
-            finally:
-                writer.close()
-            put_in_place(partial, path)
+            for record in records:
+                writer.write(record)
         finally:
-            partial.unlink(missing_ok=True)
+            writer.close()

@@ -10,10 +10,11 @@ Work in progress lies beside the cache, in `.NAME.partial`, and becomes the cach
     broken.txt                            the pictures that `data.skip_broken` left out, if there were any
     validation/                           the same of the held-out pictures, where `data.held_out` says so
 
-Shard i holds the pictures from i · shard size on, the last one fewer. A process codes every so many-th of the shards
-that are missing, with its own devices alone, so that any number of processes and devices may go on with what others
-began. The tokens of a picture depend on the settings and its index, not on the batch, the processes or the devices, but
-for near-ties between codes: other rounding, as of bfloat16 in another batch or of another kind of device, may tip them.
+Shard i holds the pictures from i · shard size on, the last one fewer. Of the missing shards, process i of n codes the
+i-th, the (i+n)-th and so on, with its own devices alone, so that any number of processes and devices may go on with
+what others began. The tokens of a picture depend on the settings and its index, not on the batch, the processes or the
+devices, but for near-ties between codes: other rounding, as of bfloat16 in another batch or of another kind of device,
+may tip them.
 
 Axis letters: B batch, S pixels a side, L tokens of one picture.
 """

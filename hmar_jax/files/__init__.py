@@ -25,11 +25,11 @@ from hmar_jax.files.refusals import (
     refused_by_disk,
     writing,
 )
-from hmar_jax.files.whole_files import put_back, put_in_place, remove, swap_in, write_whole
+from hmar_jax.files.whole_files import put_back, put_in_place, remove, swap_in, write_whole, written_whole
 
 __all__ = [
     "check_files", "check_folder", "check_kind", "check_outputs", "check_pictures", "check_readable",
     "check_refusal", "check_regular", "is_there", "local_path", "note_replaced", "open_regular", "put_back",
     "put_in_place", "read_bytes", "reading", "refusal", "refused_by_disk", "remove", "same_file",
-    "swap_in", "write_whole", "writing",
+    "swap_in", "write_whole", "writing", "written_whole",
 ]  # fmt: skip

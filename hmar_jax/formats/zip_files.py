@@ -45,7 +45,7 @@ class Archive:
         self._path = path
         self._records = _records(path)
         self.sizes = {name: record.file_size for name, record in self._records.items()}
-        # PyTorch writes 0 into all of them where it is told to compute none.
+        # PyTorch writes 0 into all of them where checksums are switched off.
         self._has_checksums = any(record.CRC for record in self._records.values())
         self._checked: set[str] = set()  # stored records whose checksums have been compared
         self._unpacked: dict[str, np.ndarray] = {}  # deflated records of which parts were read
