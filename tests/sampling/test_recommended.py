@@ -58,8 +58,8 @@ def asked(monkeypatch):
         digests.append(resolve(*args, **changes).digest)
         return resolve(*args, **changes)
 
-    def draw_grey(options, params, labels, *_):
-        return jnp.full((len(labels), 6, 6, 3), 0.5), jnp.zeros((len(labels), 14), jnp.int32), []
+    def draw_grey(request):
+        return jnp.full((len(request.labels), 6, 6, 3), 0.5), jnp.zeros((len(request.labels), 14), jnp.int32), []
 
     monkeypatch.setattr(Schedule, "resolve", noted)
     monkeypatch.setattr(program, "sample", draw_grey)
