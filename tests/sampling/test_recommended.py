@@ -16,6 +16,7 @@ from hmar_jax import InputError, from_pretrained
 from hmar_jax.bulk import samples
 from hmar_jax.commands.main import main
 from hmar_jax.formats.model_directory import open_model, read_config
+from hmar_jax.images import save_png
 from hmar_jax.sampling import presets, program, recommended
 from hmar_jax.sampling.schedule import Schedule
 from hmar_jax.training.trained import trained_model
@@ -194,6 +195,20 @@ def test_commands_follow_the_default_and_find_the_others(directory, asked, tmp_p
         assert main(["schedule", "show", name, f"--model={directory}"]) == 0
         assert f"digest: {schedule.digest}" in capsys.readouterr().out
     assert asked == [DEFAULT.digest] * 3 + [FAST.digest] * 3
+
+
+@pytest.mark.usefixtures("asked")
+def test_commands_say_whose_guidance_they_take_where_none_was_published(directory, model, tmp_path, caplog):
+    plain, mask = model.save(tmp_path / "plain"), tmp_path / "picture.png"
+    save_png(np.zeros((6, 6, 3), np.uint8), mask)
+    edit = ["edit", f"--image={mask}", "--box=0,0,3,3", f"--output={tmp_path / 'edited.png'}"]
+    said = "No guidance was published for depth 3; cfg 1.7 and top-k 1000 are those of depth 16"
+    for command in (["sample", "--labels=0", f"--output={tmp_path}"], edit):
+        for folder, times in ((plain, 1), (directory, 0)):
+            presets._note.cache_clear()
+            caplog.clear()
+            assert main([*command, f"--model={folder}"]) == 0
+            assert caplog.text.count(said) == times
 
 
 def test_training_that_goes_on_keeps_them_and_another_network_does_not(directory):
