@@ -7,6 +7,7 @@ source ─look at every picture→ the broken ones ─┬→ one sentence, with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import grain
 import numpy as np
 
 from hmar_jax.config import DataConfig
-from hmar_jax.data.held_out import NamedSource, Part
+from hmar_jax.data.held_out import NamedSource
 from hmar_jax.data.picture_files import BrokenPictureError
 from hmar_jax.data.reading import Reader, read
 from hmar_jax.errors import InputError, printable
@@ -73,7 +74,7 @@ def naming_all(source: NamedSource, config: DataConfig, first: BrokenPictureErro
 
 
 class WholePictures:
-    """A source without its broken pictures, which are looked for once a process, when an example is first wanted.
+    """A source without its broken pictures, which are looked for once, when an example is first wanted.
 
     Attributes:
       class_names: of the source, even where a class has no whole picture.
@@ -82,40 +83,34 @@ class WholePictures:
       InputError: no picture is whole (when an example is first wanted).
     """
 
-    def __init__(self, source: NamedSource, config: DataConfig, part: Part) -> None:
-        self._source, self._config, self._part = source, config, part
+    def __init__(self, source: NamedSource, config: DataConfig) -> None:
+        self._source, self._config = source, config
         self.class_names = source.class_names
-        self._kept: np.ndarray | None = None
 
-    @property
+    @functools.cached_property
     def left_out(self) -> Sequence[Broken]:
         """The broken pictures."""
-        key = self._config, self._part, len(self._source)
-        if key not in _found:
-            _found[key] = broken(self._source, self._config)
-            if _found[key]:
-                _log("are left out", _found[key], len(self._source))
-        return _found[key]
+        found = broken(self._source, self._config)
+        if found:
+            _log("are left out", found, len(self._source))
+        return found
 
     def __len__(self) -> int:
-        return len(self._indices())
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[int(self._indices()[index])]
+        return self._source[int(self._indices[index])]
 
     def name(self, index: int) -> str:
         """The name of an example in the source."""
-        return self._source.name(int(self._indices()[index]))
+        return self._source.name(int(self._indices[index]))
 
+    @functools.cached_property
     def _indices(self) -> np.ndarray:
-        if self._kept is None:
-            self._kept = np.setdiff1d(np.arange(len(self._source)), [one.index for one in self.left_out])
-            if not len(self._kept):
-                raise InputError(f"None of {len(self._source)} pictures can be used, such as {self.left_out[0]}.")
-        return self._kept
-
-
-_found: dict[tuple[DataConfig, Part, int], list[Broken]] = {}  # sources are opened several times in a run
+        kept = np.setdiff1d(np.arange(len(self._source)), [one.index for one in self.left_out])
+        if not len(kept):
+            raise InputError(f"None of {len(self._source)} pictures can be used, such as {self.left_out[0]}.")
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)

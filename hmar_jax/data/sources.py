@@ -66,7 +66,7 @@ class Sources:
             raise InputError(
                 f"data.held_out is 0, so that no picture of {config.path!r} is held out; set it to a share."
             )
-        return WholePictures(source, config, part) if config.skip_broken else source
+        return WholePictures(source, config) if config.skip_broken else source
 
     @functools.cached_property
     def pictures(self) -> NamedSource:
