@@ -116,7 +116,7 @@ def _sampling(transformer: TransformerConfig, sampling: Mapping[str, Schedule]) 
         "",
     ]
     var = " `var` has the guidance published for VAR of any depth." if transformer.is_var else ""
-    others = f"Names of presets and curves bring guidance: {presets.guidance_origin(transformer.depth)}{var}"
+    others = f"Names of presets and curves bring guidance with them. {presets.guidance_origin(transformer.depth)}{var}"
     return ["## Sampling", "", *(table if sampling else []), others, ""]
 
 

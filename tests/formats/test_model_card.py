@@ -266,7 +266,7 @@ def test_recommended_schedules_are_listed_and_the_code_leaves_the_default_out():
 )
 def test_a_card_states_whose_guidance_schedules_bring(depth, stated):
     sampling = described(small(depth=depth), {}).partition("## Sampling\n")[2]
-    assert sampling.startswith(f"\nNames of presets and curves bring guidance: {stated}")
+    assert sampling.startswith(f"\nNames of presets and curves bring guidance with them. {stated}")
     assert "VAR" not in sampling
     var = described(small(depth=depth, masked=False, pattern="block_causal"), {})
     assert "`var` has the guidance published for VAR of any depth.\n" in var
