@@ -32,10 +32,16 @@ READ_BY_PRODUCT = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(model):
+    """Parameters in no device's layout, also where the tests run on a GPU."""
+    return Layout.unpack(model.params)
+
+
 @pytest.mark.parametrize("name", READ_BY_PRODUCT)
-def test_for_bfloat16_what_its_products_read_alone_is_held_in_it(model, name):
-    held = trees.flatten(hold(TINY, model.params, "bfloat16"))
-    given = trees.flatten(model.params)
+def test_for_bfloat16_what_its_products_read_alone_is_held_in_it(whole, name):
+    held = trees.flatten(Layout.unpack(hold(TINY, whole, "bfloat16")))
+    given = trees.flatten(whole)
     assert held[name].dtype == (jnp.bfloat16 if READ_BY_PRODUCT[name] else jnp.float32)
     assert (held[name] == given[name].astype(held[name].dtype)).all()
 
@@ -43,7 +49,7 @@ def test_for_bfloat16_what_its_products_read_alone_is_held_in_it(model, name):
 def test_a_projection_that_all_blocks_share_stays_float32():
     config = tiny(shared_adaln=True)
     flat = {"transformer.adaln.kernel": jnp.ones((2, 2)), "transformer.trunk.blocks.fc1.kernel": jnp.ones((2, 2))}
-    held = trees.flatten(hold(config, trees.unflatten(flat), "bfloat16"))
+    held = trees.flatten(Layout.unpack(hold(config, trees.unflatten(flat), "bfloat16")))
     assert [leaf.dtype for leaf in held.values()] == [jnp.float32, jnp.bfloat16]
 
 
@@ -54,9 +60,9 @@ def test_for_float32_parameters_are_held_as_they_are(model):
         assert trees.flatten(kept)[name] is leaf
 
 
-def test_the_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be_undone(model):
-    packed = Layout.GPU.pack(model.params)
-    given, found = trees.flatten(model.params), trees.flatten(packed)
+def test_the_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_be_undone(whole):
+    packed = Layout.GPU.pack(whole)
+    given, found = trees.flatten(whole), trees.flatten(packed)
     assert found.keys() == given.keys()
     for name, leaf in given.items():
         if name.startswith("transformer") and ".blocks." in name and ".adaln" not in name:
@@ -67,11 +73,11 @@ def test_the_layout_for_gpus_has_blocks_apart_and_output_channels_first_and_can_
             assert found[name] is leaf
             continue
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(found[name]), expected)
-    assert (Layout.of(model.params), Layout.of(packed)) == (Layout.WHOLE, Layout.GPU)
+    assert (Layout.of(whole), Layout.of(packed)) == (Layout.WHOLE, Layout.GPU)
     assert Layout.GPU.pack(packed) is packed
-    assert Layout.WHOLE.pack(model.params) is model.params
+    assert Layout.WHOLE.pack(whole) is whole
     for whole in (Layout.unpack(packed), Layout.WHOLE.pack(packed)):
-        jax.tree.map(np.testing.assert_array_equal, whole, model.params)
+        jax.tree.map(np.testing.assert_array_equal, whole, whole)
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def test_on_gpus_a_model_is_held_in_their_layout_and_is_the_same(model, on_gpu, 
     assert apart.sample([1], greedy=True).tokens.tolist() == model.sample([1], greedy=True).tokens.tolist()
     assert fingerprint(apart) == fingerprint(model)
     saved = from_pretrained(apart.save(tmp_path / "model", source="made for a test"))
-    jax.tree.map(np.testing.assert_array_equal, Layout.unpack(saved.params), model.params)
+    jax.tree.map(np.testing.assert_array_equal, Layout.unpack(saved.params), Layout.unpack(model.params))
 
 
 def test_parameters_on_the_host_stay_whole(model, on_gpu):

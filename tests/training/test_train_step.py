@@ -18,6 +18,7 @@ from hmar_jax.compile_check.hlo import Program
 from hmar_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from hmar_jax.errors import InputError
 from hmar_jax.model import Model, from_pretrained
+from hmar_jax.networks import Layout
 from hmar_jax.parallel import sharding
 from hmar_jax.training.objectives import Parts, initial_parts, make_objective
 from hmar_jax.training.optimizer import make_optimizer
@@ -146,7 +147,7 @@ def test_next_scale_training_goes_on_from_a_transformer_of_the_same_network(star
     transformer = dataclasses.replace(TRANSFORMER, num_classes=len(classes), drop_path=0.3, class_dropout=0.2)
     config = next_scale_config(starts, init_from=str(starts / "next_scale"), transformer=transformer)
     objective = make_objective(config, classes)
-    parts, start = initial_parts(objective), from_pretrained(starts / "next_scale").params
+    parts, start = initial_parts(objective), Layout.unpack(from_pretrained(starts / "next_scale").params)
     ours, theirs = (trees.flatten(params["transformer"]) for params in (parts.trained, start))
     embedding, known = ours.pop("class_embed.embedding"), theirs.pop("class_embed.embedding")
     assert_bit_equal(ours, theirs)
