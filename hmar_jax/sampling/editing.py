@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from hmar_jax.arrays import host_array
 from hmar_jax.errors import InputError
 from hmar_jax.images import to_unit
+from hmar_jax.sampling.regions import box_mask
 from hmar_jax.scales import ScaleLadder
 
 
@@ -55,22 +56,6 @@ def check_mask(mask: ArrayLike, batch: int, size: int) -> np.ndarray:
             "True where to draw anew, or a box (left, top, right, bottom) of whole numbers."
         )
     return np.broadcast_to(array, (batch, size, size))
-
-
-def box_mask(box: list[int], width: int, height: int) -> np.ndarray:
-    """A box (left, top, right, bottom) in pixels, right and bottom exclusive, as (height, width) bool, True inside.
-
-    Raises:
-      InputError: it is empty or not inside the picture.
-    """
-    left, top, right, bottom = box
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise InputError(
-            f"Box {left},{top},{right},{bottom} is not left < right, top < bottom inside 0,0,{width},{height}."
-        )
-    mask = np.zeros((height, width), bool)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 def keep_tokens(mask: np.ndarray, ladder: ScaleLadder) -> np.ndarray:

@@ -1,6 +1,5 @@
 """`hmar-jax edit` writes what `Model.edit` gives, for any region and size of picture; bad input gets a sentence."""
 
-import argparse
 import logging
 import os
 import struct
@@ -13,9 +12,8 @@ import tiny_training as tiny
 from PIL import Image
 
 from hmar_jax import from_pretrained
-from hmar_jax.commands import edit
 from hmar_jax.commands.main import main
-from hmar_jax.sampling import program
+from hmar_jax.sampling import program, regions
 
 SIZE = tiny.SIZE
 PICTURE = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -115,8 +113,7 @@ def region(tmp_path, pixels, **given):
     """The model-size picture and mask that the command makes of a file and a region."""
     file = tmp_path / "picture.png"
     Image.fromarray(pixels).save(file)
-    args = argparse.Namespace(**{"image": file, "mask": None, "box": None, "keep": None, "pad": None} | given)
-    return edit.to_square(*edit.picture_and_mask(args), SIZE)
+    return regions.to_square(*regions.picture_and_mask(file, **given), SIZE)
 
 
 def test_of_a_wide_picture_the_middle_is_taken_and_its_region_goes_along(tmp_path):

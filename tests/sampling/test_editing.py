@@ -12,7 +12,7 @@ from tiny_models import TINY
 
 from hmar_jax import InputError, ScaleLadder, Schedule
 from hmar_jax.model import Model
-from hmar_jax.sampling import editing, program
+from hmar_jax.sampling import editing, program, regions
 from hmar_jax.sampling.sampler import Kept
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (3, 6, 6, 3)).astype(np.float32)
@@ -21,7 +21,7 @@ NULL = 5
 FULL, EMPTY = np.ones((3, 6, 6), bool), np.zeros((3, 6, 6), bool)
 PIXEL = np.arange(36).reshape(6, 6) == 15
 
-MASK = editing.box_mask([1, 2, 5, 6], 6, 6)
+MASK = regions.box_mask([1, 2, 5, 6], 6, 6)
 
 MASKS = hnp.arrays(bool, (3, 6, 6))
 LADDERS = st.sets(st.integers(1, 9), min_size=1, max_size=5).map(lambda sides: ScaleLadder(tuple(sorted(sides))))
@@ -107,7 +107,7 @@ def test_an_empty_mask_keeps_all_and_a_full_one_the_mean_colour_alone(resolution
 
 def test_half_of_a_picture_of_256_pixels_by_hand():
     ladder = ScaleLadder.preset(256)
-    mask = editing.box_mask([0, 0, 120, 256], 256, 256)[None]  # up to the middle of the eighth column of tokens
+    mask = regions.box_mask([0, 0, 120, 256], 256, 256)[None]  # up to the middle of the eighth column of tokens
     columns = [(~kept).all(axis=1).sum() for kept in maps(editing.keep_tokens(mask, ladder), ladder)]
     # Columns of p have their middles at (i + 1/2)·16/p - 1/2; from 7.5 on, at least half is kept.
     assert columns == [sum((i + 0.5) * 16 / p - 0.5 < 7.5 for i in range(p)) * (p > 1) for p in ladder.sides]
