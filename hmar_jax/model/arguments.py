@@ -5,6 +5,7 @@ Axis letters: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from hmar_jax.config import ModelConfig
 from hmar_jax.errors import InputError, shown
 from hmar_jax.labels import class_numbers
 
+type Labels = ArrayLike | Sequence[Any]  # as `read_labels` takes them; an ArrayLike has no names and numbers mixed
 
-def read_labels(config: ModelConfig, labels: ArrayLike, *, null: bool = False) -> np.ndarray:
+
+def read_labels(config: ModelConfig, labels: Labels, *, null: bool = False) -> np.ndarray:
     """Classes by name, number or both → their numbers, int32 () or (B,), as one or a list was given.
 
     Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +25,14 @@ class Event(NamedTuple):
 
     Attributes:
       scale: from 0. step: the last of the scale, from 0.
-      images: (B,S,S,3) float32 in [0,1], the pictures as far as they have grown; None with `decode=False`.
+      images: (B,S,S,3) float32 in [0,1], the pictures as far as they have grown; None with `decode=False`,
+        which their type leaves out as in `Sample`.
       tokens: (B,N) int32, of this scale, final.
     """
 
     scale: int
     step: int
-    images: np.ndarray | None
+    images: np.ndarray | Any
     tokens: np.ndarray
 
 
@@ -66,7 +67,7 @@ def _records(request: Request, draws: list[Any]) -> list[DrawRecord]:
     return [DrawRecord(at.scale, at.step, *draw) for at, draw in zip(passes, draws, strict=True)]
 
 
-def stream(request: Request, mesh: Mesh, decode: Callable[[np.ndarray, int], np.ndarray] | None) -> Iterator[Event]:
+def stream(request: Request, mesh: Mesh, decode: Callable[[np.ndarray, int], np.ndarray] | None) -> Generator[Event]:
     """An event for each finished scale of a request of NumPy arrays, while its program runs in a thread.
 
     The program is compiled before this returns, in the caller's thread: in that of its own, what the caller has set by
@@ -88,7 +89,7 @@ def stream(request: Request, mesh: Mesh, decode: Callable[[np.ndarray, int], np.
 
 def _events(
     request: Request, run: Callable[[np.uint32], object], decode: Callable[[np.ndarray, int], np.ndarray] | None
-) -> Iterator[Event]:
+) -> Generator[Event]:
     number, ladder = len(request.labels), request.config.ladder
     so_far = np.zeros((number, ladder.length), np.int32)
     with contextlib.closing(progress.posts(run)) as posts:

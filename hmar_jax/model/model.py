@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -27,7 +27,7 @@ from hmar_jax.formats.model_directory import About, write_model
 from hmar_jax.formats.safetensors_files import Tensor
 from hmar_jax.images import from_signed, to_signed
 from hmar_jax.model import drawing
-from hmar_jax.model.arguments import check_mesh, compute_dtype, read_labels, read_numbers
+from hmar_jax.model.arguments import Labels, check_mesh, compute_dtype, read_labels, read_numbers
 from hmar_jax.model.drawing import Event
 from hmar_jax.model.sample import Sample
 from hmar_jax.model.tokenizer import ModelTokenizer, check_tokens
@@ -104,14 +104,14 @@ class Model:
     def transformer(self) -> HMAR | None:
         return networks(self.config, self.params, self.dtype).transformer if self.config.transformer else None
 
-    def next_scale_logits(self, labels: ArrayLike, tokens: ArrayLike) -> jax.Array:
+    def next_scale_logits(self, labels: Labels, tokens: ArrayLike) -> jax.Array:
         """Teacher-forced logits: labels (B,) as in `sample`, or num_classes, the null class; tokens (B,L) → (B,L,V)
         float32; no class dropout.
         """  # fmt: skip
         labels, tokens = self._check(labels, tokens)
         return _logits(self.config, self.dtype, self.params, labels, tokens, None)
 
-    def masked_logits(self, labels: ArrayLike, tokens: ArrayLike, masked: ArrayLike) -> jax.Array:
+    def masked_logits(self, labels: Labels, tokens: ArrayLike, masked: ArrayLike) -> jax.Array:
         """Logits of the mask branch: as `next_scale_logits`, with masked (B,L) bool → (B,L,V) float32."""
         labels, tokens = self._check(labels, tokens)
         masked = host_array("masked is", masked, f"bool {tokens.shape}, as the tokens")
@@ -123,7 +123,7 @@ class Model:
 
     def sample(
         self,
-        labels: ArrayLike,
+        labels: Labels,
         schedule: ScheduleLike | None = None,
         *,
         seed: int = 0,
@@ -167,7 +167,7 @@ class Model:
 
     def stream(
         self,
-        labels: ArrayLike,
+        labels: Labels,
         schedule: ScheduleLike | None = None,
         *,
         seed: int = 0,
@@ -176,7 +176,7 @@ class Model:
         per_label: int = 1,
         decode: bool = True,
         **changes: Unpack[Changes],
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Samples pictures and yields an `Event` for each scale once it is finished, while the sampling goes on.
 
             for event in model.stream("fox"):
@@ -204,7 +204,7 @@ class Model:
         self,
         images: ArrayLike,
         mask: ArrayLike,
-        labels: ArrayLike | None = None,
+        labels: Labels | None = None,
         schedule: ScheduleLike | None = None,
         *,
         variants: int = 1,
@@ -282,6 +282,7 @@ class Model:
         Raises:
           InputError: the path exists, weights that are not finite, or the disk refused. MachineError: it is full.
         """
+        replace = flag("replace", replace)
         given: dict[str, Any] = {"source": source, "licences": licences}
         about = dataclasses.replace(self.about, **{name: value for name, value in given.items() if value is not None})
 
@@ -331,7 +332,7 @@ class Model:
             batch_size = whole("batch_size", batch_size, 1)
         return drawing.draw(request, self._mesh(), batch_size)
 
-    def _repeated(self, labels: ArrayLike, per_label: int) -> np.ndarray:
+    def _repeated(self, labels: Labels, per_label: int) -> np.ndarray:
         """Labels to sample by as (B,) int32, each `per_label` times."""
         self._check_transformer()
         once = np.atleast_1d(read_labels(self.config, labels))
@@ -347,7 +348,7 @@ class Model:
         unguided.replace(**changes)  # guidance that is left out is checked all the same
         return unguided
 
-    def _label_each(self, labels: ArrayLike | None, pictures: int) -> np.ndarray:
+    def _label_each(self, labels: Labels | None, pictures: int) -> np.ndarray:
         """Labels to edit by as (B,) int32, from as many, one for all, or None, the null class."""
         null = self.config.num_classes
         read = read_labels(self.config, null if labels is None else labels, null=True)
@@ -355,7 +356,7 @@ class Model:
             raise InputError(f"There are {len(read)} labels for {pictures} pictures; give one each, or one.")
         return np.broadcast_to(read, (pictures,))
 
-    def _check(self, labels: ArrayLike, tokens: ArrayLike) -> tuple[np.ndarray, jax.Array]:
+    def _check(self, labels: Labels, tokens: ArrayLike) -> tuple[np.ndarray, jax.Array]:
         """Labels up to the null class, and as many rows of tokens, as int32."""
         self._check_transformer()
         labels = np.atleast_1d(read_labels(self.config, labels, null=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,17 +31,18 @@ class DrawRecord(NamedTuple):
     confidence: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
     """What `Model.sample` and `Model.edit` give.
 
     Attributes:
-      images: (B,S,S,3) float32 in [0,1]; None with `decode=False`.
+      images: (B,S,S,3) float32 in [0,1]; None with `decode=False`, which the type leaves out: who has pictures decoded
+        need not rule it out.
       tokens: (B,L) int32, final.
       draws: with `record=True` every pass's draw, in order; else None.
     """
 
-    images: np.ndarray | None
+    images: np.ndarray | Any
     tokens: np.ndarray
     draws: list[DrawRecord] | None = None
 

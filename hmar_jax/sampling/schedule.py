@@ -287,7 +287,14 @@ class Schedule:
             refine_cfg=u     as they are         u·k/(K-1)
             cfg=nested       as nested           as nested
             both             cfg's               refine_cfg's
+
+        Raises:
+          InputError: as `from_counts`. TypeError: another argument.
         """
+        if unknown := changes.keys() - Changes.__annotations__.keys():
+            raise TypeError(
+                f"{min(unknown)!r} is no argument here; a schedule's are {', '.join(Changes.__annotations__)}."
+            )
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if isinstance(given.get("cfg"), Real):
             given["cfg"] = ramped(given["cfg"], self.cfg, refine=False)

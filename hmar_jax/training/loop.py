@@ -83,6 +83,8 @@ def train(
     config, workdir = _checked(config), local_path(workdir, "workdir")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise InputError(f"callbacks is {shown(callbacks)}; expected a list of functions of a step and its metrics.")
+    if not isinstance(profile, range):
+        raise InputError(f"profile is {shown(profile)}; expected a range of steps, such as range(10, 13).")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     with jax.set_mesh(mesh), explained(f"Training in {workdir} could not go on"):

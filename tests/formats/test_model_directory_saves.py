@@ -39,6 +39,12 @@ def test_replace_swaps_the_whole_directory(saved):
     assert "second" in (saved / "README.md").read_text()
 
 
+def test_a_word_is_no_leave_to_replace(saved, model):
+    with pytest.raises(InputError, match=r"replace is 'no'; expected True or False\."):
+        model.save(saved, source="second", replace="no")
+    assert read_config(saved)[1]["source"] != "second"
+
+
 def test_a_model_whose_parameters_do_not_fit_is_not_saved(model, tmp_path):
     params = model.params | {"transformer": {"pos": model.params["transformer"]["pos"]}}
     with pytest.raises(InputError, match=r"The model lacks transformer\."):

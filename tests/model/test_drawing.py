@@ -194,6 +194,8 @@ def test_a_sample_is_shown_and_saved(all_at_once, tmp_path, caplog):
         np.testing.assert_array_equal(np.asarray(shown), expected)
     for columns, used in ((None, 6), (4, 4)):
         np.testing.assert_array_equal(all_at_once.grid(columns), grid(pictures, used))
+    assert all_at_once in [all_at_once]
+    assert all_at_once != dataclasses.replace(all_at_once)  # compared as objects: arrays are not one truth
     assert all_at_once.grid(3, 2).width == 2 * all_at_once.grid(3).width
     path = all_at_once.save(tmp_path / "new" / "grid.png")
     np.testing.assert_array_equal(np.asarray(Image.open(path)), all_at_once.grid())

@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -244,6 +247,13 @@ def test_a_wrong_argument_gets_one_sentence(model, call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("call", ["sample", "stream", "schedule"])
+@pytest.mark.parametrize("name", ["cgf", "counts"])
+def test_an_argument_that_is_none_is_called_by_its_name(model, call, name):
+    with pytest.raises(TypeError, match=f"'{name}' is no argument here; a schedule's are cfg, temperature, top_k"):
+        getattr(model, call)(0 if call != "schedule" else None, **{name: 2})
+
+
 def test_a_seed_may_have_all_of_32_bits(model):
     seeds = (3_000_000_000, 3_000_000_000 - 2**31, 2**32 - 1)
     tokens = {seed: model.sample([0, 1], "next-scale", top_k=0, top_p=1.0, seed=seed).tokens for seed in seeds}
@@ -276,6 +286,46 @@ def test_by_default_a_scale_has_one_step_with_the_guidance_published_for_the_mod
 @pytest.mark.parametrize("name", hmar_jax.__all__)
 def test_public_names_are_importable(name):
     assert getattr(hmar_jax, name) is not None
+
+
+SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np
+import hmar_jax
+
+model = hmar_jax.from_pretrained("glyphs", jnp.bfloat16, jax.make_mesh((8,), ("data",)))
+mixed = ["fox", 207]
+for labels in (np.arange(3), jnp.arange(3)):
+    model.sample(labels, per_label=4, batch_size=2)
+out = model.sample(["fox", 207], "small", seed=3, cfg=2.0, top_k=10, order="halton", record=True)
+print(model.sample(mixed).images.shape, model.sample("fox").tokens.dtype, [draw.scale for draw in out.draws or []])
+out.grid(columns=2).show(out.save("a.png").name)
+events = model.stream(range(3), decode=False)
+for event in events:
+    print(event.scale + event.step, event.images.mean())
+events.close()
+model.edit(out.images, (0, 0, 2, 2), mixed, variants=2)
+model.sampling["default"] = hmar_jax.Schedule.from_json(hmar_jax.Schedule.from_counts([[1], [1, 3]], cfg=2.0).to_json())
+trained = hmar_jax.train("glyphs_masked", "run", [lambda step, metrics: metrics["loss"] < 2.0, print])
+if trained is not None:
+    trained.save("model", source="mine", licences=["CC0"], replace=True)
+model.sample(0, cgf=2.0)
+"""
+
+
+def test_a_type_checker_knows_the_interface(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    strict = ["-m", "mypy", "--strict", "--ignore-missing-imports", "--follow-imports=silent", "--cache-dir=cache"]
+    root = str(Path(hmar_jax.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *strict, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(errors) == 1, done.stdout + done.stderr
+    assert 'Unexpected keyword argument "cgf" for "sample" of "Model"' in errors[0]  # the last line of the script
 
 
 # --- greedy generation of the official code

@@ -230,6 +230,8 @@ def test_what_a_callback_raises_ends_the_training_and_what_was_saved_stays(start
 def test_what_is_no_list_of_callbacks_is_refused(starts, tmp_path, callbacks):
     with pytest.raises(InputError, match=r"callbacks is .*; expected a list of functions of a step and its metrics"):
         hmar_jax.train(stage_config("next_scale", starts), tmp_path / "run", callbacks)
+    with pytest.raises(InputError, match=r"profile is 3; expected a range of steps"):
+        hmar_jax.train(stage_config("next_scale", starts), tmp_path / "run", profile=3)
     assert not (tmp_path / "run").exists()
 
 
