@@ -154,7 +154,9 @@ def test_the_compute_type_is_given_as_numpy_and_jax_take_it(small, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [None, "bf16", float, np.float16, 32, [], {}, "f4,f4", "(", object(), np.ones(2, np.float32)], ids=str
+    "dtype",
+    [None, "bf16", float, np.float16, 32, [], {}, "f4,f4", "(", object(), np.ones(2, np.float32)],
+    ids=lambda x: type(x).__name__,
 )
 def test_other_compute_types_are_refused(small, dtype):
     with pytest.raises(InputError, match=r"^dtype is .*; expected 'float32' or 'bfloat16'\.$"):
