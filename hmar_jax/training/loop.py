@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import clu.parameter_overview
 import jax
@@ -91,6 +91,12 @@ def train(
         return Run(config, workdir, mesh, callbacks, profile).train()
 
 
+class Closeable(Protocol):
+    """What holds threads, files or processes until it is closed."""
+
+    def close(self) -> Any: ...
+
+
 class Run:
     """One training stage in a work directory: `setup`, then `step` by step, then the model.
 
@@ -121,7 +127,11 @@ class Run:
         """All steps that are left; see the function `train`."""
         stopped = False
         with contextlib.ExitStack() as held:
-            self.setup(held)
+            try:
+                self.setup(held)
+            except BaseException:  # as `with` would, but for signals, which are to end a setup at once
+                self.resources.close()
+                raise
             with processes.preemption() as self.stop_requests, self.resources:
                 for step in self.steps:
                     if stopped := self.step(step):
@@ -146,9 +156,10 @@ class Run:
         for note in self.objective.notes:
             logger.info(note)
         self.source = self.sources.open("train", config.seed, model_config.num_classes)
-        self.data = self._batches()
+        self.data = self._closed_in_the_end(self._batches())
         self.origin = origin_of(self.objective)
         self.checkpoints, self.lock = held.enter_context(open_workdir(self.workdir, config, self.origin))
+        self._closed_in_the_end(self.checkpoints)
 
         resumes = self.checkpoints.latest() is not None
         self.state, self.frozen = self._resume() if resumes else self._begin()
@@ -162,12 +173,14 @@ class Run:
         self.finite = FiniteCheck(config, self.source, self.checkpoints)
         self.evaluators = make_evaluators(config, self.objective, self.sources, self.mesh)
         self.write_samples = SampleWriter(config, model_config, self.sources, self.workdir)
-        self.feed = pipeline.ahead(self.data, functools.partial(sharding.put_batch, mesh=self.mesh))
-        self.writer = MetricsWriter(self.workdir, steps=config.steps, start=done, name=config.stage)
-        self.profiler = Profiler(self.profile, self.steps, self.workdir / "profile")
+        self.feed = self._closed_in_the_end(
+            pipeline.ahead(self.data, functools.partial(sharding.put_batch, mesh=self.mesh))
+        )
+        self.writer = self._closed_in_the_end(
+            MetricsWriter(self.workdir, steps=config.steps, start=done, name=config.stage)
+        )
+        self.profiler = self._closed_in_the_end(Profiler(self.profile, self.steps, self.workdir / "profile"))
         self.goodput = Goodput(done)
-        for resource in (self.checkpoints, self.data, self.feed, self.writer, self.profiler):
-            self.resources.callback(resource.close)
 
     def step(self, step: int) -> bool:
         """One step and what is due after it; whether the run was asked to stop there."""
@@ -244,6 +257,10 @@ class Run:
             model.save(self.workdir / "model", replace=True)
         processes.barrier("model saved")
         return model
+
+    def _closed_in_the_end[Resource: Closeable](self, resource: Resource) -> Resource:
+        self.resources.callback(resource.close)
+        return resource
 
     def _batches(self) -> pipeline.Batches:
         """The part of the training batches that this process reads, from the first one on."""

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,21 @@ def test_what_a_callback_raises_ends_the_training_and_what_was_saved_stays(start
     assert Checkpoints(tmp_path).latest() == 2
     assert not (tmp_path / ".lock").exists()
     assert hmar_jax.train(config, tmp_path) is not None
+
+
+def test_a_setup_that_fails_closes_what_it_has_opened(starts, tmp_path, monkeypatch, idle):
+    def refuse(*args, **options):
+        reading = [thread for thread in threading.enumerate() if thread not in before]
+        assert reading, "the data is read ahead by now"
+        raise InputError("no metrics today")
+
+    before, config = threading.enumerate(), stage_config("next_scale", starts)
+    monkeypatch.setattr(loop, "MetricsWriter", refuse)
+    with pytest.raises(InputError, match="no metrics today") as refused:  # whose traceback keeps the run alive
+        hmar_jax.train(config, tmp_path)
+    left = [thread for thread in threading.enumerate() if thread not in before and "prefetch" in thread.name]
+    assert (left, refused.value.exit_code) == ([], 2)
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("callbacks", [print, ["print"], [None]])
