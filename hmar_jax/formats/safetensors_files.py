@@ -198,12 +198,14 @@ class File:
 def _header(path: Path) -> bytes:
     """The header of a .safetensors file, as far as it is there; InputError where it would be too large."""
     with open_regular(path, "File") as file, reading(path):
-        length = int.from_bytes(file.read(8), "little")
+        begins = file.read(64)
+        if begins[8:9] != b"{":  # where every header starts
+            check_downloaded(path, begins)
+        length = int.from_bytes(begins[:8], "little")
         if length > MOST_HEADER - 8:
-            file.seek(0)
-            check_downloaded(path, file.read(64))
             raise InputError(
                 f"{path} is not a whole .safetensors file (its header would have {length} bytes, and {MOST_HEADER - 8} "
                 "is the most); copy or write it again."
             )
+        file.seek(8)
         return file.read(length)

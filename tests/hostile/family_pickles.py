@@ -132,7 +132,7 @@ def test_any_operations_are_harmless(parts, whole):
 
 
 def real(name):
-    with zipfile.ZipFile(Path(__file__).parent.parent / "torch_files" / f"{name}.pth") as archive:
+    with zipfile.ZipFile(Path(__file__).parent.parent / "formats" / "pytorch_files" / f"{name}.pth") as archive:
         return archive.read(f"{name}/data.pkl")
 
 

@@ -20,7 +20,7 @@ from hmar_jax.formats.pytorch_files import File
 from hmar_jax.formats.pytorch_pickles import DTYPES
 
 MORE = settings(max_examples=settings().max_examples * 3)  # of some milliseconds each
-MADE = Path(__file__).parent.parent / "torch_files"  # by PyTorch
+MADE = Path(__file__).parent.parent / "formats" / "pytorch_files"  # by PyTorch
 ARRAYS = {"a": np.arange(24, dtype=np.float32), "b": np.ones((2, 30), np.float16), "c.d": np.zeros((0, 3), np.float64)}
 
 

@@ -18,7 +18,7 @@ from mutations import ODD_JSON, ODD_VALUES, damaged, odd_json
 from hmar_jax.config import DataConfig, TokenizerConfig, TrainConfig
 from hmar_jax.errors import HmarError, InputError
 from hmar_jax.files.lock import NAME, Lock
-from hmar_jax.training.checkpoint import Checkpoints, describe
+from hmar_jax.training.checkpoint import Checkpoints
 from hmar_jax.training.metrics import read_metrics
 from hmar_jax.training.state import TrainState
 
@@ -59,7 +59,8 @@ def read(workdir):
     try:
         checkpoints = Checkpoints(workdir)
         config = checkpoints.config()
-        restored, position = checkpoints.restore(describe(state(0)))
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+        restored, position = checkpoints.restore(like)
         return checkpoints.latest(), config, position, bits(restored)
     except HmarError as error:
         assert str(error).isprintable()
